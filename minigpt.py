@@ -1,0 +1,1799 @@
+"""
+minigpt: a GPT trained on Shakespeare, from scratch, in one file
+================================================================
+
+A language model answers one question over and over: given the text so far, what comes next? This
+file builds one that answers it well enough to write verse in the manner of Shakespeare: the
+tokenizer, the Transformer, the training loop and the sampler, each derived, written out and run.
+
+    pip install -r requirements.txt && python minigpt.py --mode train     # minutes on a laptop
+    python minigpt.py --mode generate --prompt "ROMEO:"                   # write with the result
+    python minigpt.py --mode eval                                         # the honest score
+    python minigpt.py --help                                              # every setting
+
+PyTorch supplies tensors, automatic differentiation, Linear and Embedding layers, AdamW and fast
+kernels. What makes a GPT a GPT is written here.
+
+The chapters, each opening with its problem, its equation, its shapes and an experiment:
+
+    Configuration       every number you can turn, once, with its meaning
+    Text to integers    characters become numbers and come back unharmed
+    Batches             where the training examples come from: the same text, shifted by one
+    The parts           layer norm, positions, causal attention, the MLP
+    The model           the parts stacked into a GPT, and the bigram baseline it must beat
+    Learning            loss, optimizer, learning-rate schedule, honest evaluation
+    Checkpoints         a run on disk, safe against crashes
+    The training loop   all of it together: batch in, loss out, step
+    Generation          from next-token probabilities to text
+    Engine room         devices, precision, compilation, logs, finding data  [optional reading]
+    The command line    flags in, functions called                           [optional reading]
+
+On a first reading, skip what is marked optional, and every paragraph that opens with `Subtle:`.
+
+The letters used for shapes, everywhere:
+
+    B   batch: how many sequences are processed side by side
+    T   time: how many tokens each sequence has, at most block_size
+    C   channels: how many numbers describe one token, n_embd
+    V   vocabulary: how many different tokens exist, vocab_size
+    nh  number of attention heads, n_head;      hs  head size, C / nh
+
+`(B, T, C)` is a tensor of those sizes. A `step` is one update of the weights by the optimizer. A
+`micro-step` is one forward and one backward pass; a step may add up several.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # numpy is not needed here
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ==================================================================================================
+# Configuration
+#
+# Problem   A model is defined by a handful of sizes, a training run by a few more numbers. Each
+#           should exist in exactly one place, be checked before hours are spent on it, and travel
+#           with the weights it produced.
+# Answer    Three dataclasses. A field carries its default, its meaning and its legal range; the
+#           command line is generated from them (so `--n_layer 8` exists because `n_layer` does),
+#           and both configs are stored in every checkpoint.
+# Try it    `python minigpt.py --mode train --preset laptop --n_layer 8 --max_steps 1` prints the
+#           parameter count. Doubling n_layer from 4 to 8 nearly doubles it; doubling n_embd
+#           instead (`--n_embd 256`) nearly quadruples it. "The model" explains why.
+# ==================================================================================================
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can mend: reported as one line, never a traceback.
+
+    The message names the flag or file, the value, and what to do about it."""
+
+
+def setting(default, help, choices=None, low=None, high=None, above=None, kind=None, resume=False):
+    """A dataclass field that knows its meaning and its legal range.
+
+    low <= value <= high are inclusive bounds and `above` is an exclusive one. `kind` is the type
+    when the default is None, which stands for "off". `resume` marks a setting that may change when
+    a run is resumed, because it does not alter what the steps so far have meant."""
+    rules = dict(help=help, choices=choices, low=low, high=high, above=above, resume=resume)
+    return field(default=default, metadata={**rules, "kind": kind or type(default)})
+
+
+def check_settings(config) -> None:
+    """Raises UserError for the first field of a config that is outside its legal range."""
+    for f in fields(config):
+        rule, value = f.metadata, getattr(config, f.name)
+        if value is None:
+            continue
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"--{f.name} {value}: choose one of {', '.join(rule['choices'])}")
+        if rule["kind"] is float and not math.isfinite(value):
+            raise UserError(f"--{f.name} {value}: must be a finite number")
+        if rule["low"] is not None and value < rule["low"]:
+            raise UserError(f"--{f.name} {value}: must be at least {rule['low']}")
+        if rule["high"] is not None and value > rule["high"]:
+            raise UserError(f"--{f.name} {value}: must be at most {rule['high']}")
+        if rule["above"] is not None and value <= rule["above"]:
+            raise UserError(f"--{f.name} {value}: must be greater than {rule['above']}")
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model: all that is needed to build it, apart from its weights."""
+
+    vocab_size: int = setting(65, "distinct tokens; the tokenizer sets it", low=1)
+    block_size: int = setting(256, "context: the most tokens the model sees at once", low=1)
+    n_layer: int = setting(6, "blocks stacked on each other", low=1)
+    n_head: int = setting(6, "attention heads in each block", low=1)
+    n_embd: int = setting(384, "channels: numbers that describe one token", low=1)
+    dropout: float = setting(0.2, "share of activations dropped in training", low=0.0, high=0.9)
+    bias: bool = setting(True, "bias vectors in Linear and LayerNorm, as GPT-2 has them")
+    attention: str = setting(
+        "fused",
+        "attention written out (explicit) or as one kernel (fused); the results are equal",
+        choices=("fused", "explicit"),
+    )
+    model: str = setting("gpt", "the GPT or the bigram baseline", choices=("gpt", "bigram"))
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.n_embd % self.n_head:
+            near = max(self.n_embd // self.n_head, 1) * self.n_head
+            raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}, "
+                            f"since the heads share the channels; {near} would do")
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained. The defaults are those of the `gpt` preset."""
+
+    preset: str = setting("auto", "the named set of settings this run started from")
+    batch_size: int = setting(64, "sequences in one micro-step", low=1)
+    grad_accum: int = setting(4, "micro-steps added up into one step", low=1)
+    max_steps: int = setting(2000, "steps to train for", low=1, resume=True)
+    learning_rate: float = setting(3e-4, "the schedule's peak", above=0.0)
+    min_lr: float = setting(3e-5, "where the learning rate ends", low=0.0)
+    warmup_steps: int = setting(100, "steps of linear rise to the peak", low=0)
+    weight_decay: float = setting(0.1, "pull of the weight matrices towards zero", low=0.0)
+    beta1: float = setting(0.9, "AdamW: memory of the gradient", low=0.0, high=0.9999)
+    beta2: float = setting(0.99, "AdamW: memory of its square", low=0.0, high=0.99999)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is no limit", low=0.0)
+    eval_interval: int = setting(250, "steps from one evaluation to the next", low=1, resume=True)
+    eval_batches: int = setting(20, "batches in one loss estimate", low=1, resume=True)
+    sample_chars: int = setting(160, "text shown at an evaluation; 0: none", low=0, resume=True)
+    checkpoint_interval: int = setting(500, "steps between snapshots; 0: none", low=0, resume=True)
+    log_interval: int = setting(10, "steps between status lines", low=1, resume=True)
+    patience: int = setting(
+        0, "stop after so many evaluations without a better one; 0: never", low=0, resume=True
+    )
+    seed: int = setting(1337, "start of every random sequence", low=0, high=2**63 - 1)
+    dtype: str = setting(
+        "auto",
+        "precision of the matrix products",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        resume=True,
+    )
+    compile: bool = setting(False, "run through torch.compile where it works", resume=True)
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.min_lr > self.learning_rate:
+            raise UserError(
+                f"--min_lr {self.min_lr}: must not exceed --learning_rate {self.learning_rate}"
+            )
+
+
+@dataclass
+class GenerateConfig:
+    """How text is drawn from a trained model: see "Generation"."""
+
+    prompt: str = setting("\n", "the text to continue")
+    max_tokens: int = setting(200, "tokens to add to the prompt", low=0)
+    temperature: float = setting(0.8, "0: always the likeliest; 1: as learned", low=0.0)
+    top_k: int | None = setting(None, "draw from the k likeliest tokens only", kind=int, low=1)
+    top_p: float | None = setting(
+        None, "draw from the likeliest tokens that reach this mass", kind=float, above=0.0, high=1.0
+    )
+    num_samples: int = setting(1, "continuations to write", low=1)
+    stop: str | None = setting(None, "end before this text appears", kind=str)
+
+    def __post_init__(self):
+        check_settings(self)
+        if not self.prompt:
+            raise UserError('--prompt "": must not be empty, since the model continues a text; '
+                            'leave the flag out to begin at a line break')
+        if self.stop == "":
+            raise UserError('--stop "": must not be empty; leave the flag out to write on')
+
+
+@dataclass
+class Preset:
+    """A named set of settings: what it is for, how long it takes, and what differs from above."""
+
+    about: str
+    takes: str
+    settings: dict
+
+
+PRESETS = {
+    "gpt": Preset(
+        "the reference: 6 layers of 384 channels, as nanoGPT's Shakespeare model",
+        "minutes on a recent GPU, most of a day on 2 CPU cores",
+        dict(bias=False, patience=4),
+    ),
+    "laptop": Preset(
+        "the best model that a few minutes on two CPU cores can train",
+        "about 3 minutes on 2 recent CPU cores",
+        dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, bias=False,
+             batch_size=32, grad_accum=1, max_steps=1500, learning_rate=2e-3, min_lr=1e-4,
+             warmup_steps=50, eval_interval=250, log_interval=25, checkpoint_interval=0),
+    ),
+    "mini": Preset(
+        "two wide layers in mixed precision, a step up from the laptop model",
+        "a minute on a GPU, about half an hour on 2 CPU cores",
+        dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1,
+             batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4),
+    ),
+    "gpt2": Preset(
+        "GPT-2 small's shape, for large corpora (--data) and large GPUs",
+        "hours on a GPU; not for a CPU",
+        dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0,
+             batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95,
+             checkpoint_interval=0, patience=4),
+    ),
+    "bigram": Preset(
+        "the baseline: the next character from this character alone",
+        "seconds",
+        dict(model="bigram", block_size=64, batch_size=64, grad_accum=1, max_steps=1000,
+             learning_rate=5e-2, min_lr=5e-3, weight_decay=0.0, checkpoint_interval=0,
+             log_interval=100),
+    ),
+}
+
+# ==================================================================================================
+# Text to integers
+#
+# Problem   A network computes with numbers; text is characters. We need a map from text to integers
+#           and back that loses nothing.
+# Answer    Number the distinct characters of the corpus in sorted order. `stoi` ("string to
+#           integer") encodes, `itos` decodes, and decode(encode(text)) == text for every text over
+#           those characters. Tiny Shakespeare has V = 65 of them: letters, a little punctuation,
+#           the space and the line break.
+# Shapes    str of n characters -> list of n integers in [0, V)
+# Try it    Build a tokenizer from "hello" alone and encode "hell", then "help": the second is
+#           refused, naming 'p'. A model can only be asked about what it could have seen.
+#
+# The integers mean nothing by their size: 'b' is not "more" than 'a'. The model looks each one up
+# in a table of learned vectors (nn.Embedding), and there the likenesses between them arise.
+# ==================================================================================================
+
+
+class CharTokenizer:
+    """One token per distinct character.
+
+    >>> tokenizer = CharTokenizer.train("to be")
+    >>> tokenizer.itos                                 # sorted: the space comes first
+    [' ', 'b', 'e', 'o', 't']
+    >>> tokenizer.encode("to be")
+    [4, 3, 0, 1, 2]
+    >>> tokenizer.decode([1, 2, 2])
+    'bee'
+    """
+
+    kind = "char"
+
+    def __init__(self, itos: list[str]):
+        self.itos = list(itos)
+        self.stoi = {character: i for i, character in enumerate(self.itos)}
+
+    @classmethod
+    def train(cls, text: str) -> "CharTokenizer":
+        """The vocabulary of a text: its distinct characters, sorted."""
+        return cls(sorted(set(text)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids. Raises UserError, naming the character, for one outside the vocabulary."""
+        try:
+            return [self.stoi[character] for character in text]
+        except KeyError as missing:
+            c = missing.args[0]
+            raise UserError(
+                f"the character {c!r} (U+{ord(c):04X}) at position {text.index(c)} of the text is "
+                f"not in the vocabulary of {self.vocab_size} characters; leave it out, or train "
+                "on a text that has it"
+            ) from None
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text."""
+        return "".join([self.itos[i] for i in ids])
+
+    def to_dict(self) -> dict:
+        """Plain values that describe the tokenizer, for checkpoints and files."""
+        return {"kind": self.kind, "itos": self.itos}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "CharTokenizer":
+        return cls(state["itos"])
+
+    def save(self, folder) -> None:
+        """Writes folder/chars.json."""
+        path = Path(folder) / "chars.json"
+        path.write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder) -> "CharTokenizer":
+        """Reads what save wrote."""
+        return cls.from_dict(json.loads((Path(folder) / "chars.json").read_text(encoding="utf-8")))
+
+
+# ==================================================================================================
+# Batches
+#
+# Problem   To learn "what comes next", we need pairs of a context and the token that followed it.
+# Answer    The text is its own answer key: the targets are the same tokens, shifted by one.
+#
+#               text      T  o     b  e
+#               x         T  o  _  b              input,  T = 4 tokens
+#               y         o  _  b  e              target, the token that follows each of them
+#
+#           One sequence of T tokens holds T examples at once: T -> o, To -> _, To_ -> b, To_b -> e.
+#           Causal attention (see "The parts") is what lets the model work on all of them in one
+#           pass, without any position seeing its own answer.
+# Shapes    tokens (N,) -> x (B, T), y (B, T)
+# Try it    In get_batch, set y = windows[:, :-1], a shift of zero. The loss falls below 0.01 within
+#           100 steps and the model writes one character for ever: it has learned to copy.
+# ==================================================================================================
+
+
+@dataclass
+class Corpus:
+    """A text as tokens, split in two by position.
+
+    The last tenth is held out: the model never trains on it, so the loss there measures what was
+    learned and not what was memorized. Splitting by position, and not by shuffling lines, keeps
+    neighbours of a validation line out of the training split."""
+
+    train: torch.Tensor  # (N,) int64
+    val: torch.Tensor  # (N,) int64
+    sha256: str  # of the text, to notice a resume or an evaluation on another one
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """The first 90 % of the characters, and the rest.
+
+    >>> split_text("0123456789")
+    ('012345678', '9')
+    """
+    n = int(0.9 * len(text))
+    return text[:n], text[n:]
+
+
+def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
+    """Splits and encodes a text. Raises UserError if a part is too short for a single window."""
+    parts = [torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in split_text(text)]
+    for name, part in zip(("training", "validation"), parts):
+        if len(part) <= block_size:
+            raise UserError(f"--data: the corpus is too short: its {name} part has {len(part)} "
+                            f"tokens, and --block_size {block_size} needs at least "
+                            f"{block_size + 1}; use a longer text or a smaller --block_size")
+    return Corpus(*parts, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def get_batch(tokens, block_size, batch_size, generator=None, device="cpu"):
+    """batch_size windows from random places of tokens (N,): x (B, T) and y (B, T), both int64.
+
+    The places are drawn from `generator`. Training owns one of its own, whose state goes into the
+    checkpoint, so that nothing else that draws random numbers moves the order of the batches.
+
+    >>> x, y = get_batch(torch.arange(5), block_size=4, batch_size=1)
+    >>> x.tolist(), y.tolist()                         # one place only: a window is 4 + 1 tokens
+    ([[0, 1, 2, 3]], [[1, 2, 3, 4]])
+    """
+    # Subtle: a window takes block_size + 1 tokens, so the last start is len - block_size - 1, and
+    # randint's upper end is exclusive.
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+    windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
+    x, y = windows[:, :-1], windows[:, 1:]
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+# ==================================================================================================
+# The parts
+#
+# A GPT has two kinds of work to do. Tokens must exchange information (attention), and each token
+# must digest what it received (the MLP). Around these stand two aids: normalization keeps the
+# numbers in a range where learning works, and position vectors tell the model about order.
+# ==================================================================================================
+
+# ---- Layer normalization -------------------------------------------------------------------------
+#
+# Problem   Every block adds to its input, so activations grow with depth, and a learning rate that
+#           suits one layer is wrong for another.
+# Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias      [Ba et al. 2016, section 3]
+#           over the C channels of one token, so that no token depends on another, and nothing on
+#           the batch. x is `x`, eps is `self.eps`, the gain g is `weight`, b is `bias`.
+# Example   x = [1, 3]: mean 2, variance 1 -> [-1, 1], before weight and bias.
+# Shapes    (B, T, C) -> (B, T, C)
+
+
+class LayerNorm(nn.Module):
+    """Centre and rescale each token's channels; then a learned gain and, optionally, a bias."""
+
+    eps = 1e-5  # keeps a constant input from dividing by zero
+
+    def __init__(self, n_embd: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        x = x - x.mean(dim=-1, keepdim=True)
+        var = x.square().mean(dim=-1, keepdim=True)  # (B, T, 1); divided by C, not by C - 1
+        y = x * torch.rsqrt(var + self.eps) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+# ---- Positions -----------------------------------------------------------------------------------
+#
+# Problem   Attention looks at a set: it would treat "dog bites man" and "man bites dog" alike.
+# Answer    Learn a vector for each place 0 .. block_size - 1 and add it to the token's own vector
+#           [Radford et al. 2018, section 3.1]. It is one line in GPT.forward, `wte` being the
+#           table of token vectors and `wpe` that of position vectors:
+#
+#               x = wte[idx] + wpe[0 .. T-1]          (B, T, C) + (T, C) -> (B, T, C)
+#
+#           The price: there is no vector for place block_size, so the context is bounded.
+
+# ---- Causal self-attention -----------------------------------------------------------------------
+#
+# Problem   In "the queen spoke and all obeyed her", `her` needs to find `queen`: a token must
+#           gather from the tokens before it, and which ones matter depends on what they are.
+# Answer    Each token asks a question (its query q), advertises what it has (its key k) and
+#           carries a message (its value v). All three are linear functions of its vector. How well
+#           a query fits a key is their dot product; a softmax turns the scores of all earlier
+#           tokens into weights that sum to 1; the answer is the weighted mean of their values.
+# Equation  Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + mask) V
+#           [Vaswani et al. 2017, section 3.2.1; the mask is their section 3.2.3]
+#           Q, K, V are `q`, `k`, `v`; d_k is the head size `hs`.
+# The mask  Position t may look at positions up to t: anything later is what it has to predict. A
+#           score of minus infinity becomes a weight of exactly zero.
+#
+#                       key    T    o    _    b
+#               query T        .  -inf -inf -inf           . is a score that stays
+#               query o        .    .  -inf -inf
+#               query _        .    .    .  -inf
+#               query b        .    .    .    .
+#
+# The root  A dot product of two vectors of hs independent unit-variance numbers has variance hs.
+#           Divided by sqrt(hs) it has variance 1, and the softmax starts out soft, with gradients
+#           for everyone, and not as a hard choice of one.
+# Example   hs = 1, q_1 = 2, keys (1, 3), values (10, 20): scores 2 and 6, weights 0.018 and 0.982,
+#           answer 0.018 * 10 + 0.982 * 20 = 19.8.
+# Heads     One softmax can focus on one thing at a time. nh heads of size C / nh each have their
+#           own q, k, v, and c_proj mixes what they found. The cost is that of a single large head.
+# Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> (B, nh, T, hs)
+#           -> (B, T, C)
+# Try it    With --attention explicit, delete the line that applies the mask and train the laptop
+#           preset: within 250 steps the loss is below 0.1, since every position can read its
+#           answer off its neighbour, and the text it writes is gibberish, since at writing time
+#           there is no neighbour to read.
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which no position sees a later one."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.explicit = config.attention == "explicit"
+        # Three projections in one matrix product: q, k and v stand side by side in its output.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs) each
+        if self.explicit:
+            y = self.attend(q, k, v)
+        else:  # the same function as one kernel, which never stores the (T, T) matrix
+            dropout = self.attn_dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, q, k, v):
+        """The equation, line by line: three tensors (B, nh, T, hs) -> (B, nh, T, hs)."""
+        T, hs = q.shape[-2:]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, T): row asks, column answers
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+        scores = scores.masked_fill(future, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)  # each row sums to 1
+        return self.attn_dropout(weights) @ v
+
+
+# ---- The MLP -------------------------------------------------------------------------------------
+#
+# Problem   Attention only forms weighted means of values. Something has to compute with them.
+# Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position alone
+#           [Vaswani et al. 2017, section 3.3]; W_1 is `c_fc`, W_2 is `c_proj`; four times as wide
+#           in the middle as at the ends.
+#           GELU(x) = x * Phi(x), Phi being the normal distribution function: a smooth version of
+#           max(0, x). GPT-2 uses its tanh form [Hendrycks and Gimpel 2016, section 2]:
+#           0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+# Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
+# Shapes    (B, T, C) -> (B, T, 4C) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a bend between them, applied to each token by itself."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))
+
+
+# ==================================================================================================
+# The model
+#
+# Problem   Stack the parts so that a deep network still learns.
+# Answer    Each block adds its work to its input and passes the sum on, so that from the first
+#           block to the last there is a straight road of additions: the residual stream. A
+#           gradient travels it unchanged [He et al. 2016, section 3]. The norm sits on the side
+#           road, before each part ("pre-norm"), and leaves the main road alone
+#           [Radford et al. 2019, section 2.3].
+#
+#               x ----+------------------------> (+) ----+----------------------> (+) ---->
+#                     |                           ^      |                         ^
+#                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
+#
+# Shapes    idx (B, T) -> vectors (B, T, C) -> n_layer blocks -> logits (B, T, V)
+#           logits[b, t, v] scores token v as the successor of idx[b, t], given all up to t.
+# Count     A block has 4 C^2 weights in attention (3 for q, k, v and 1 for c_proj) and 8 C^2 in the
+#           MLP: 12 C^2 n_layer in all, and V C + block_size C for the tables.
+# Try it    In Block.forward, leave out the two `x +`. The laptop preset then stays at a loss of
+#           about 3.3, which is what the frequencies of the characters alone give.
+# ==================================================================================================
+
+
+class Block(nn.Module):
+    """One layer: tokens communicate, then each computes."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class LanguageModel(nn.Module):
+    """What the GPT and the bigram baseline share: a loss, a size, and a way to write text."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+
+    def loss(self, logits, targets):
+        """Cross-entropy: the mean of -log(probability given to the token that really came).
+
+        A model that knows nothing gives each of V tokens the probability 1/V and has the loss ln V,
+        4.17 for V = 65; a perfect one has 0. The unit is nats per token, and exp(loss), the
+        perplexity, is the number of equally likely choices the model is as unsure as.
+
+        logits (B, T, V) of any float type, targets (B, T) int64 -> scalar float32.
+        """
+        if targets is None:
+            return None
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned. A matrix that serves two layers counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 generator=None):
+        """Continues idx (B, T) by max_new_tokens tokens: (B, T + max_new_tokens).
+
+        temperature 0 always takes the likeliest token; top_k and top_p restrict the choice; a
+        torch.Generator makes it repeatable. "Generation" tells how."""
+        drawn = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat([idx, *drawn], dim=1)
+
+
+class GPT(LanguageModel):
+    """Token ids in, a score for every possible next token out, at every position at once."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a vector for each token
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # a vector for each position
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Tying [Press and Wolf 2017]: "which vector stands for this token" and "how well does this
+        # vector fit that token" are the same table read in two directions.
+        self.lm_head.weight = self.wte.weight
+        self.initialize()
+
+    def initialize(self):
+        """GPT-2's start [Radford et al. 2019, section 2.3]: N(0, 0.02) for every matrix.
+
+        All logits are then near zero and the first loss is near ln V. The two projections that
+        write to the residual stream are smaller by sqrt(2 n_layer): the stream is a sum of
+        2 n_layer contributions, whose variances add up, and this keeps it from growing with depth.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                scale = math.sqrt(2 * len(self.h)) if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64, T <= block_size -> logits (B, T, V), and the loss if given targets."""
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens given, but block_size is {self.config.block_size}")
+        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = self.drop(x)
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        return logits, self.loss(logits, targets)
+
+
+class Bigram(LanguageModel):
+    """The baseline: a V x V table, whose row i holds the logits of what follows token i.
+
+    No context, no attention, no depth. What a GPT gains over it, the GPT's parts have earned."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.normal_(self.wte.weight, mean=0.0, std=0.02)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx)  # (B, T) -> (B, T, V)
+        return logits, self.loss(logits, targets)
+
+
+def build_model(config: GPTConfig) -> LanguageModel:
+    """The model that a config describes."""
+    return {"gpt": GPT, "bigram": Bigram}[config.model](config)
+
+
+# ==================================================================================================
+# Learning
+#
+# Problem   Find weights that make the corpus likely, without overshooting and without fooling
+#           ourselves about the result.
+# Answer    Gradient descent by AdamW, with a step size that rises, then falls; gradients that are
+#           cut when they explode; and a loss that is measured on text never trained on.
+# Try it    Train the laptop preset with --learning_rate 0.1: after 250 steps the loss is 3.3, and
+#           it stays there. Divide by 50 and it learns.
+# ==================================================================================================
+
+# ---- The optimizer -------------------------------------------------------------------------------
+#
+# Equation  m = beta1 m + (1 - beta1) g           a running mean of the gradient g
+#           v = beta2 v + (1 - beta2) g^2         a running mean of its square
+#           w = w - lr (m^ / (sqrt(v^) + eps) + weight_decay w)
+#           [Loshchilov and Hutter 2019, algorithm 2]; m^ and v^ are m and v corrected for having
+#           started at zero. The division gives every weight a step of about lr, whatever the size
+#           of its gradient: that is why one learning rate serves all layers.
+# Decay     Pulling weights towards zero keeps matrices from growing without use. Vectors (biases,
+#           the norms' gains) are offsets and scales with no reason to be zero: they are spared.
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device):
+    """AdamW with weight decay on matrices only."""
+    parameters = list(model.parameters())  # a tied matrix appears once
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = device.type in ("cuda", "mps", "cpu")  # one kernel over all weights
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused
+    )
+
+
+# ---- The learning rate ---------------------------------------------------------------------------
+#
+# Problem   At the start v is a mean over a handful of gradients and steps are unreliable: go
+#           slowly. In the end the weights jump about a minimum without settling: go slowly again.
+#
+#           learning_rate           ___
+#                                 /     `.
+#                                /        `.
+#                               /           `-._
+#                  min_lr      /                `------
+#                             0   warmup_steps    max_steps
+#
+# Equation  warm-up  lr = learning_rate (step + 1) / (warmup_steps + 1)
+#           decay    lr = min_lr + (learning_rate - min_lr) (1 + cos(pi r)) / 2
+#                    r = (step - warmup_steps) / (max_steps - warmup_steps), from 0 to 1
+#           [the cosine: Loshchilov and Hutter 2017, equation 5, without restarts]
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """The learning rate of the step that follows `step` completed ones (so the first is step 0).
+
+    >>> c = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=3, max_steps=13)
+    >>> [get_lr(step, c) for step in (0, 1, 2, 3)]     # never 0: a step of size 0 would be wasted
+    [0.25, 0.5, 0.75, 1.0]
+    >>> round(get_lr(8, c), 6), get_lr(13, c)          # half-way down, and the floor
+    (0.5, 0.0)
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    if step >= config.max_steps:
+        return config.min_lr
+    r = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * r)) / 2
+
+
+# ---- Gradient clipping ---------------------------------------------------------------------------
+#
+# Problem   One odd batch can give a gradient a hundred times the usual size, and undo an hour.
+# Equation  if |g| > max_norm:  g = g max_norm / |g|         [Pascanu et al. 2013, algorithm 1]
+#           |g| is the norm of all gradients as a single vector: the direction stays as it was.
+
+
+def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
+    """Rescales all gradients in place to a joint norm of at most max_norm (0: no limit).
+
+    Returns the norm before, a scalar."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+    )
+    if max_norm > 0:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for g in gradients:
+            g.mul_(scale)
+    return norm
+
+
+# ---- One step ------------------------------------------------------------------------------------
+#
+# Problem   A large batch gives a less noisy gradient, but its activations may not fit in memory.
+# Answer    Gradients add. Run grad_accum small batches, let backward() sum their gradients, and
+#           divide each loss by grad_accum: the sum is then exactly the gradient of the mean over
+#           the large batch, which is never in memory as a whole.
+# Precision autocast() runs matrix products in 16 bits where that is faster; the scaler guards
+#           float16's narrow range. In float32 both do nothing: see "Engine room".
+
+
+def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
+    """One update of the weights. next_batch() -> x, y is called once for each micro-step.
+
+    Returns two scalar tensors: the mean loss over all micro-steps, and the gradient's norm."""
+    loss_sum = torch.zeros((), device=engine.device)
+    for _ in range(config.grad_accum):
+        x, y = next_batch()
+        with engine.autocast():
+            _, loss = model(x, y)
+        loss = loss / config.grad_accum
+        engine.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    engine.scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), config.grad_clip)
+    engine.scaler.step(optimizer)
+    engine.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+#
+# During training a quick estimate on a few batches will do. The figure to quote is the loss over
+# the whole validation split, and it should not depend on chance.
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Inside: no dropout, no gradients. Afterwards: as it was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
+    """The mean loss over eval_batches random batches of each split: {"train": .., "val": ..}.
+
+    Subtle: the batches are drawn from a generator made here, and with dropout off nothing else
+    draws. So the training's random state does not move, and whether one evaluates often or never,
+    the same weights come out. And since the batches are the same each time, two estimates differ
+    because the model does."""
+    means = {}
+    with evaluating(model):
+        for name, tokens in (("train", corpus.train), ("val", corpus.val)):
+            generator = torch.Generator().manual_seed(0)
+            total = 0.0
+            for _ in range(config.eval_batches):
+                x, y = get_batch(tokens, model.config.block_size, config.batch_size, generator,
+                                 engine.device)
+                with engine.autocast():
+                    total += model(x, y)[1].item()
+            means[name] = total / config.eval_batches
+    return means
+
+
+def evaluate(model, tokens: torch.Tensor, device="cpu", batch_size: int = 32) -> float:
+    """The mean loss in nats over every token of tokens (N,) but the first, in float32.
+
+    The split is cut into windows of block_size that do not overlap; a shorter last one takes the
+    rest. A token early in its window has little context, so this is a slightly pessimistic score,
+    but it counts each token once and has no chance in it."""
+    T = model.config.block_size
+    n = (len(tokens) - 1) // T
+    x, y = tokens[: n * T].view(n, T), tokens[1 : n * T + 1].view(n, T)
+    batches = list(zip(x.split(batch_size), y.split(batch_size))) if n else []
+    rest = tokens[n * T :]
+    if len(rest) > 1:
+        batches.append((rest[None, :-1], rest[None, 1:]))
+    total = 0.0
+    with evaluating(model):
+        for x, y in batches:
+            total += model(x.to(device), y.to(device))[1].item() * y.numel()
+    return total / (len(tokens) - 1)
+
+
+def bits_per_character(nats_per_token: float, n_tokens: int, n_characters: int) -> float:
+    """The loss in a unit that does not depend on the tokenizer: total bits over total characters.
+
+    >>> round(bits_per_character(math.log(2), n_tokens=10, n_characters=10), 6)
+    1.0
+    """
+    return nats_per_token * n_tokens / n_characters / math.log(2)
+
+
+# ==================================================================================================
+# Checkpoints
+#
+# Problem   A run lives in memory and can die at any moment. What is on disk must be enough to write
+#           text and to train on as if nothing had happened, and must never be half a file.
+# Answer    One dictionary of tensors and plain values with everything in it: weights, optimizer,
+#           both configs, tokenizer, step, random states. It is written beside its final name,
+#           synced, and renamed: a rename is all or nothing, so a crash leaves the old file or the
+#           new one.
+# Safety    torch.load(weights_only=True) builds tensors and plain values and runs no code. A plain
+#           pickle could run anything: never load a stranger's checkpoint without that flag.
+# Try it    Press Ctrl-C during training, then run the same command with --resume: the losses go on
+#           as they would have, to the last digit in float32 on a CPU.
+# ==================================================================================================
+
+CHECKPOINT_FORMAT = "minigpt-1"
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes a checkpoint so that `path` is at every moment absent, old or new, and never torn.
+
+    Raises UserError, and leaves the old file, when the disk refuses."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as problem:  # torch reports some failed writes as RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        raise UserError(
+            f"--out_dir {path.parent}: cannot write {path.name} ({reason}); free some space or "
+            "choose another folder"
+        ) from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint to the CPU. Raises UserError if it is missing, torn or not one of ours."""
+    if not path.is_file():
+        raise UserError(
+            f"--checkpoint {path}: no such file; train first (python minigpt.py --mode train), or "
+            "name a checkpoint with --checkpoint or its folder with --out_dir"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # there is no telling what a damaged file makes the reader raise
+        raise UserError(
+            f"--checkpoint {path}: truncated, damaged or not a checkpoint; use another one, for "
+            "example best.pt or latest.pt of the same run"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"--checkpoint {path}: a PyTorch file, but not a checkpoint of minigpt's")
+    return state
+
+
+def model_from_checkpoint(state: dict) -> tuple[LanguageModel, CharTokenizer]:
+    """The model and the tokenizer of a loaded checkpoint, ready to write or to be evaluated."""
+    model = build_model(GPTConfig(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    return model.eval(), CharTokenizer.from_dict(state["tokenizer"])
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights and random states."""
+
+    step: int = 0  # completed steps
+    evaluated_at: int = -1  # the step of the latest evaluation
+    best_val: float = math.inf
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best one
+
+
+def random_states(batches: torch.Generator) -> dict:
+    """Every random state that training depends on: the order of the batches, and dropout's."""
+    states = {"batches": batches.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict, batches: torch.Generator) -> None:
+    """Undoes whatever has been drawn since random_states."""
+    batches.set_state(states["batches"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# ==================================================================================================
+# The training loop
+#
+# Problem   Put it together, so that one can watch it learn, stop it, and go on with it.
+# The loop  evaluate and save at fixed steps -> set the learning rate -> one step -> report.
+#           Everything before this chapter is in these lines; the rest is book-keeping around them.
+# Try it    Train the laptop preset with --batch_size 4 --grad_accum 4, and again with --batch_size
+#           16 --grad_accum 1: the losses agree to three digits for as long as one cares to look,
+#           since both see the same 16 windows a step and the same mean gradient.
+# ==================================================================================================
+
+
+def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir: Path,
+          resume_from: dict | None = None) -> Progress:
+    """Trains a model until max_steps, until patience ends, or until a stop signal.
+
+    Writes best.pt, latest.pt, snapshots, metrics.jsonl, config.json and loss.png to out_dir.
+    resume_from is a loaded checkpoint, whose weights the model already has. Raises UserError if
+    the loss is no longer finite; Stopped after a signal, once everything is saved."""
+    optimizer = make_optimizer(model, config, engine.device)
+    batches = torch.Generator().manual_seed(config.seed)
+    progress = Progress()
+    if resume_from:
+        progress = Progress(**resume_from["progress"])
+        optimizer.load_state_dict(resume_from["optimizer"])
+        engine.scaler.load_state_dict(resume_from["scaler"])
+        restore_random_states(resume_from["random"], batches)
+        if not (out_dir / "best.pt").is_file():  # resumed into another folder
+            progress.best_val = math.inf
+    run = Run(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress)
+    block_size = model.config.block_size
+
+    def next_batch():
+        return get_batch(corpus.train, block_size, config.batch_size, batches, engine.device)
+
+    runner = compile_model(model, config, engine, next_batch, batches)
+    model.train()
+    with stop_signals() as stop:
+        while True:
+            if run.evaluation_due():
+                run.evaluate_and_save()
+            if run.snapshot_due():
+                run.save(f"step_{progress.step:06d}.pt")
+            if stop.signal or run.finished():
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(progress.step, config)
+            loss, norm = train_step(runner, optimizer, next_batch, config, engine)
+            progress.step += 1
+            run.report(loss, norm)
+    if stop.signal:
+        run.save("latest.pt")
+        raise Stopped(stop.signal)
+    run.finish()
+    return progress
+
+
+class Run:
+    """The book-keeping of the loop above: evaluates, reports, samples and saves."""
+
+    def __init__(self, model, tokenizer, corpus, config, engine, out_dir, optimizer, batches,
+                 progress):
+        self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
+        self.engine, self.out_dir, self.optimizer = engine, out_dir, optimizer
+        self.batches, self.progress = batches, progress
+        self.metrics = MetricsLog(out_dir, progress.step)
+        self.first_step, self.started = progress.step, time.perf_counter()
+        self.latest = 0.0, 0.0  # loss and gradient norm of the latest step
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Tokens per second are counted from here: evaluations and logging stay outside."""
+        self.clock, self.clock_step = time.perf_counter(), self.progress.step
+
+    def finished(self) -> bool:
+        """At max_steps, or out of patience."""
+        c, p = self.config, self.progress
+        return p.step >= c.max_steps or (c.patience > 0 and p.stale >= c.patience)
+
+    def evaluation_due(self) -> bool:
+        """At every eval_interval and at the end, but not again right after a resume."""
+        c, p = self.config, self.progress
+        due = p.step % c.eval_interval == 0 or p.step >= c.max_steps
+        return due and p.evaluated_at != p.step
+
+    def snapshot_due(self) -> bool:
+        """At every checkpoint_interval, but not where the run began."""
+        c, p = self.config, self.progress
+        return (c.checkpoint_interval > 0 and p.step > self.first_step
+                and p.step % c.checkpoint_interval == 0)
+
+    def check_finite(self) -> None:
+        """Raises UserError if the latest loss or gradient was not a number: the weights are lost.
+
+        Subtle: with float16 the scaler expects infinite gradients now and then, and skips them."""
+        loss, norm = (float(value) for value in self.latest)
+        if not (math.isfinite(loss) and (self.engine.scaler.is_enabled() or math.isfinite(norm))):
+            raise UserError(
+                f"the loss is {loss} and the gradient's norm {norm} after step "
+                f"{self.progress.step}; what was saved before is intact; try a --learning_rate "
+                f"below {self.config.learning_rate}, a longer --warmup_steps or --dtype float32"
+            )
+
+    def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """After each step; where they are due, a status line and a metrics record."""
+        c, p = self.config, self.progress
+        self.latest = loss, norm  # still on the device: reading them every step would slow it down
+        if p.step % c.log_interval == 0 or p.step >= c.max_steps:
+            self.check_finite()
+            now = time.perf_counter()
+            tokens = c.batch_size * c.grad_accum * self.model.config.block_size
+            rate = (p.step - self.clock_step) * tokens / (now - self.clock)
+            left = (c.max_steps - p.step) * (now - self.started) / (p.step - self.first_step)
+            lr = get_lr(p.step - 1, c)
+            self.metrics.write(step=p.step, loss=loss.item(), lr=lr, grad_norm=norm.item(),
+                               tokens_per_second=round(rate))
+            show_status(f"step {p.step}/{c.max_steps} | loss {loss.item():.4f} | lr {lr:.2e} | "
+                        f"{rate:,.0f} tokens/s | {duration(left)} left")
+            self.restart_clock()
+
+    def evaluate_and_save(self) -> None:
+        """Estimates both losses, shows a sample, saves latest.pt and a new best as best.pt."""
+        p = self.progress
+        self.check_finite()
+        losses = estimate_loss(self.model, self.corpus, self.config, self.engine)
+        p.evaluated_at = p.step
+        p.stale += 1
+        if losses["val"] < p.best_val:
+            p.best_val, p.best_step, p.stale = losses["val"], p.step, 0
+        self.metrics.write(
+            step=p.step, train_loss=losses["train"], val_loss=losses["val"],
+            val_perplexity=math.exp(losses["val"]), seconds=time.perf_counter() - self.started,
+        )
+        say(
+            f"step {p.step}: train loss {losses['train']:.4f}, validation loss "
+            f"{losses['val']:.4f}, perplexity {math.exp(losses['val']):.2f}"
+            + (" (best so far)" if p.stale == 0 else "")
+        )
+        self.show_sample()
+        if p.stale == 0:
+            self.save("best.pt")
+        self.save("latest.pt")
+        self.restart_clock()
+
+    def show_sample(self) -> None:
+        """A few lines from the model as it is, always with the same dice."""
+        if self.config.sample_chars == 0:
+            return
+        dice = torch.Generator(self.engine.device).manual_seed(0)
+        start = torch.zeros((1, 1), dtype=torch.long, device=self.engine.device)
+        with self.engine.autocast():
+            ids = self.model.generate(start, self.config.sample_chars, 0.8, generator=dice)
+        text = self.tokenizer.decode(ids[0, 1:].tolist()).strip("\n")
+        say("".join(f"    | {line}\n" for line in text.split("\n")))
+
+    def save(self, name: str) -> None:
+        """Writes out_dir/name with everything that resuming or generating needs."""
+        self.check_finite()
+        save_checkpoint(self.out_dir / name, {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.engine.scaler.state_dict(),
+            "model_config": asdict(self.model.config),
+            "train_config": asdict(self.config),
+            "tokenizer": self.tokenizer.to_dict(),
+            "progress": asdict(self.progress),
+            "random": random_states(self.batches),
+            "corpus_sha256": self.corpus.sha256,
+        })
+
+    def finish(self) -> None:
+        """The honest figure of the best checkpoint, and the curves."""
+        p, best = self.progress, self.out_dir / "best.pt"
+        if p.stale and p.step < self.config.max_steps:
+            say(f"stopped early: no better validation loss in {p.stale} evaluations")
+        self.model.load_state_dict(load_checkpoint(best)["model"])
+        nats = evaluate(self.model, self.corpus.val, self.engine.device)
+        self.metrics.write(step=p.best_step, full_val_loss=nats)
+        plot_losses(self.out_dir)
+        say(f"trained in {duration(time.perf_counter() - self.started)}; the best model is of step "
+            f"{p.best_step}: {best}")
+        say(score_line(nats, self.tokenizer, self.corpus))
+
+
+# ==================================================================================================
+# Generation
+#
+# Problem   The model gives a probability for every next token. Text needs one of them, again and
+#           again.
+# Answer    Draw a token, append it, ask again. How to draw is the whole art:
+#
+#           temperature  Divide the logits by it before the softmax. Below 1 the likely get likelier
+#                        and the text safer; above 1 it gets wilder; 0 always takes the likeliest.
+#           top-k        Only the k likeliest may be drawn [Fan et al. 2018, section 5.4].
+#           top-p        Only the smallest set of likeliest tokens whose probabilities reach p
+#                        [Holtzman et al. 2020, section 3.1]: few candidates where the model is
+#                        sure, many where it is not.
+#
+# Example   logits 2, 1, 0 -> probabilities 0.67, 0.24, 0.09. At temperature 0.5 they are 0.87,
+#           0.12, 0.02. With top_p = 0.7 the first two stay: the first alone reaches only 0.67.
+# Shapes    logits (B, V) -> next token (B, 1)
+# Try it    --temperature 0 soon goes round in circles ("the seas of the seas of the ..."): the
+#           likeliest text is not a typical one. --temperature 2 writes no words at all.
+# ==================================================================================================
+
+
+def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
+    """Sets the logits (B, V) of tokens that may not be drawn to minus infinity.
+
+    >>> logits = torch.log(torch.tensor([[0.1, 0.5, 0.4]]))
+    >>> filter_logits(logits, top_k=1).exp().tolist()
+    [[0.0, 0.5, 0.0]]
+    >>> filter_logits(logits, top_p=0.45).exp().tolist()     # 0.5 alone reaches 0.45
+    [[0.0, 0.5, 0.0]]
+    """
+    if top_k is None and top_p is None:
+        return logits
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # likeliest first
+    banned = torch.zeros_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        banned[:, top_k:] = True
+        ranked = ranked.masked_fill(banned, float("-inf"))
+    if top_p is not None:
+        p = torch.softmax(ranked, dim=-1)
+        # Subtle: a token stays if the mass *before* it is short of top_p, so the one that crosses
+        # the line stays too, and the first always does.
+        banned |= p.cumsum(dim=-1) - p >= top_p
+    banned = torch.zeros_like(banned).scatter(-1, order, banned)  # back in vocabulary order
+    return logits.masked_fill(banned, float("-inf"))
+
+
+def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token for each row of logits (B, V): (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = filter_logits(logits.float() / temperature, top_k, top_p)
+    return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1, generator=generator)
+
+
+def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                  generator=None):
+    """Yields max_new_tokens times the next token of each row of idx (B, T), as (B, 1).
+
+    The model sees the latest block_size tokens: older ones have slid out of its window."""
+    for _ in range(max_new_tokens):
+        with evaluating(model):
+            logits, _ = model(idx[:, -model.config.block_size :])
+        token = draw_token(logits[:, -1], temperature, top_k, top_p, generator)
+        idx = torch.cat([idx, token], dim=1)
+        yield token
+
+
+def until_stop(pieces, stop: str | None):
+    """Yields the text of pieces up to, and without, the first occurrence of stop.
+
+    What may be the beginning of stop is held back until the next piece decides.
+
+    >>> list(until_stop(["ab", "c", "\\n", "\\n", "d"], stop="\\n\\n"))
+    ['ab', 'c']
+    >>> list(until_stop(["ab", "\\n", "c"], stop="\\n\\n"))
+    ['ab', '\\nc']
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop and stop in held:
+            held = held[: held.index(stop)]
+            break
+        keep = 0
+        if stop:
+            keep = max(n for n in range(len(stop)) if held.endswith(stop[:n]))
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
+def write_text(model, tokenizer, config: GenerateConfig, engine, seed: int, out) -> None:
+    """Writes the prompt and its continuation to the text stream `out`, as it is produced.
+
+    Several samples are drawn side by side, as the rows of one batch, and written one after the
+    other with a line between them."""
+    if config.top_k is not None and config.top_k > tokenizer.vocab_size:
+        raise UserError(
+            f"--top_k {config.top_k}: must be at most {tokenizer.vocab_size}, the size of the "
+            "vocabulary"
+        )
+    try:
+        prompt = torch.tensor([tokenizer.encode(config.prompt)] * config.num_samples)
+    except UserError as problem:
+        raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
+    dice = torch.Generator(engine.device).manual_seed(seed)
+    with engine.autocast():
+        tokens = stream_tokens(
+            model, prompt.to(engine.device), config.max_tokens, config.temperature, config.top_k,
+            config.top_p, dice,
+        )
+        if config.num_samples == 1:
+            texts = [(tokenizer.decode(token[0].tolist()) for token in tokens)]
+        else:
+            rows = torch.cat([prompt[:, :0], *(token.cpu() for token in tokens)], dim=1)
+            texts = [[tokenizer.decode(row)] for row in rows.tolist()]
+        for i, text in enumerate(texts):
+            if i > 0:
+                out.write("---------------\n")
+            out.write(config.prompt)
+            for piece in until_stop(text, config.stop):
+                out.write(piece)
+                out.flush()
+            out.write("\n")
+            out.flush()
+
+
+# ==================================================================================================
+# Engine room [optional reading]
+#
+# Nothing here changes what is computed, only where, how fast and who hears about it: the device
+# and its number formats, compilation, signals, what is printed and logged, and finding the corpus.
+# ==================================================================================================
+
+# ---- Devices and precision -----------------------------------------------------------------------
+#
+# Problem   Most of the time goes into matrix products, and hardware multiplies 16-bit numbers
+#           several times faster than 32-bit ones.
+# Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
+#           stay float32; `autocast` runs each matrix product in 16 bits.
+#           bfloat16 has float32's range (8 exponent bits) and just 8 bits of precision: it needs
+#           no care. float16 is finer, but gradients below 6e-8 vanish: the loss is multiplied by a
+#           large number before backward() and the gradients divided by it after (GradScaler).
+# Try it    Train the laptop preset with --dtype float32 and with --dtype bfloat16, and compare the
+#           tokens/s: on a processor that has bfloat16 instructions, the second is faster.
+
+
+@dataclass
+class Engine:
+    """Where and how precisely to compute. In float32, autocast and scaler are there and do nothing,
+    so that no caller needs an `if`."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self):
+        """A context for forward passes."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+def find_device(name: str) -> torch.device:
+    """auto: the best device present. Raises UserError for one that is not."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in present if present[kind]))
+    choices = "auto, " + ", ".join(kind for kind in present if present[kind])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; this machine has {choices}") from None
+    in_range = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+    if not present.get(device.type) or not in_range:
+        raise UserError(f"--device {name}: not found here; this machine has {choices}")
+    return device
+
+
+def make_engine(device_name: str = "auto", dtype_name: str = "auto") -> Engine:
+    """auto picks the fastest format that needs no care and that the device has in hardware."""
+    device = find_device(device_name)
+    if dtype_name == "auto":
+        dtype_name = "float32"
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype_name = "bfloat16" if bf16 else "float16"
+        elif device.type == "cpu":
+            able = getattr(torch.cpu, "get_capabilities", dict)()
+            if able.get("avx512_bf16") or able.get("amx_bf16"):
+                dtype_name = "bfloat16"
+    return Engine(device, getattr(torch, dtype_name))
+
+
+# ---- Compilation ---------------------------------------------------------------------------------
+
+
+def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch.Generator):
+    """The model through torch.compile if asked for; the model itself, with one warning, if that
+    fails here. Compiling happens at the first use, so one micro-step is tried and forgotten."""
+    if not config.compile:
+        return model
+    before = random_states(batches)
+    say("compiling the model: this takes a minute or two")
+    try:
+        compiled = torch.compile(model)
+        model.train()
+        with engine.autocast():
+            compiled(*next_batch())[1].backward()
+        return compiled
+    except Exception as problem:  # whatever a compiler may raise, training can go on without it
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        say(f"warning: torch.compile does not work here, going on without it ({reason})")
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+        restore_random_states(before, batches)
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM arrived and everything is saved. args[0] is the signal's number."""
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, the first Ctrl-C or SIGTERM only sets .signal; the second ends the process."""
+    stop = argparse.Namespace(signal=0)
+    previous = {}
+
+    def on_signal(number, frame):
+        stop.signal = number
+        for s in previous:
+            signal.signal(s, signal.SIG_DFL)
+        say("stopping after this step; once more to stop at once")
+
+    with contextlib.suppress(ValueError):  # only the main thread may listen for signals
+        for s in (signal.SIGINT, signal.SIGTERM):
+            previous[s] = signal.signal(s, on_signal)
+    try:
+        yield stop
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+# ---- What is printed and logged ------------------------------------------------------------------
+
+_status_width = 0  # of the status line that stands on the terminal, 0 if none does
+
+
+def say(text: str = "") -> None:
+    """A line to stderr, where everything goes but generated text and scores."""
+    global _status_width
+    if _status_width:
+        print("\r" + " " * _status_width + "\r", end="", file=sys.stderr)
+        _status_width = 0
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_status(text: str) -> None:
+    """Progress: rewritten in place on a terminal, a line of its own in a pipe or a file."""
+    global _status_width
+    if not sys.stderr.isatty():
+        return say(text)
+    text = text[: shutil.get_terminal_size().columns - 1]
+    print("\r" + text.ljust(_status_width), end="", file=sys.stderr, flush=True)
+    _status_width = len(text)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(75), duration(3700)
+    ('1m15s', '1h01m')
+    """
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def score_line(nats: float, tokenizer, corpus: Corpus) -> str:
+    """The validation score in three units."""
+    n_tokens = len(corpus.val) - 1
+    n_characters = len(tokenizer.decode(corpus.val[1:].tolist()))
+    bits = bits_per_character(nats, n_tokens, n_characters)
+    return (f"full validation split, {n_tokens:,} tokens: {nats:.4f} nats per token, perplexity "
+            f"{math.exp(nats):.2f}, {bits:.4f} bits per character")
+
+
+class MetricsLog:
+    """metrics.jsonl: one record a line. A resumed run drops what lies beyond its starting step."""
+
+    def __init__(self, out_dir: Path, first_step: int):
+        self.path = out_dir / "metrics.jsonl"
+        kept = [r for r in read_metrics(out_dir) if r["step"] <= first_step] if first_step else []
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def write(self, **record) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(out_dir: Path) -> list[dict]:
+    """The records of a run; a last line cut short by a crash is left out."""
+    path, records = out_dir / "metrics.jsonl", []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def plot_losses(out_dir: Path) -> None:
+    """loss.png: both curves, the minimum marked. Needs matplotlib, and does without."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no loss.png: pip install matplotlib to get one")
+    records = [r for r in read_metrics(out_dir) if "val_loss" in r]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [r["step"] for r in records]
+    axes.plot(steps, [r["train_loss"] for r in records], label="training")
+    axes.plot(steps, [r["val_loss"] for r in records], label="validation")
+    loss, step = min((r["val_loss"], r["step"]) for r in records)
+    axes.plot(step, loss, "o", color="black")
+    axes.annotate(f"{loss:.3f} at step {step}", (step, loss), xytext=(0, 12),
+                  textcoords="offset points", ha="right")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out_dir / "loss.png", dpi=120)
+
+
+# ---- Finding the corpus --------------------------------------------------------------------------
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+def read_text(path: Path) -> str:
+    """A text file as str. Raises UserError if it is missing, empty or not UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark Windows adds
+    except FileNotFoundError:
+        raise UserError(f"--data {path}: no such file; check the name") from None
+    except UnicodeDecodeError as problem:
+        raise UserError(
+            f"--data {path}: not UTF-8 text (byte {problem.start}); save it as UTF-8"
+        ) from None
+    except OSError as problem:
+        raise UserError(f"--data {path}: {problem.strerror}; name a readable text file") from None
+    if not text:
+        raise UserError(f"--data {path}: the file is empty; name one with text in it")
+    return text
+
+
+def find_corpus(data: str | None) -> Path:
+    """--data if given; else Tiny Shakespeare, downloaded at need; else, loudly, the sample."""
+    if data is not None:
+        return Path(data)
+    path = DATA / "input.txt"
+    if path.exists():
+        return path
+    try:
+        import download_data
+
+        download_data.download(path)
+        return path
+    except (ImportError, OSError) as problem:
+        bar = "!" * 80
+        say(f"{bar}\nTiny Shakespeare is not here: {problem}\nTraining on the small sample "
+            f"{DATA / 'sample.txt'} instead: expect far poorer text.\nFor the real corpus, connect "
+            "and run `python download_data.py`, or import a copy\nwith `python download_data.py "
+            f"--source FILE`; or train on a text of yours with --data.\n{bar}")
+        return DATA / "sample.txt"
+
+
+# ==================================================================================================
+# The command line [optional reading]
+#
+# Problem   Every setting should be a flag, and a slip of the finger should cost one line to read.
+# Answer    Flags are made from the dataclasses of "Configuration". A flag that was not typed stays
+#           absent, so one can tell "the user wants 6" from "6 is the default": settings come from
+#           the defaults, then the preset, then the flags.
+# ==================================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a mistake raises UserError and the message offers a near miss."""
+
+    def error(self, message):
+        prefix, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown:
+            flag = unknown.split()[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"{flag}: unknown; " + (
+                f"did you mean {close[0]}?" if close else "see --help for what there is"
+            )
+        raise UserError(message.removeprefix("argument "))
+
+
+def yes_or_no(text: str) -> bool:
+    """The value of a switch: --bias, --bias true and --bias false are all understood."""
+    try:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+            text.lower()
+        ]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+
+
+def add_flags(group, config_class, skip=()) -> None:
+    """A flag for each field of a dataclass. Not typed means absent from the result."""
+    for f in fields(config_class):
+        if f.name in skip:
+            continue
+        rule = f.metadata
+        shown = "" if f.default is None else f" ({f.default!r})"
+        options = dict(help=rule["help"] + shown, default=argparse.SUPPRESS)
+        if rule["kind"] is bool:
+            group.add_argument(f"--{f.name}", type=yes_or_no, nargs="?", const=True,
+                               metavar="BOOL", **options)
+            options["help"] = argparse.SUPPRESS
+            group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", **options)
+        else:
+            metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else f.name.upper()
+            group.add_argument(f"--{f.name}", type=rule["kind"], metavar=metavar, **options)
+
+
+def build_parser() -> Parser:
+    """The flags, grouped by the chapters they belong to."""
+    parser = Parser(prog="minigpt.py", allow_abbrev=False,
+                    description="Train a GPT on Shakespeare, and write with it.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="presets:\n" + "\n".join(
+                        f"  {name:8} {p.about}; takes {p.takes}" for name, p in PRESETS.items()))
+    common = parser.add_argument_group("common")
+    common.add_argument("--mode", choices=sorted(MODES), default=None, help="what to do")
+    common.add_argument("--data", metavar="PATH", help="a UTF-8 text (data/input.txt)")
+    common.add_argument("--out_dir", metavar="PATH", default="out", help="the run's folder (out)")
+    common.add_argument("--checkpoint", metavar="PATH",
+                        help="the checkpoint to use (best.pt of out_dir; to resume, latest.pt)")
+    common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    common.add_argument("--resume", action="store_true",
+                        help="train on from latest.pt, or from --checkpoint, with its settings")
+    add_flags(parser.add_argument_group("the model (Configuration)"), GPTConfig, ("vocab_size",))
+    add_flags(parser.add_argument_group("training (Learning)"), TrainConfig)
+    add_flags(parser.add_argument_group("writing (Generation)"), GenerateConfig)
+    return parser
+
+
+def given_settings(args, config_class) -> dict:
+    """The fields of a config that were typed on the command line."""
+    return {f.name: getattr(args, f.name) for f in fields(config_class) if hasattr(args, f.name)}
+
+
+def choose_preset(name: str, device: torch.device) -> tuple[str, Preset]:
+    """The preset by its name; auto goes by the device. Says which it is."""
+    if name != "auto" and name not in PRESETS:
+        raise UserError(f"--preset {name}: unknown; choose one of auto, {', '.join(PRESETS)}")
+    why = "as asked"
+    if name == "auto":
+        name = "laptop" if device.type == "cpu" else "gpt"
+        why = f"chosen for {device.type}"
+    preset = PRESETS[name]
+    others = ", ".join(other for other in PRESETS if other != name)
+    say(f"preset {name} ({why}): {preset.about}; takes {preset.takes}. Others, by --preset: "
+        f"{others}")
+    return name, preset
+
+
+def fresh_configs(args, device) -> tuple[dict, TrainConfig]:
+    """The settings of a new run: defaults, then the preset, then the flags that were typed."""
+    name, preset = choose_preset(getattr(args, "preset", "auto"), device)
+    chosen = {**preset.settings, **given_settings(args, GPTConfig),
+              **given_settings(args, TrainConfig), "preset": name}
+    names = {f.name for f in fields(GPTConfig)}
+    model = {k: v for k, v in chosen.items() if k in names}
+    if not hasattr(args, "min_lr"):  # a peak typed below the preset's floor takes it down along
+        chosen["min_lr"] = min(chosen.get("min_lr", TrainConfig.min_lr),
+                               chosen.get("learning_rate", TrainConfig.learning_rate))
+    return model, TrainConfig(**{k: v for k, v in chosen.items() if k not in names})
+
+
+def resumed_configs(args, state: dict, path: Path) -> tuple[GPTConfig, TrainConfig]:
+    """The settings of a run to go on with: the checkpoint's, and what may change of the typed."""
+    model_config = GPTConfig(**state["model_config"])
+    train_config = TrainConfig(**state["train_config"])
+    changes = {}
+    for config in (model_config, train_config):
+        for f in fields(config):
+            old, new = getattr(config, f.name), getattr(args, f.name, None)
+            if new is None or new == old or (f.name == "preset" and new == "auto"):
+                continue
+            if not f.metadata["resume"]:
+                raise UserError(f"--{f.name} {new}: cannot change on --resume, {path} was trained "
+                                f"with {old}; leave the flag out, or start a new run")
+            changes[f.name] = new
+    return model_config, replace(train_config, **changes)
+
+
+def make_folder(path: Path) -> None:
+    """Creates out_dir and proves that it can be written to, before any work is done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as problem:
+        raise UserError(f"--out_dir {path}: cannot write there ({problem.strerror}); choose "
+                        "another folder") from None
+
+
+def set_aside(out_dir: Path) -> None:
+    """Moves the files of an earlier run to out_dir/earlier: a forgotten --resume loses nothing."""
+    names = ("best.pt", "latest.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
+    files = [path for name in names for path in out_dir.glob(name)]
+    if not any(path.suffix == ".pt" for path in files):
+        return
+    earlier = out_dir / "earlier"
+    shutil.rmtree(earlier, ignore_errors=True)
+    earlier.mkdir()
+    for path in files:
+        path.replace(earlier / path.name)
+    say(f"{out_dir} held a run: it is in {earlier} until the next new one (--resume goes on with "
+        "a run)")
+
+
+def run_train(args) -> None:
+    """--mode train"""
+    out_dir = Path(args.out_dir)
+    state = None
+    if args.resume:
+        path = Path(args.checkpoint) if args.checkpoint else out_dir / "latest.pt"
+        state = load_checkpoint(path)
+        model_config, config = resumed_configs(args, state, path)
+        engine = make_engine(args.device, config.dtype)
+    elif args.checkpoint:
+        raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
+    else:
+        engine = make_engine(args.device, getattr(args, "dtype", "auto"))
+        model_settings, config = fresh_configs(args, engine.device)
+        GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
+    make_folder(out_dir)
+    config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
+    corpus_path = find_corpus(args.data)
+    text = read_text(corpus_path)
+    if state:
+        model, tokenizer = model_from_checkpoint(state)
+    else:
+        tokenizer = CharTokenizer.train(text)
+        torch.manual_seed(config.seed)
+        model = build_model(GPTConfig(vocab_size=tokenizer.vocab_size, **model_settings))
+    corpus = encode_corpus(text, tokenizer, model.config.block_size)
+    if state and corpus.sha256 != state["corpus_sha256"]:
+        raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
+                        f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
+    if not state:
+        set_aside(out_dir)
+    model.to(engine.device)
+    say(f"corpus {corpus_path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
+        f"tokens, vocabulary {tokenizer.vocab_size}")
+    say(f"model {model.config.model}: {model.num_parameters():,} parameters "
+        f"({model.num_parameters() / 1e6:.1f}M); device {engine.device}, {engine.dtype_name}, "
+        f"{torch.get_num_threads()} threads")
+    settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
+    (out_dir / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if state:
+        say(f"resuming {path} at step {state['progress']['step']}")
+    train(model, tokenizer, corpus, config, engine, out_dir, state)
+
+
+def load_for_use(args) -> tuple[LanguageModel, CharTokenizer, dict, Path]:
+    """The checkpoint that generate and eval work with: --checkpoint, or best.pt of --out_dir."""
+    path = Path(args.checkpoint) if args.checkpoint else Path(args.out_dir) / "best.pt"
+    state = load_checkpoint(path)
+    return *model_from_checkpoint(state), state, path
+
+
+def run_generate(args) -> None:
+    """--mode generate"""
+    config = GenerateConfig(**given_settings(args, GenerateConfig))
+    seed = given_settings(args, TrainConfig).get("seed", TrainConfig.seed)
+    engine = make_engine(args.device, getattr(args, "dtype", "auto"))
+    model, tokenizer, state, path = load_for_use(args)
+    say(f"{path}: step {state['progress']['step']}, {model.num_parameters():,} parameters")
+    write_text(model.to(engine.device), tokenizer, config, engine, seed, sys.stdout)
+
+
+def run_eval(args) -> None:
+    """--mode eval"""
+    engine = make_engine(args.device, "float32")
+    model, tokenizer, state, path = load_for_use(args)
+    corpus_path = find_corpus(args.data)
+    corpus = encode_corpus(read_text(corpus_path), tokenizer, model.config.block_size)
+    if corpus.sha256 != state["corpus_sha256"]:
+        say(f"note: {corpus_path} is not the text that {path} was trained on")
+    nats = evaluate(model.to(engine.device), corpus.val, engine.device)
+    print(score_line(nats, tokenizer, corpus))
+
+
+MODES = {"train": run_train, "generate": run_generate, "eval": run_eval}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [a.partition("=") for a in argv]  # --max-steps is understood as --max_steps
+    argv = [f[0].replace("-", "_").replace("__", "--", 1) + f[1] + f[2]
+            if f[0].startswith("--") else "".join(f) for f in flags]
+    try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.mode is None:
+            raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
+        MODES[args.mode](args)
+        return 0
+    except UserError as problem:
+        say(f"error: {problem}")
+        return 2
+    except Stopped as stopped:
+        say("saved; go on with --resume")
+        return 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        say()
+        return 130
+    except BrokenPipeError:  # the reader of our text has left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

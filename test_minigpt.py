@@ -1,0 +1,1510 @@
+"""
+The laws of minigpt, chapter by chapter in the order of minigpt.py.
+
+    pytest -v                       everything; offline; about a minute on two cores
+    pytest -v -k attention          one topic
+
+A test's name states a law; its docstring says why it holds and what change would break it. The
+references are computed in float64, by torch or by hand. What a user types is tested by running the
+real command; nothing is replaced by a stand-in, except the mirrors' addresses by a local server's.
+"""
+
+import ast
+import collections
+import concurrent.futures
+import contextlib
+import doctest
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import download_data
+import minigpt
+from minigpt import (
+    GPT,
+    MLP,
+    PRESETS,
+    Block,
+    CausalSelfAttention,
+    CharTokenizer,
+    Engine,
+    GenerateConfig,
+    GPTConfig,
+    LayerNorm,
+    TrainConfig,
+    UserError,
+    clip_gradients,
+    draw_token,
+    encode_corpus,
+    estimate_loss,
+    evaluate,
+    filter_logits,
+    get_batch,
+    get_lr,
+    load_checkpoint,
+    main,
+    make_optimizer,
+    save_checkpoint,
+    train_step,
+    until_stop,
+)
+
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "data" / "sample.txt"
+CPU = Engine(torch.device("cpu"), torch.float32)
+SMALL = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
+
+
+def small_config(**changes):
+    return GPTConfig(**{**SMALL, **changes})
+
+
+def small_model(seed=0, **changes):
+    """A tiny GPT in float64 with weights large enough for every part to matter."""
+    torch.manual_seed(seed)
+    model = minigpt.build_model(small_config(**changes)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ==================================================================================================
+# The book
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("name", [
+    name for name, test in ((t.name, t) for t in doctest.DocTestFinder().find(minigpt))
+    if test.examples
+])
+def test_worked_example_in_a_docstring_is_true(name):
+    """The numbers in the text are run, so prose and code cannot drift apart."""
+    test = {t.name: t for t in doctest.DocTestFinder().find(minigpt)}[name]
+    out = io.StringIO()
+    failed, attempted = doctest.DocTestRunner().run(test, out=out.write)
+    assert attempted > 0 and failed == 0, out.getvalue()
+
+
+def test_the_map_of_chapters_is_the_order_of_the_chapters():
+    """The title page promises chapters in an order; the banners keep the promise."""
+    promised = re.findall(r"^    ([A-Z][a-z]+(?: [a-z]+)*)  +[a-z]", minigpt.__doc__, re.M)
+    source = (HERE / "minigpt.py").read_text(encoding="utf-8")
+    kept = re.findall(r"^# ={60,}\n# ([A-Z].*?)(?: \[optional reading\])?\n#", source, re.M)
+    assert promised == kept and len(kept) >= 10
+
+
+def test_numbers_in_the_comments_of_the_parts_are_true():
+    """The examples that stand in comments, where doctest does not look."""
+    assert_close(LayerNorm(2)(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]), 1e-4)
+    q, k, v = (torch.tensor([[[x]] for x in xs]).view(1, 1, 2, 1)
+               for xs in ((0.0, 2.0), (1.0, 3.0), (10.0, 20.0)))
+    attention = CausalSelfAttention(small_config(n_head=1))
+    assert round(attention.attend(q, k, v)[0, 0, 1].item(), 1) == 19.8
+    gelu = F.gelu(torch.tensor([2.0, 0.0, -2.0]), approximate="tanh")
+    assert [round(x, 2) for x in gelu.tolist()] == [1.95, 0.0, -0.05]
+    p = torch.softmax(torch.tensor([2.0, 1.0, 0.0]), -1)
+    assert [round(x, 2) for x in p.tolist()] == [0.67, 0.24, 0.09]
+    p = torch.softmax(torch.tensor([2.0, 1.0, 0.0]) / 0.5, -1)
+    assert [round(x, 2) for x in p.tolist()] == [0.87, 0.12, 0.02]
+    assert round(math.log(65), 2) == 4.17
+
+
+def test_readme_names_only_flags_that_exist():
+    """A flag that was renamed must not live on in the README."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    known = set(minigpt.build_parser()._option_string_actions) | {"--source", "--upgrade"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
+    assert named and named <= known
+
+
+def test_sample_text_has_the_form_of_the_corpus_and_repeats_no_line():
+    """Speaker in capitals, verse lines, a blank line; long enough; nothing twice."""
+    text = SAMPLE.read_text(encoding="utf-8")
+    assert len(text.encode()) >= 50 * 1024
+    lines = [line for line in text.split("\n") if line]
+    assert len(lines) == len(set(lines))
+    for speech in text.strip("\n").split("\n\n"):
+        speaker, *verse = speech.split("\n")
+        assert re.fullmatch(r"[A-Z' -]+:", speaker) and len(verse) >= 4
+        assert all(len(line) <= 60 and line == line.strip() for line in verse)
+
+
+# ==================================================================================================
+# Configuration
+# ==================================================================================================
+
+
+def test_every_config_field_is_a_flag_with_its_help_and_default():
+    """A setting exists once: the command line is made from the dataclasses."""
+    help_text = " ".join(minigpt.build_parser().format_help().split())
+    for config in (GPTConfig, TrainConfig, GenerateConfig):
+        for f in fields(config):
+            if f.name == "vocab_size":  # the tokenizer decides it
+                continue
+            assert f"--{f.name} " in help_text, f.name
+            assert f.metadata["help"] in help_text, f.name
+            if f.default is not None:
+                assert f.metadata["help"] + f" ({f.default!r})" in help_text, f.name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_valid_and_sets_only_known_fields(name):
+    """A misspelt field in a preset would be silently ignored, or crash at the user's."""
+    args = minigpt.build_parser().parse_args(["--mode", "train", "--preset", name])
+    model, train_config = minigpt.fresh_configs(args, torch.device("cpu"))
+    config = GPTConfig(vocab_size=65, **model)
+    chosen = {**asdict(config), **asdict(train_config)}
+    assert {k: chosen[k] for k in PRESETS[name].settings} == PRESETS[name].settings
+    assert train_config.preset == name
+
+
+def test_defaults_are_those_of_the_reference():
+    """The design's reference model: others build on these values."""
+    c = GPTConfig(vocab_size=65)
+    assert (c.block_size, c.n_layer, c.n_head, c.n_embd, c.dropout) == (256, 6, 6, 384, 0.2)
+    t = TrainConfig()
+    assert (t.batch_size, t.grad_accum, t.learning_rate) == (64, 4, 3e-4)
+
+
+@pytest.mark.parametrize("name, millions", [("gpt", "10.7"), ("laptop", "0.8"), ("gpt2", "85.9")])
+def test_parameter_count_of_preset(name, millions):
+    """With Shakespeare's 65 characters; GPT-2's 124M includes a vocabulary of 50,257."""
+    names = {f.name for f in fields(GPTConfig)}
+    settings = {k: v for k, v in PRESETS[name].settings.items() if k in names}
+    with torch.device("meta"):
+        assert f"{GPT(GPTConfig(vocab_size=65, **settings)).num_parameters() / 1e6:.1f}" == millions
+
+
+def test_flags_override_the_preset_and_the_preset_overrides_the_defaults():
+    """Three layers, in this order; a lower peak takes the floor of the schedule with it."""
+    def chosen(*argv):
+        args = minigpt.build_parser().parse_args(["--mode", "train", *argv])
+        return minigpt.fresh_configs(args, torch.device("cpu"))
+
+    model, config = chosen("--preset", "mini", "--n_layer", "3")
+    assert model["n_layer"] == 3 and model["n_embd"] == PRESETS["mini"].settings["n_embd"]
+    assert config.grad_clip == TrainConfig.grad_clip
+    _, config = chosen("--preset", "mini", "--learning_rate", "1e-6")
+    assert config.min_lr == 1e-6
+    assert chosen()[1].preset == "laptop"  # auto, on a CPU
+    assert chosen("--bias", "false")[0]["bias"] is chosen("--no_bias")[0]["bias"] is False
+    assert chosen("--bias")[0]["bias"] is True
+
+
+# ==================================================================================================
+# Text to integers
+# ==================================================================================================
+
+
+def test_characters_come_back_unharmed():
+    """decode(encode(text)) == text; ids are 0 .. V-1 in the order of the sorted characters."""
+    for text in (SAMPLE.read_text(encoding="utf-8"), "é\u0000\r\n\t🎭z\u2028"):
+        tokenizer = CharTokenizer.train(text)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert set(ids) == set(range(tokenizer.vocab_size))
+        assert tokenizer.itos == sorted(set(text))
+        assert all(tokenizer.stoi[tokenizer.itos[i]] == i for i in ids)
+    assert CharTokenizer.train("ab").encode("") == []
+
+
+def test_saved_tokenizer_is_the_same_tokenizer(tmp_path):
+    """Also for characters that JSON or a text file could mangle."""
+    tokenizer = CharTokenizer.train("\r\n\t\"\\é🎭\u2028 ")
+    tokenizer.save(tmp_path)
+    assert CharTokenizer.load(tmp_path).itos == tokenizer.itos
+    assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))).stoi == \
+        tokenizer.stoi
+
+
+def test_unknown_character_is_named():
+    """The user must learn which character it was, and where."""
+    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) at position 2 .* 4 characters"):
+        CharTokenizer.train("abcd").encode("abüd")
+
+
+# ==================================================================================================
+# Batches
+# ==================================================================================================
+
+
+def test_targets_are_the_inputs_shifted_by_one():
+    """On tokens 0, 1, 2, ... a token's successor is itself plus one. Fails for a shift of two."""
+    x, y = get_batch(torch.arange(100), block_size=8, batch_size=64)
+    assert x.shape == y.shape == (64, 8) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x, x[:, :1] + torch.arange(8))
+
+
+def test_every_window_of_the_corpus_can_be_drawn():
+    """The first and the last included: an end off by one would lose a token, or crash."""
+    x, y = get_batch(torch.arange(12), block_size=8, batch_size=500)
+    assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
+    assert y.max() == 11
+    x, _ = get_batch(torch.arange(9), block_size=8, batch_size=3)
+    assert set(x[:, 0].tolist()) == {0}
+
+
+def test_batches_come_from_their_generator_alone():
+    """The same state gives the same batches, and the global random state does not move."""
+    before = torch.get_rng_state()
+    draws = [get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0] for s in
+             (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_split_is_by_position_and_loses_nothing():
+    """Nine tenths, then the rest. Fails if the parts are swapped or overlap."""
+    text = SAMPLE.read_text(encoding="utf-8")
+    tokenizer = CharTokenizer.train(text)
+    corpus = encode_corpus(text, tokenizer, 64)
+    assert len(corpus.train) == int(0.9 * len(text))
+    assert tokenizer.decode(corpus.train.tolist()) + tokenizer.decode(corpus.val.tolist()) == text
+    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_corpus_must_hold_one_window_in_each_part():
+    """100 characters leave 10 for validation: enough for windows of 9 + 1 tokens and no more."""
+    text = "ab" * 50
+    tokenizer = CharTokenizer.train(text)
+    assert len(encode_corpus(text, tokenizer, 9).val) == 10
+    with pytest.raises(UserError, match="validation part has 10 tokens, and --block_size 10"):
+        encode_corpus(text, tokenizer, 10)
+
+
+# ==================================================================================================
+# The parts
+# ==================================================================================================
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layernorm_equals_torch_in_value_and_gradient(bias):
+    """Fails for a variance over C - 1, a missing eps, a forgotten gain or bias."""
+    torch.manual_seed(0)
+    ours, theirs = LayerNorm(6, bias).double(), nn.LayerNorm(6, bias=bias).double()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        nn.init.normal_(p)
+        q.data.copy_(p.data)
+    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
+        x = (torch.randn(2, 3, 6, dtype=torch.float64) * scale + offset).requires_grad_()
+        z = x.detach().clone().requires_grad_()
+        weight = torch.randn(2, 3, 6, dtype=torch.float64)
+        assert_close(ours(x), theirs(z))
+        (ours(x) * weight).sum().backward()
+        (theirs(z) * weight).sum().backward()
+        assert_close(x.grad, z.grad)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert_close(p.grad, q.grad, 1e-9)
+            p.grad = q.grad = None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("T", [1, 2, 8])
+def test_attention_explicit_equals_fused_equals_torch_multihead(bias, T):
+    """Three implementations, one function, in value and in every gradient. Fails for a missing
+    1/sqrt(hs), a mask off by one, heads split along the wrong axis, q and k exchanged."""
+    torch.manual_seed(0)
+    config = small_config(n_embd=12, n_head=3, bias=bias)
+    ours = CausalSelfAttention(config).double()
+    reference = nn.MultiheadAttention(12, 3, bias=bias, batch_first=True).double()
+    reference.in_proj_weight.data.copy_(ours.c_attn.weight)
+    reference.out_proj.weight.data.copy_(ours.c_proj.weight)
+    if bias:
+        reference.in_proj_bias.data.copy_(ours.c_attn.bias)
+        reference.out_proj.bias.data.copy_(ours.c_proj.bias)
+    x = torch.randn(2, T, 12, dtype=torch.float64)
+    weight = torch.randn(2, T, 12, dtype=torch.float64)
+    results = []
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for explicit in (True, False, None):
+        z = x.clone().requires_grad_()
+        if explicit is None:
+            module, y = reference, reference(z, z, z, attn_mask=future, need_weights=False)[0]
+            first, last = reference.in_proj_weight, reference.out_proj.weight
+        else:
+            ours.explicit = explicit
+            ours.zero_grad()
+            module, y = ours, ours(z)
+            first, last = ours.c_attn.weight, ours.c_proj.weight
+        (y * weight).sum().backward()
+        results.append([t.clone() for t in (y, z.grad, first.grad, last.grad)])
+        assert all(p.grad is not None for p in module.parameters())
+    for a, b, c in zip(*results):
+        assert_close(a, c)
+        assert_close(b, c)
+
+
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_the_future_cannot_be_seen_by_perturbation(attention):
+    """Changing token t changes the logits at t and later, and nothing before. Fails for a mask off
+    by one in either direction: one too far lets t be seen early, one too short hides it from t."""
+    model = small_model(attention=attention)
+    idx = random_ids(1, 8)
+    before = model(idx)[0]
+    for t in range(8):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 11
+        moved = (model(changed)[0] - before).abs().amax(dim=(0, 2))
+        assert torch.all(moved[:t] == 0)
+        assert torch.all(moved[t:] > 1e-6)
+
+
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_the_future_cannot_be_seen_by_gradient(attention):
+    """d output[t] / d input[s] is zero exactly for s > t: training cannot use the future either."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(small_config(attention=attention)).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
+        seen = gradient.abs().sum(dim=-1)[0] > 1e-12
+        assert seen.tolist() == [s <= t for s in range(6)]
+
+
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_attention_drops_weights_in_training_only(attention):
+    """Dropout acts on the attention weights in both implementations, and never in evaluation."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(small_config(attention=attention, dropout=0.5)).double()
+    layer.resid_dropout.p = 0.0  # leaves only the dropout on the weights
+    x = torch.randn(1, 8, 8, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_mlp_is_its_equation():
+    """GELU in the tanh form, four times as wide inside. Fails for the erf form or a plain ReLU."""
+    torch.manual_seed(0)
+    mlp = MLP(small_config()).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64) * 3
+    h = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+    assert h.shape[-1] == 4 * 8
+    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    assert_close(mlp(x), h @ mlp.c_proj.weight.T + mlp.c_proj.bias)
+
+
+def test_positions_tell_equal_tokens_apart():
+    """The same token everywhere: without position vectors all outputs would be the same."""
+    model = small_model()
+    logits = model(torch.zeros(1, 8, dtype=torch.long))[0][0]
+    assert (logits[0] - logits[1:]).abs().amax(dim=-1).min() > 1e-3
+    nn.init.zeros_(model.wpe.weight)
+    logits = model(torch.zeros(1, 8, dtype=torch.long))[0][0]
+    assert_close(logits, logits[:1].expand_as(logits))
+
+
+# ==================================================================================================
+# The model
+# ==================================================================================================
+
+
+def test_block_is_pre_norm_with_residuals():
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)); a block whose parts are silent passes x on."""
+    torch.manual_seed(0)
+    block = Block(small_config()).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    middle = x + block.attn(F.layer_norm(x, (8,)))
+    assert_close(block(x), middle + block.mlp(F.layer_norm(middle, (8,))))
+    for projection in (block.attn.c_proj, block.mlp.c_proj):
+        nn.init.zeros_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    assert torch.equal(block(x), x)
+
+
+def test_state_dict_has_the_names_of_gpt2():
+    """Other tools find the weights by these names."""
+    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
+             "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
+             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+    expected = ["wte.weight", "wpe.weight"] + [f"h.{i}.{k}" for i in range(2) for k in block] + \
+        ["ln_f.weight", "ln_f.bias", "lm_head.weight"]
+    assert list(GPT(small_config()).state_dict()) == expected
+    assert not any("bias" in k for k in GPT(small_config(bias=False)).state_dict())
+
+
+@pytest.mark.parametrize("name", ["gpt", "laptop", "bigram"])
+def test_initial_loss_is_that_of_knowing_nothing(name):
+    """Near ln V. Fails for weights drawn too large, or logits that start out opinionated."""
+    names = {f.name for f in fields(GPTConfig)}
+    settings = {k: v for k, v in PRESETS[name].settings.items() if k in names}
+    torch.manual_seed(0)
+    model = minigpt.build_model(GPTConfig(vocab_size=65, **settings)).eval()
+    idx = random_ids(2, 65, vocab_size=65)[:, : model.config.block_size + 1]
+    loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+    assert abs(loss - math.log(65)) < 0.15
+
+
+def test_initialization_is_gpt2s():
+    """0.02 everywhere, the projections onto the residual stream smaller by sqrt(2 n_layer)."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=65, n_layer=8, n_embd=192))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+            assert abs(p.mean().item()) < expected / 10, name
+        else:
+            assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
+
+
+def test_head_and_token_table_are_one_matrix():
+    """Tied before and after a step, counted once, and gradients from both uses add up."""
+    model = small_model()
+    assert model.lm_head.weight is model.wte.weight
+    total = sum(p.numel() for p in set(model.state_dict(keep_vars=True).values()))
+    assert model.num_parameters() == total
+    c = TrainConfig(batch_size=2, grad_accum=1, learning_rate=0.1)
+    x = random_ids(2, 9)
+    before = model.wte.weight.detach().clone()
+    train_step(model, make_optimizer(model, c, CPU.device), lambda: (x[:, :-1], x[:, 1:]), c, CPU)
+    assert model.lm_head.weight is model.wte.weight
+    assert not torch.equal(before, model.wte.weight)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_count_formula(bias):
+    """12 C^2 a layer and the two tables, as the chapter says, plus the vectors."""
+    V, T, L, C = 65, 32, 3, 24
+    config = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=2, n_embd=C, bias=bias)
+    vectors = (2 * L + 1) * C + ((2 * L + 1) * C + 9 * L * C if bias else 0)
+    assert GPT(config).num_parameters() == 12 * L * C * C + V * C + T * C + vectors
+
+
+def test_loss_is_the_mean_negative_log_probability():
+    """By hand, in float64. Fails for a sum, a base-2 logarithm, or targets out of line."""
+    model = small_model()
+    idx = random_ids(3, 9)
+    x, y = idx[:, :-1], idx[:, 1:]
+    logits, loss = model(x, y)
+    p = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+    by_hand = -sum(p[b, t, y[b, t]].log() for b in range(3) for t in range(8)) / 24
+    assert abs(loss.item() - by_hand.item()) < 1e-6  # the loss itself is computed in float32
+    assert model(x)[1] is None and logits.shape == (3, 8, 11)
+
+
+def test_too_long_an_input_is_refused():
+    """There are no position vectors beyond block_size."""
+    with pytest.raises(ValueError, match="9 tokens given, but block_size is 8"):
+        small_model()(random_ids(1, 9))
+
+
+def test_one_batch_can_be_memorized():
+    """The first check of any training code: with dropout off, the loss on one batch goes to zero.
+    Targets of pure noise cannot be predicted, only memorized, so every part has to work."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
+    c = TrainConfig(batch_size=4, grad_accum=1, learning_rate=1e-2, min_lr=1e-3, weight_decay=0.0)
+    optimizer = make_optimizer(model, c, CPU.device)
+    idx = random_ids(4, 9)
+    idx[:, 0] = torch.arange(4)  # nothing could tell apart the successors of a shared beginning
+    for _ in range(150):
+        loss, _ = train_step(model, optimizer, lambda: (idx[:, :-1], idx[:, 1:]), c, CPU)
+    assert loss.item() < 0.02
+
+
+def test_bigram_learns_the_frequencies_of_pairs():
+    """Its optimum is known: row i tends to the frequencies of what follows i in the data, and the
+    loss to the conditional entropy."""
+    text = "abracadabra abracadabra"
+    tokenizer = CharTokenizer.train(text)
+    ids = torch.tensor(tokenizer.encode(text))
+    V = tokenizer.vocab_size
+    counts = torch.zeros(V, V)
+    for a, b in itertools.pairwise(ids.tolist()):
+        counts[a, b] += 1
+    frequencies = counts / counts.sum(dim=1, keepdim=True)
+    entropy = -(counts[counts > 0] * frequencies[counts > 0].log()).sum() / counts.sum()
+    model = minigpt.build_model(GPTConfig(vocab_size=V, block_size=len(ids) - 1, model="bigram"))
+    c = TrainConfig(batch_size=1, grad_accum=1, learning_rate=0.3, min_lr=0.1, weight_decay=0.0)
+    optimizer = make_optimizer(model, c, CPU.device)
+    for _ in range(200):
+        loss, _ = train_step(model, optimizer, lambda: (ids[None, :-1], ids[None, 1:]), c, CPU)
+    assert abs(loss.item() - entropy.item()) < 0.01
+    assert_close(torch.softmax(model.wte.weight, dim=-1), frequencies, 0.02)
+
+
+# ==================================================================================================
+# Learning
+# ==================================================================================================
+
+
+def test_optimizer_decays_matrices_only_and_holds_every_parameter_once():
+    """Fails if biases or norm gains are decayed, or if the tied matrix is updated twice."""
+    model = GPT(small_config())
+    decayed, spared = make_optimizer(model, TrainConfig(), CPU.device).param_groups
+    assert decayed["weight_decay"] == TrainConfig.weight_decay and spared["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in spared["params"])
+    held = [id(p) for p in decayed["params"] + spared["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+    assert decayed["betas"] == (TrainConfig.beta1, TrainConfig.beta2)
+
+
+def test_adamw_is_the_equation_in_the_text():
+    """Three steps by hand, with the bias correction and the decoupled decay."""
+    torch.manual_seed(0)
+    c = TrainConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    layer = nn.Linear(3, 2, bias=False).double()
+    w, m, v = layer.weight.detach().clone(), 0.0, 0.0
+    optimizer = make_optimizer(layer, c, CPU.device)
+    for t in (1, 2, 3):
+        g = torch.randn(2, 3, dtype=torch.float64)
+        layer.weight.grad = g.clone()
+        optimizer.step()
+        m, v = c.beta1 * m + (1 - c.beta1) * g, c.beta2 * v + (1 - c.beta2) * g * g
+        m_hat, v_hat = m / (1 - c.beta1**t), v / (1 - c.beta2**t)
+        w = w - c.learning_rate * (m_hat / (v_hat.sqrt() + 1e-8) + c.weight_decay * w)
+        assert_close(layer.weight.detach(), w)
+
+
+def test_schedule_at_named_points():
+    """First step, peak, middle, floor, beyond. Fails for a warm-up off by one."""
+    c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
+    assert [get_lr(s, c) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert get_lr(14, c) == pytest.approx(0.6)  # half-way between peak and floor
+    assert get_lr(9, c) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert get_lr(24, c) == get_lr(1000, c) == 0.2
+    rates = [get_lr(s, c) for s in range(4, 25)]
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    no_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=0, max_steps=10)
+    assert get_lr(0, no_warmup) == 1.0
+    only_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=10, max_steps=5)
+    assert get_lr(4, only_warmup) == pytest.approx(5 / 11)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
+def test_clipping_equals_torch_and_keeps_the_direction(max_norm):
+    """One norm over all tensors; small gradients and max_norm 0 leave everything as it is."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5)]
+    theirs = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5)]
+    for p, q in zip(ours, theirs):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    norm = clip_gradients(ours, max_norm)
+    assert_close(norm, nn.utils.clip_grad_norm_(theirs, max_norm or math.inf))
+    for p, q in zip(ours, theirs):
+        assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_accumulated_micro_batches_equal_the_large_batch(clip):
+    """Same loss, same norm, same weights after two steps, to rounding in float64. Fails if the loss
+    is not divided by grad_accum, or if gradients are clipped or cleared between micro-steps."""
+    idx = random_ids(2, 12, 9)
+    results = []
+    for accum in (1, 3, 12):
+        model = small_model()
+        c = TrainConfig(batch_size=12 // accum, grad_accum=accum, learning_rate=0.01,
+                        grad_clip=clip)
+        optimizer = make_optimizer(model, c, CPU.device)
+        logged = []
+        for step in range(2):
+            parts = iter(idx[step].split(c.batch_size))
+
+            def next_batch(parts=parts):
+                part = next(parts)
+                return part[:, :-1], part[:, 1:]
+
+            logged.append(train_step(model, optimizer, next_batch, c, CPU))
+        results.append((logged, list(model.parameters())))
+    (logged, weights), *others = results
+    for other_logged, other_weights in others:
+        for a, b in zip(itertools.chain(*logged), itertools.chain(*other_logged)):
+            assert_close(a.double(), b.double(), 1e-6)  # losses are float32 by design
+        for a, b in zip(weights, other_weights, strict=True):
+            assert_close(a, b, 2e-5)
+
+
+def test_a_step_descends():
+    """A small step along the gradient lowers the loss. Fails for a sign or a lost gradient."""
+    model = small_model()
+    c = TrainConfig(batch_size=2, grad_accum=1, learning_rate=1e-3, weight_decay=0.0)
+    idx = random_ids(2, 9)
+    batch = idx[:, :-1], idx[:, 1:]
+    before = model(*batch)[1].item()
+    train_step(model, make_optimizer(model, c, CPU.device), lambda: batch, c, CPU)
+    assert model(*batch)[1].item() < before
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_mixed_precision_is_nearly_float32(dtype, tolerance):
+    """Loss and gradient norm agree to the precision of the format: the scaler's factor must have
+    been taken out of the gradients before they are clipped."""
+    idx = random_ids(4, 9)
+    results = []
+    for engine in (CPU, Engine(torch.device("cpu"), dtype)):
+        model = small_model().float()
+        c = TrainConfig(batch_size=4, grad_accum=2, grad_clip=1.0)
+        optimizer = make_optimizer(model, c, engine.device)
+        loss, norm = train_step(model, optimizer, lambda: (idx[:, :-1], idx[:, 1:]), c, engine)
+        results.append((loss.item(), norm.item()))
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+        assert engine.scaler.is_enabled() == (engine.dtype == torch.float16)
+    assert results[0] == pytest.approx(results[1], rel=tolerance)
+    assert results[0] != results[1]  # the narrow format was really used
+
+
+def small_corpus(n=200):
+    ids = random_ids(n)
+    return minigpt.Corpus(ids[: n - 50], ids[n - 50 :], sha256="")
+
+
+def test_estimating_the_loss_leaves_no_trace():
+    """Dropout is off, the global random state stays where it was, the model goes on training, and
+    two estimates of the same weights are the same number."""
+    model = small_model(dropout=0.5)
+    model.train()
+    c = TrainConfig(batch_size=3, eval_batches=4)
+    before = torch.get_rng_state()
+    first, second = (estimate_loss(model, small_corpus(), c, CPU) for _ in range(2))
+    assert first == second and set(first) == {"train", "val"}
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training and first["train"] != first["val"]
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
+def test_evaluation_counts_every_token_once(n):
+    """Token by token with its own window, in float64. Fails if the rest is dropped, if windows
+    overlap, or if a mean of batch means gives a short last batch too much weight."""
+    model = small_model(dropout=0.5)
+    tokens = random_ids(n)
+    total = 0.0
+    model.eval()
+    for t in range(1, n):
+        start = (t - 1) // 8 * 8
+        logits = model(tokens[None, start:t])[0][0, -1]
+        total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
+    model.train()
+    for batch_size in (1, 4, 64):
+        assert evaluate(model, tokens, batch_size=batch_size) == pytest.approx(
+            total / (n - 1), abs=1e-6)
+    assert model.training
+
+
+# ==================================================================================================
+# Checkpoints
+# ==================================================================================================
+
+
+def test_checkpoint_is_tensors_and_plain_values(tmp_path):
+    """So it loads with weights_only=True and comes back equal."""
+    model = small_model()
+    state = {"format": minigpt.CHECKPOINT_FORMAT, "model": model.state_dict(), "step": 3,
+             "best": math.inf, "names": ["é", "\n"]}
+    save_checkpoint(tmp_path / "a.pt", state)
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert {k: v for k, v in loaded.items() if k != "model"} == \
+        {k: v for k, v in state.items() if k != "model"}
+    assert all(torch.equal(loaded["model"][k], v) for k, v in model.state_dict().items())
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_truncated_or_foreign_checkpoint_is_refused(tmp_path):
+    """At any length: an error that names the file, never a crash or a half-read model."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"format": minigpt.CHECKPOINT_FORMAT, "w": torch.randn(100)})
+    whole = path.read_bytes()
+    for length in (0, 1, 2, 10, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="a.pt"):
+            load_checkpoint(path)
+    for foreign in (b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": "x"}),
+                    b"PK\x03\x04", b"\0" * 1000):
+        path.write_bytes(foreign)
+        with pytest.raises(UserError, match="a.pt"):
+            load_checkpoint(path)
+    for other in ({"format": "other"}, [1, 2], {}):
+        torch.save(other, path)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            load_checkpoint(path)
+
+
+def test_malicious_checkpoint_runs_nothing(tmp_path):
+    """A pickle may hold calls; weights_only=True refuses to make them."""
+    marker = tmp_path / "was_here"
+
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    path = tmp_path / "bad.pt"
+    for write in (lambda: torch.save({"format": Malice()}, path),
+                  lambda: path.write_bytes(pickle.dumps(Malice()))):
+        write()
+        with pytest.raises(UserError, match="bad.pt"):
+            load_checkpoint(path)
+        assert not marker.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_failed_write_leaves_the_old_checkpoint(tmp_path):
+    """A disk that refuses more bytes (here: a limit on the size of a file) costs the new file and
+    nothing else. Fails if the checkpoint is written in place, or if the partial file stays."""
+    import resource
+
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"format": minigpt.CHECKPOINT_FORMAT, "step": 1})
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write a.pt"):
+            save_checkpoint(path, {"w": torch.randn(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.pt"]
+
+
+# ==================================================================================================
+# The training loop, through the real entry point
+# ==================================================================================================
+
+TINY = ["--mode", "train", "--preset", "laptop", "--data", str(SAMPLE), "--device", "cpu",
+        "--dtype", "float32", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size",
+        "16", "--batch_size", "4", "--grad_accum", "2", "--max_steps", "6", "--eval_interval", "3",
+        "--eval_batches", "2", "--warmup_steps", "2", "--log_interval", "1", "--dropout", "0.1"]
+
+
+def run_main(*argv):
+    """The command in this process: its exit code, and its lines on stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(a) for a in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+def train_tiny(out_dir, *argv):
+    code, out, err = run_main(*TINY, "--out_dir", out_dir, *argv)
+    assert code == 0 and out == "", err
+    return err
+
+
+def weights_of(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics_of(out_dir):
+    return minigpt.read_metrics(out_dir)
+
+
+def step_losses(out_dir):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics_of(out_dir) if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """One small finished run that several tests look at."""
+    folder = tmp_path_factory.mktemp("tiny")
+    err = train_tiny(folder, "--checkpoint_interval", "2")
+    return folder, err
+
+
+def test_a_run_writes_what_it_promises(tiny_run):
+    """best, latest and snapshots named after completed steps; metrics and config; the score."""
+    folder, err = tiny_run
+    assert {p.name for p in folder.iterdir()} - {"loss.png"} == {
+        "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
+        "metrics.jsonl", "config.json"}
+    for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
+        assert load_checkpoint(folder / f"{name}.pt")["progress"]["step"] == step
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["train_config"]["max_steps"] == 6 and config["model_config"]["n_embd"] == 16
+    assert [r["step"] for r in metrics_of(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in metrics_of(folder) if "val_loss" in r] == [0, 3, 6]
+    assert "4,032 parameters (0.0M)" in err or re.search(r"model gpt: [\d,]+ parameters", err)
+    assert "    | " in err  # a sample at each evaluation
+
+
+def test_best_checkpoint_has_the_lowest_validation_loss(tiny_run):
+    """And the score printed at the end is the one that eval gives for it."""
+    folder, err = tiny_run
+    evaluations = [r for r in metrics_of(folder) if "val_loss" in r]
+    best = min(evaluations, key=lambda r: r["val_loss"])
+    assert load_checkpoint(folder / "best.pt")["progress"]["step"] == best["step"]
+    assert all(r["val_perplexity"] == math.exp(r["val_loss"]) for r in evaluations)
+    code, out, _ = run_main("--mode", "eval", "--data", SAMPLE, "--out_dir", folder)
+    assert code == 0 and out.strip() == err.strip().split("\n")[-1]
+    assert "nats per token" in out and "perplexity" in out and "bits per character" in out
+    state = load_checkpoint(folder / "best.pt")
+    model, tokenizer = minigpt.model_from_checkpoint(state)
+    corpus = encode_corpus(minigpt.read_text(SAMPLE), tokenizer, 16)
+    assert f"{evaluate(model, corpus.val):.4f} nats" in out
+
+
+def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
+    """Recomputed from the model at its start: both micro-batches, not the last one alone."""
+    folder, _ = tiny_run
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    torch.manual_seed(config["train_config"]["seed"])
+    model = minigpt.build_model(GPTConfig(**config["model_config"])).train()
+    text = minigpt.read_text(SAMPLE)
+    corpus = encode_corpus(text, CharTokenizer.train(text), 16)
+    batches = torch.Generator().manual_seed(config["train_config"]["seed"])
+    losses = [model(*get_batch(corpus.train, 16, 4, batches))[1].item() for _ in range(2)]
+    first = step_losses(folder)[0][1]
+    assert first == pytest.approx(sum(losses) / 2, abs=1e-6)
+    assert first != pytest.approx(losses[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_resumed_run_is_the_run_it_would_have_been(tiny_run, tmp_path, k):
+    """k steps, resume, the rest: bit-identical weights, optimizer, and logged losses, with dropout
+    and accumulation on; 3 is right after an evaluation. Fails if any random state, the optimizer
+    or the step is not restored, or if the evaluation is repeated and counted twice."""
+    folder, _ = tiny_run
+    train_tiny(tmp_path, "--checkpoint_interval", "1", "--max_steps", "6")
+    shutil.copy(tmp_path / f"step_00000{k}.pt", tmp_path / "k.pt")
+    for name in ("best.pt", "latest.pt"):
+        (tmp_path / name).unlink()
+    code, _, err = run_main("--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume",
+                            "--checkpoint", tmp_path / "k.pt")
+    assert code == 0, err
+    assert_same_weights(folder / "latest.pt", tmp_path / "latest.pt")
+    assert step_losses(folder) == step_losses(tmp_path)
+    a, b = (load_checkpoint(f / "latest.pt") for f in (folder, tmp_path))
+    for p, states in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][p][k]) for k, v in states.items())
+    assert all(torch.equal(v, b["random"][k]) for k, v in a["random"].items() if k != "cuda")
+    assert [r["step"] for r in metrics_of(tmp_path) if "val_loss" in r] == [0, 3, 6]
+
+
+def test_watching_changes_nothing(tiny_run, tmp_path):
+    """Evaluating, sampling, logging and saving more or less often: the same weights. Fails if any
+    of them draws from the training's random state."""
+    folder, _ = tiny_run
+    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_chars", "5",
+               "--log_interval", "4", "--checkpoint_interval", "0")
+    assert_same_weights(folder / "latest.pt", tmp_path / "latest.pt")
+
+
+def test_another_seed_is_another_run(tiny_run, tmp_path):
+    """And the same seed the same run: the seed reaches weights, batches and dropout."""
+    folder, _ = tiny_run
+    train_tiny(tmp_path / "a")
+    assert_same_weights(folder / "latest.pt", tmp_path / "a" / "latest.pt")
+    train_tiny(tmp_path / "b", "--seed", "1")
+    assert step_losses(folder)[0] != step_losses(tmp_path / "b")[0]
+
+
+def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
+    """max_steps may change; what gives the earlier steps their meaning may not: the refusal names
+    both values and leaves the files alone."""
+    train_tiny(tmp_path)
+    resume = ["--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume"]
+    before = (tmp_path / "latest.pt").read_bytes()
+    for flag, new, old in (("n_embd", 32, 16), ("batch_size", 8, 4), ("learning_rate", 0.5, 0.002),
+                           ("preset", "mini", "laptop")):
+        code, _, err = run_main(*resume, f"--{flag}", new)
+        last = err.strip().split("\n")[-1]
+        assert code == 2 and last.startswith(f"error: --{flag} {new}: ") and f"{old}" in last
+    other = tmp_path / "other.txt"
+    other.write_text(SAMPLE.read_text(encoding="utf-8")[:-1], encoding="utf-8")
+    code, _, err = run_main(*resume, "--data", other)
+    assert code == 2 and "other.txt: cannot change on --resume; its sha256" in err
+    assert (tmp_path / "latest.pt").read_bytes() == before
+    code, _, err = run_main(*resume, "--max_steps", "8", "--preset", "laptop")
+    assert code == 0, err
+    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 8
+
+
+def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
+    """A forgotten --resume must not cost a night's work."""
+    train_tiny(tmp_path, "--max_steps", "2")
+    old = (tmp_path / "best.pt").read_bytes()
+    train_tiny(tmp_path, "--max_steps", "1")
+    assert (tmp_path / "earlier" / "best.pt").read_bytes() == old
+    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 1
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    """With a vanishing learning rate the first evaluation stays the best one: two more are one too
+    many for a patience of two. The best checkpoint is that of the first."""
+    err = train_tiny(tmp_path, "--learning_rate", "1e-30", "--weight_decay", "0", "--eval_interval",
+                     "1", "--patience", "2", "--max_steps", "50")
+    assert "stopped early: no better validation loss in 2 evaluations" in err
+    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 2
+    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] == 0
+
+
+def test_broken_loss_stops_the_run_and_spares_the_checkpoints(tmp_path):
+    """A learning rate of 1e30 blows up at once: one error line, and the files are still those of
+    step 0, whose weights are numbers."""
+    code, _, err = run_main(*TINY, "--out_dir", tmp_path, "--learning_rate", "1e30", "--grad_clip",
+                            "0", "--log_interval", "100", "--checkpoint_interval", "2")
+    last = err.strip().split("\n")[-1]
+    assert code == 2 and last.startswith("error: the loss is ") and "--learning_rate" in last
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
+    state = load_checkpoint(tmp_path / "latest.pt")
+    assert state["progress"]["step"] == 0
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_torn_metrics_line_does_not_stop_a_resume(tmp_path):
+    """A crash can cut the last line short; records beyond the resumed step are dropped."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 9, "lo')
+    code, _, err = run_main("--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume",
+                            "--checkpoint", tmp_path / "step_000004.pt")
+    assert code == 0, err
+    assert [s for s, *_ in step_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(tmp_path, number, code):
+    """Ctrl-C or SIGTERM in mid-run: latest.pt is of the last completed step, and resumes."""
+    command = [sys.executable, HERE / "minigpt.py", *TINY, "--max_steps", "1000000",
+               "--eval_interval", "1000000", "--out_dir", tmp_path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 20/"):
+            process.send_signal(number)
+    assert process.wait(60) == code, "".join(lines)
+    assert lines[-1] == "saved; go on with --resume\n"
+    step = load_checkpoint(tmp_path / "latest.pt")["progress"]["step"]
+    assert step >= 20
+    code, _, err = run_main("--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume",
+                            "--max_steps", step + 1)
+    assert code == 0 and f"resuming {tmp_path / 'latest.pt'} at step {step}" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals of POSIX")
+def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(tiny_run, tmp_path):
+    """On a terminal the line is rewritten after a carriage return; in a file there are none."""
+    import pty
+
+    _, err = tiny_run
+    assert "\r" not in err and len(re.findall(r"^step \d/6 \| loss", err, re.M)) == 6
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, HERE / "minigpt.py", *TINY, "--out_dir", tmp_path,
+                                "--sample_chars", "0"], stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # how the end looks to the reader on Linux
+        while piece := os.read(master, 65536):
+            shown += piece
+    os.close(master)
+    assert process.wait(60) == 0
+    screen = [line.rpartition(b"\r")[2] for line in shown.replace(b"\r\n", b"\n").split(b"\n")]
+    assert len(re.findall(rb"\rstep \d/6 \|", shown)) == 6
+    assert not any(b"tokens/s |" in line for line in screen)  # each was wiped before real text
+
+
+# ==================================================================================================
+# Generation
+# ==================================================================================================
+
+
+def kept(probabilities, **options):
+    """Which tokens of one distribution may still be drawn."""
+    logits = torch.tensor([probabilities], dtype=torch.float64).log()
+    return filter_logits(logits, **options).isfinite()[0].tolist()
+
+
+@pytest.mark.parametrize("k, expected", [(1, "0100"), (2, "0101"), (3, "1101"), (4, "1111")])
+def test_top_k_keeps_the_k_likeliest(k, expected):
+    assert kept([0.2, 0.4, 0.1, 0.3], top_k=k) == [c == "1" for c in expected]
+
+
+def test_top_k_keeps_exactly_k_among_equals():
+    """Ties must not let more than k through."""
+    assert sum(kept([0.25] * 4, top_k=2)) == 2
+
+
+@pytest.mark.parametrize("p, expected", [
+    (0.01, "0100"), (0.5, "0100"), (0.51, "0101"), (0.75, "0101"), (0.76, "1101"), (0.875, "1101"),
+    (0.88, "1111"), (1.0, "1111"),
+])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
+    """The probabilities are exact in binary, so the boundary is exact too: 0.5 alone reaches 0.5,
+    and for 0.51 the token that crosses the line stays. Fails if it is cut, or if one more stays."""
+    assert kept([0.125, 0.5, 0.125, 0.25], top_p=p) == [c == "1" for c in expected]
+
+
+def test_top_p_works_on_what_top_k_left():
+    """0.4 and 0.3 are 4/7 and 3/7 of what is left: 0.57 is reached by the first alone."""
+    assert kept([0.2, 0.4, 0.1, 0.3], top_k=2, top_p=0.57) == [False, True, False, False]
+    assert kept([0.2, 0.4, 0.1, 0.3], top_k=2, top_p=0.58) == [False, True, False, True]
+
+
+def test_filters_leave_the_surviving_odds_alone():
+    """Survivors keep their logits, row by row; no filter leaves everything."""
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    for options in (dict(top_k=3), dict(top_p=0.7), dict(top_k=5, top_p=0.5), {}):
+        filtered = filter_logits(logits, **options)
+        alive = filtered.isfinite()
+        assert torch.equal(filtered[alive], logits[alive]) and alive.any(dim=-1).all()
+        assert torch.equal(logits.argmax(-1), filtered.argmax(-1))
+    assert torch.equal(filter_logits(logits), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_tempered_distribution(temperature):
+    """100,000 draws against p^(1/T) normalized. Fails if logits are multiplied by the temperature
+    instead of divided."""
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    logits = p.log().expand(100_000, 4)
+    drawn = draw_token(logits, temperature, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (100_000, 1)
+    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    assert_close(drawn.flatten().bincount(minlength=4) / 100_000, expected, 0.01)
+
+
+def test_temperature_zero_is_greedy_and_tiny_temperatures_are_safe():
+    """No division by zero, no overflow to NaN."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
+    assert draw_token(logits, temperature=0).tolist() == [[1], [0]]
+    assert draw_token(logits, temperature=1e-30).tolist() == [[1], [0]]
+
+
+def test_generation_continues_and_crops_the_context():
+    """Greedy text, step by step from the latest block_size tokens, far beyond block_size."""
+    model = small_model()
+    model.train()
+    idx = random_ids(2, 3)
+    before = torch.get_rng_state()
+    out = model.generate(idx, 20, temperature=0)
+    assert out.shape == (2, 23) and torch.equal(out[:, :3], idx) and model.training
+    for t in range(3, 23):
+        logits, _ = model(out[:, max(0, t - 8) : t])
+        assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(model.generate(idx, 0), idx)
+
+
+def test_same_dice_same_text():
+    """A seeded generator repeats the text, another one does not, and the global state is free."""
+    model = small_model()
+    texts = [model.generate(random_ids(1, 1), 30, generator=torch.Generator().manual_seed(s))
+             for s in (1, 1, 2)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_stop_text_ends_the_stream_however_it_is_cut():
+    """What comes out is the text before the first stop, for every way of cutting it in pieces;
+    nothing is lost, doubled, or shown too early."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("ab\n", k=rng.randrange(12)))
+        stop = "".join(rng.choices("ab\n", k=rng.randrange(1, 4)))
+        pieces, rest = [], text
+        while rest:
+            n = rng.randrange(1, 4)
+            pieces, rest = pieces + [rest[:n]], rest[n:]
+        assert "".join(until_stop(pieces, stop)) == text.split(stop)[0]
+        assert "".join(until_stop(pieces, None)) == text
+
+
+def test_only_the_text_goes_to_stdout(tiny_run):
+    """So that output can be piped; the same seed gives the same text, the prompt leads it."""
+    folder, _ = tiny_run
+    generate = ["--mode", "generate", "--out_dir", folder, "--prompt", "THE", "--max-tokens", "40"]
+    code, out, err = run_main(*generate)
+    assert code == 0 and out.startswith("THE") and out.endswith("\n") and len(out) == 3 + 40 + 1
+    assert "best.pt" in err
+    assert run_main(*generate)[1] == out
+    assert run_main(*generate, "--seed", "2")[1] != out
+    assert len(run_main(*generate, "--max_tokens", "0")[1]) == 4
+
+
+def test_several_samples_are_several_texts(tiny_run):
+    """Separated by a line; each continues the prompt; --stop ends each by itself."""
+    folder, _ = tiny_run
+    generate = ["--mode", "generate", "--out_dir", folder, "--prompt", "I", "--num_samples", "3"]
+    code, out, _ = run_main(*generate, "--max_tokens", "30", "--temperature", "1.5")
+    texts = out.split("---------------\n")
+    assert code == 0 and len(set(texts)) == 3 and all(len(t) == 32 and t[0] == "I" for t in texts)
+    code, out, _ = run_main(*generate, "--max_tokens", "400", "--stop", "e")
+    assert code == 0 and "e" not in out
+    code, out, _ = run_main(*generate, "--temperature", "0", "--top_k", "1", "--top_p", "1.0")
+    assert len(set(out.rstrip("\n").split("\n---------------\n"))) == 1
+
+
+def test_text_streams_as_it_is_drawn(tiny_run):
+    """The first characters arrive long before the last. Fails if output is held until the end."""
+    folder, _ = tiny_run
+    command = [sys.executable, HERE / "minigpt.py", "--mode", "generate", "--out_dir", folder,
+               "--prompt", "A", "--max_tokens", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    process.stdout.close()
+    process.stderr.close()
+    assert first.startswith(b"A") and len(first) == 20
+
+
+# ==================================================================================================
+# Engine room
+# ==================================================================================================
+
+
+def test_device_and_precision_are_found():
+    """auto takes what is there; the CPU is always there."""
+    assert minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
+    engine = minigpt.make_engine("cpu", "auto")
+    assert engine.device.type == "cpu" and engine.dtype in (torch.float32, torch.bfloat16)
+    assert minigpt.make_engine("cpu", "bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match="--device nonsense: unknown; this machine has auto, .*cpu"):
+        minigpt.find_device("nonsense")
+    with pytest.raises(UserError, match="--device cuda:99: not found here"):
+        minigpt.find_device("cuda:99")
+
+
+def test_compilation_that_fails_falls_back_with_one_warning(tmp_path):
+    """Without a C++ compiler torch.compile cannot work on a CPU: one warning, and the run is the
+    same as without it."""
+    env = {**os.environ, "CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
+           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, HERE / "minigpt.py", *TINY, "--max_steps", "2", "--out_dir"]
+    done = subprocess.run([*command, tmp_path / "a", "--compile"], env=env, capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    if "torch.compile does not work here" not in done.stderr:
+        pytest.fail("compilation worked without a compiler:\n" + done.stderr)
+    assert done.stderr.count("warning") == 1 and "Traceback" not in done.stderr
+    train_tiny(tmp_path / "b", "--max_steps", "2")
+    assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+
+
+def test_loss_curve_is_drawn_where_matplotlib_is(tiny_run):
+    """And one line says what to install where it is not."""
+    folder, err = tiny_run
+    try:
+        import matplotlib  # noqa: F401
+
+        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    except ImportError:
+        assert "pip install matplotlib" in err and not (folder / "loss.png").exists()
+
+
+# ---- The downloader, against a local server ------------------------------------------------------
+
+BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers by path: good, truncated, altered, html, long, missing, slow, flaky or drip."""
+
+    hits = collections.Counter()
+
+    def do_GET(self):
+        kind = self.path.strip("/")
+        self.hits[kind] += 1
+        if kind == "missing" or (kind == "flaky" and self.hits[kind] == 1):
+            return self.send_error(404 if kind == "missing" else 503)
+        if kind == "slow":
+            time.sleep(1.5)
+        body = {"altered": BODY[:-1] + b"!", "html": b"<html>sign in</html>", "long": BODY * 2}
+        body = body.get(kind, BODY)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client may have left
+            if kind == "drip":
+                for i in range(20):
+                    self.wfile.write(body[i : i + 1])
+                    time.sleep(0.1)
+            self.wfile.write(body[: len(body) // 2] if kind == "truncated" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A real HTTP server on this machine; the checksum is that of the body it serves."""
+    monkeypatch.setattr(download_data, "SIZE", len(BODY))
+    monkeypatch.setattr(download_data, "SHA256", hashlib.sha256(BODY).hexdigest())
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    Handler.hits.clear()
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+QUICK = dict(backoff=0.01, connect_timeout=1.0, read_timeout=0.3, deadline=0.6)
+
+
+def test_download_puts_the_checked_bytes_in_place(server, tmp_path):
+    """Also into a folder that does not exist yet; no temporary file stays behind."""
+    target = tmp_path / "data" / "input.txt"
+    download_data.download(target, [f"{server}/good"], **QUICK)
+    assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
+
+
+@pytest.mark.parametrize("kind, why, hits", [
+    ("truncated", "broke off", 2), ("altered", "altered", 1), ("html", "a web page", 1),
+    ("long", "more than", 1), ("missing", "HTTP status 404", 1), ("slow", "no answer in time", 2),
+    ("drip", "no answer in time", 2),
+])
+def test_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
+    """Each ends in an error that says why, tries again only what may pass, and leaves the old
+    file byte for byte. Fails if a check is skipped or the file is written before it."""
+    target = tmp_path / "input.txt"
+    target.write_bytes(b"old")
+    with pytest.raises(download_data.DownloadError, match=why):
+        download_data.download(target, [f"{server}/{kind}"], **QUICK)
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["input.txt"]
+    assert Handler.hits[kind] == hits
+
+
+def test_mirrors_are_tried_in_turn(server, tmp_path, capsys):
+    """A dead one, a missing one, one that recovers: the corpus arrives from the third."""
+    target = tmp_path / "input.txt"
+    dead = "http://127.0.0.1:9/dead"
+    download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], **QUICK)
+    assert target.read_bytes() == BODY
+    assert "no connection" in capsys.readouterr().err
+    assert Handler.hits == {"missing": 1, "flaky": 2}
+    with pytest.raises(download_data.DownloadError, match="no connection.*404"):
+        download_data.download(target, [dead, f"{server}/missing"], **QUICK)
+
+
+def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
+    """From a file or an address; a wrong one is refused and nothing changes."""
+    copy, target = tmp_path / "copy.txt", tmp_path / "input.txt"
+    copy.write_bytes(BODY)
+    download_data.import_copy(str(copy), target)
+    assert target.read_bytes() == BODY
+    download_data.import_copy(f"{server}/good", target)
+    copy.write_bytes(BODY[:-1])
+    for source in (str(copy), str(tmp_path / "none.txt"), str(tmp_path)):
+        with pytest.raises(download_data.DownloadError, match=re.escape(source)):
+            download_data.import_copy(source, target)
+    assert target.read_bytes() == BODY
+
+
+def test_train_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
+    """The same function, the same place; the second time the file is simply used."""
+    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
+    monkeypatch.setattr(minigpt, "DATA", tmp_path)
+    for _ in range(2):
+        assert minigpt.find_corpus(None) == tmp_path / "input.txt"
+    assert (tmp_path / "input.txt").read_bytes() == BODY and Handler.hits["good"] == 1
+
+
+# ==================================================================================================
+# The command line, as a user types it
+# ==================================================================================================
+
+
+def run_command(*argv, cwd=HERE, script="minigpt.py", **env):
+    """The real command in a process of its own."""
+    return subprocess.run([sys.executable, script, *map(str, argv)], cwd=cwd, capture_output=True,
+                          env={**os.environ, **env}, text=True, encoding="utf-8", timeout=120)
+
+
+MISTAKES = {
+    "no mode": ([], "--mode"),
+    "unknown mode": (["--mode", "dance"], "dance"),
+    "misspelt flag": (["--mode", "train", "--max_stepz", "5"], "did you mean --max_steps?"),
+    "missing value": (["--mode", "train", "--max_steps"], "--max_steps"),
+    "not a number": (["--mode", "train", "--max_steps", "many"], "many"),
+    "not a switch": (["--mode", "train", "--bias", "maybe"], "maybe"),
+    "missing data": (["--mode", "train", "--data", "nowhere.txt"], "nowhere.txt"),
+    "empty data": (["--mode", "train", "--data", "{tmp}/empty.txt"], "empty"),
+    "data is a folder": (["--mode", "train", "--data", "{tmp}"], "{tmp}"),
+    "data is not UTF-8": (["--mode", "train", "--data", "{tmp}/latin.txt"], "UTF-8"),
+    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 128"),
+    "heads do not divide": (["--mode", "train", "--n_head", "3"], "--n_head 3"),
+    "zero layers": (["--mode", "train", "--n_layer", "0"], "--n_layer 0"),
+    "negative batch": (["--mode", "train", "--batch_size", "-4"], "--batch_size -4"),
+    "negative steps": (["--mode", "train", "--max_steps", "-1"], "--max_steps -1"),
+    "dropout of one": (["--mode", "train", "--dropout", "1.0"], "--dropout 1.0"),
+    "rate is not finite": (["--mode", "train", "--learning_rate", "nan"], "--learning_rate nan"),
+    "floor above peak": (["--mode", "train", "--min_lr", "9"], "--min_lr 9"),
+    "unknown preset": (["--mode", "train", "--preset", "huge"], "--preset huge"),
+    "unknown device": (["--mode", "train", "--device", "tpu"], "--device tpu"),
+    "unknown precision": (["--mode", "train", "--dtype", "int4"], "--dtype int4"),
+    "unknown attention": (["--mode", "train", "--attention", "flash"], "--attention flash"),
+    "unwritable out_dir": (["--mode", "train", "--data", "{sample}", "--out_dir",
+                            "{tmp}/empty.txt/out"], "--out_dir {tmp}/empty.txt/out"),
+    "nothing to resume": (["--mode", "train", "--resume", "--out_dir", "{tmp}/none"], "latest.pt"),
+    "checkpoint without resume": (["--mode", "train", "--checkpoint", "{run}/best.pt"], "--resume"),
+    "no checkpoint": (["--mode", "generate", "--out_dir", "{tmp}/none"], "best.pt"),
+    "checkpoint is a folder": (["--mode", "eval", "--checkpoint", "{tmp}"], "{tmp}"),
+    "truncated checkpoint": (["--mode", "generate", "--checkpoint", "{tmp}/cut.pt"], "cut.pt"),
+    "foreign checkpoint": (["--mode", "eval", "--checkpoint", "{tmp}/latin.txt"], "latin.txt"),
+    "top_k of zero": (["--mode", "generate", "--out_dir", "{run}", "--top_k", "0"], "--top_k 0"),
+    "top_k too large": (["--mode", "generate", "--out_dir", "{run}", "--top_k", "66"],
+                        "--top_k 66: must be at most"),
+    "top_p of zero": (["--mode", "generate", "--out_dir", "{run}", "--top_p", "0"], "--top_p 0"),
+    "top_p above one": (["--mode", "generate", "--out_dir", "{run}", "--top_p", "1.1"],
+                        "--top_p 1.1"),
+    "negative temperature": (["--mode", "generate", "--out_dir", "{run}", "--temperature", "-1"],
+                             "--temperature -1"),
+    "no samples": (["--mode", "generate", "--out_dir", "{run}", "--num_samples", "0"],
+                   "--num_samples 0"),
+    "negative tokens": (["--mode", "generate", "--out_dir", "{run}", "--max_tokens", "-5"],
+                        "--max_tokens -5"),
+    "empty prompt": (["--mode", "generate", "--out_dir", "{run}", "--prompt", ""], "--prompt"),
+    "empty stop": (["--mode", "generate", "--out_dir", "{run}", "--stop", ""], "--stop"),
+    "unknown character": (["--mode", "generate", "--out_dir", "{run}", "--prompt", "naïve"],
+                          "'ï' (U+00EF)"),
+    "unknown character in eval": (["--mode", "eval", "--out_dir", "{run}", "--data",
+                                   "{tmp}/greek.txt"], "(U+03BB)"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tiny_run, tmp_path_factory):
+    """The arguments of a mistake and what its message must hold, with real files behind them."""
+    run, tmp = tiny_run[0], tmp_path_factory.mktemp("mistakes")
+    (tmp / "empty.txt").write_bytes(b"")
+    (tmp / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    (tmp / "short.txt").write_bytes(b"to be or not to be")
+    (tmp / "greek.txt").write_text("λόγος " * 500, encoding="utf-8")
+    (tmp / "cut.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
+
+    def fill(name):
+        argv, named = MISTAKES[name]
+        argv = [a.format(tmp=tmp, run=run, sample=SAMPLE) for a in argv]
+        # Where the mistake is not about the output, it must not touch the user's out folder.
+        out = [] if "--out_dir" in argv else ["--out_dir", str(tmp / "out")]
+        data = ["--data", str(SAMPLE)] if "--data" not in argv and "train" in argv else []
+        return argv + data + out, named.format(tmp=tmp, run=run)
+
+    return fill
+
+
+def check_mistake(code, out, err, named):
+    lines = err.strip().split("\n")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert [line.startswith("error: ") for line in lines].count(True) == 1, err
+    assert lines[-1].startswith("error: ") and named in lines[-1]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistaken, name):
+    """The last line begins with `error: ` and names the flag or file and the value; there is no
+    traceback, and nothing on stdout."""
+    argv, named = mistaken(name)
+    check_mistake(*run_main(*argv), named)
+
+
+def test_mistakes_end_the_real_process_alike(mistaken):
+    """One of each kind in a process of its own: the shell sees exit code 2 and the same line."""
+    kinds = ["no mode", "misspelt flag", "data is not UTF-8", "heads do not divide",
+             "unwritable out_dir", "no checkpoint", "truncated checkpoint", "unknown character"]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for name, done in zip(kinds, pool.map(lambda n: run_command(*mistaken(n)[0]), kinds)):
+            check_mistake(done.returncode, done.stdout, done.stderr, mistaken(name)[1])
+
+
+def test_dashes_and_equals_signs_are_understood():
+    """--max-steps is --max_steps; a value keeps its dashes."""
+    code, _, err = run_main("--mode", "train", "--max-steps=0", "--out-dir", "my-folder")
+    assert code == 2 and "--max_steps 0: must be at least 1" in err
+    code, _, err = run_main("--mode", "train", "--data=no-such-file")
+    assert code == 2 and "no-such-file" in err
+
+
+def test_help_lists_modes_presets_and_chapters():
+    """--help is the reference; it exits with 0."""
+    done = run_command("--help")
+    assert done.returncode == 0
+    for word in (*PRESETS, "train", "generate", "eval", "Learning", "Generation"):
+        assert word in done.stdout
+
+
+def test_reader_that_leaves_early_is_no_error(tiny_run):
+    """`... | head -c 10` closes the pipe while text is still being written."""
+    command = [sys.executable, HERE / "minigpt.py", "--mode", "generate", "--out_dir", tiny_run[0],
+               "--max_tokens", "3000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 0 and "Traceback" not in err and "Exception" not in err
+
+
+def test_end_to_end_offline(tmp_path):
+    """A fresh folder without the corpus and without a network: train falls back to the sample and
+    says so, resumes, evaluates and writes, all as a user would type it."""
+    for name in ("minigpt.py", "download_data.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(SAMPLE, tmp_path / "data")
+    offline = dict(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    tiny = [a for a in TINY if a not in ("--data", str(SAMPLE))]
+
+    done = run_command(*tiny, cwd=tmp_path, **offline)
+    assert done.returncode == 0, done.stderr
+    assert "Training on the small sample" in done.stderr and "--source" in done.stderr
+    done = run_command("--mode", "train", "--resume", "--max_steps", "9", cwd=tmp_path, **offline)
+    assert done.returncode == 0 and "at step 6" in done.stderr, done.stderr
+    done = run_command("--mode", "eval", cwd=tmp_path, **offline)
+    assert done.returncode == 0 and re.search(r"[\d.]+ nats per token", done.stdout), done.stderr
+    done = run_command("--mode", "generate", "--prompt", "THE TIDE:", "--max_tokens", "50",
+                       cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("THE TIDE:"), done.stderr
+    done = run_command(script="download_data.py", cwd=tmp_path, **offline)
+    assert done.returncode == 2 and "\nerror: no source delivered" in done.stderr
+    done = run_command("--source", "data/sample.txt", script="download_data.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: data/sample.txt: truncated")
+    assert not (tmp_path / "data" / "input.txt").exists()
+
+
+def test_only_the_three_core_packages_are_needed():
+    """Everything else is imported where it is used, so that its absence costs nothing."""
+    needed = set()
+    for name in ("minigpt.py", "download_data.py"):
+        tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                needed |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                needed.add(node.module.split(".")[0])
+    assert needed - set(sys.stdlib_module_names) == {"torch", "requests"}
+    requirements = (HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    assert [r for r in requirements if r and not r.startswith("#")] == [
+        "torch>=2.9,<=2.13.0", "pytest", "requests"]
