@@ -1353,7 +1353,7 @@ MISTAKES = {
     "empty data": (["--mode", "train", "--data", "{tmp}/empty.txt"], "empty"),
     "data is a folder": (["--mode", "train", "--data", "{tmp}"], "{tmp}"),
     "data is not UTF-8": (["--mode", "train", "--data", "{tmp}/latin.txt"], "UTF-8"),
-    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 128"),
+    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 64"),
     "heads do not divide": (["--mode", "train", "--n_head", "3"], "--n_head 3"),
     "zero layers": (["--mode", "train", "--n_layer", "0"], "--n_layer 0"),
     "negative batch": (["--mode", "train", "--batch_size", "-4"], "--batch_size -4"),
