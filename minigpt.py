@@ -4,7 +4,7 @@ minigpt: a GPT trained on Shakespeare, from scratch, in one file
 
 A language model answers one question over and over: given the text so far, what comes next? This
 file builds one that answers it well enough to write verse in the manner of Shakespeare: the
-tokenizer, the Transformer, the training loop and the sampler, each derived, written out and run.
+tokenizer, the Transformer, the training loop and the sampler, each explained, written out and run.
 
     pip install -r requirements.txt && python minigpt.py --mode train     # minutes on a laptop
     python minigpt.py --mode generate --prompt "ROMEO:"                   # write with the result
@@ -12,9 +12,11 @@ tokenizer, the Transformer, the training loop and the sampler, each derived, wri
     python minigpt.py --help                                              # every setting
 
 PyTorch supplies tensors, automatic differentiation, Linear and Embedding layers, AdamW and fast
-kernels. What makes a GPT a GPT is written here.
+kernels (a kernel is one compiled routine; a fused one does several operations at once). What makes
+a GPT a GPT is written here. In PyTorch, calling a module, `model(x)`, runs its `forward(x)`.
 
-The chapters, each opening with its problem, its equation, its shapes and an experiment:
+The chapters. Each opens with its problem, and with an equation, shapes and an experiment to try
+where there are such:
 
     Configuration       every number you can turn, once, with its meaning
     Text to integers    characters become numbers and come back unharmed
@@ -29,6 +31,7 @@ The chapters, each opening with its problem, its equation, its shapes and an exp
     The command line    flags in, functions called                           [optional reading]
 
 On a first reading, skip what is marked optional, and every paragraph that opens with `Subtle:`.
+Where an experiment ("Try it") states an outcome, it was run on two CPU cores with seed 1337.
 
 The letters used for shapes, everywhere:
 
@@ -38,8 +41,8 @@ The letters used for shapes, everywhere:
     V   vocabulary: how many different tokens exist, vocab_size
     nh  number of attention heads, n_head;      hs  head size, C / nh
 
-`(B, T, C)` is a tensor of those sizes. A `step` is one update of the weights by the optimizer. A
-`micro-step` is one forward and one backward pass; a step may add up several.
+`(B, T, C)` is a tensor of those sizes. A `step` is one update of the weights by the optimizer; a
+`micro-step` computes the gradient on one batch, and a step may add up several.
 """
 
 import argparse
@@ -49,10 +52,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import types
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -69,12 +74,14 @@ import torch.nn.functional as F
 # Problem   A model is defined by a handful of sizes, a training run by a few more numbers. Each
 #           should exist in exactly one place, be checked before hours are spent on it, and travel
 #           with the weights it produced.
-# Answer    Three dataclasses. A field carries its default, its meaning and its legal range; the
-#           command line is generated from them (so `--n_layer 8` exists because `n_layer` does),
-#           and both configs are stored in every checkpoint.
-# Try it    `python minigpt.py --mode train --preset laptop --n_layer 8 --max_steps 1` prints the
-#           parameter count. Doubling n_layer from 4 to 8 nearly doubles it; doubling n_embd
-#           instead (`--n_embd 256`) nearly quadruples it. "The model" explains why.
+# Answer    Three dataclasses: the model's shape, its training, its use. A field carries its
+#           default, its meaning and its legal range; the command line is generated from them
+#           (`--n_layer 8` exists because `n_layer` does). Checkpoints hold the first two.
+# Reading   Skim it. Each number is explained in the chapter that uses it; for now, know where to
+#           look.
+# Try it    `python minigpt.py --mode train --preset laptop --max_steps 1` prints the number of
+#           parameters: 0.8 million. With `--n_layer 8`, twice the layers, it is 1.6; with
+#           `--n_embd 256`, twice the width, 3.2. "The model" explains why.
 # ==================================================================================================
 
 
@@ -89,9 +96,10 @@ def setting(default, help, choices=None, low=None, high=None, above=None, kind=N
 
     low <= value <= high are inclusive bounds and `above` is an exclusive one. `kind` is the type
     when the default is None, which stands for "off". `resume` marks a setting that may change when
-    a run is resumed, because it does not alter what the steps so far have meant."""
-    rules = dict(help=help, choices=choices, low=low, high=high, above=above, resume=resume)
-    return field(default=default, metadata={**rules, "kind": kind or type(default)})
+    a run is resumed: how long to go on and what to report, but not how the model learns."""
+    return field(default=default, metadata=dict(
+        help=help, choices=choices, low=low, high=high, above=above, resume=resume,
+        kind=kind or type(default)))
 
 
 def check_settings(config) -> None:
@@ -100,16 +108,17 @@ def check_settings(config) -> None:
         rule, value = f.metadata, getattr(config, f.name)
         if value is None:
             continue
-        if rule["choices"] and value not in rule["choices"]:
-            raise UserError(f"--{f.name} {value}: choose one of {', '.join(rule['choices'])}")
-        if rule["kind"] is float and not math.isfinite(value):
-            raise UserError(f"--{f.name} {value}: must be a finite number")
-        if rule["low"] is not None and value < rule["low"]:
-            raise UserError(f"--{f.name} {value}: must be at least {rule['low']}")
-        if rule["high"] is not None and value > rule["high"]:
-            raise UserError(f"--{f.name} {value}: must be at most {rule['high']}")
-        if rule["above"] is not None and value <= rule["above"]:
-            raise UserError(f"--{f.name} {value}: must be greater than {rule['above']}")
+        for broken, demand in (
+            (rule["choices"] and value not in rule["choices"],
+             f"choose one of {', '.join(rule['choices'] or ())}"),
+            (rule["kind"] is float and not math.isfinite(value), "must be a finite number"),
+            (rule["low"] is not None and value < rule["low"], f"must be at least {rule['low']}"),
+            (rule["high"] is not None and value > rule["high"], f"must be at most {rule['high']}"),
+            (rule["above"] is not None and value <= rule["above"],
+             f"must be greater than {rule['above']}"),
+        ):
+            if broken:
+                raise UserError(f"--{f.name} {value}: {demand}")
 
 
 @dataclass
@@ -123,11 +132,8 @@ class GPTConfig:
     n_embd: int = setting(384, "channels: numbers that describe one token", low=1)
     dropout: float = setting(0.2, "share of activations dropped in training", low=0.0, high=0.9)
     bias: bool = setting(True, "bias vectors in Linear and LayerNorm, as GPT-2 has them")
-    attention: str = setting(
-        "fused",
-        "attention written out (explicit) or as one kernel (fused); the results are equal",
-        choices=("fused", "explicit"),
-    )
+    attention: str = setting("fused", "attention as one kernel, or explicit: written out",
+                             choices=("fused", "explicit"))
     model: str = setting("gpt", "the GPT or the bigram baseline", choices=("gpt", "bigram"))
 
     def __post_init__(self):
@@ -140,7 +146,7 @@ class GPTConfig:
 
 @dataclass
 class TrainConfig:
-    """How a model is trained. The defaults are those of the `gpt` preset."""
+    """How a model is trained. The defaults suit GPTConfig's; a preset changes what it must."""
 
     preset: str = setting("auto", "the named set of settings this run started from")
     batch_size: int = setting(64, "sequences in one micro-step", low=1)
@@ -154,47 +160,40 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW: memory of its square", low=0.0, high=0.99999)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is no limit", low=0.0)
     eval_interval: int = setting(250, "steps from one evaluation to the next", low=1, resume=True)
-    eval_batches: int = setting(20, "batches in one loss estimate", low=1, resume=True)
+    eval_batches: int = setting(20, "batches in one loss estimate", low=1)
     sample_chars: int = setting(160, "text shown at an evaluation; 0: none", low=0, resume=True)
     checkpoint_interval: int = setting(500, "steps between snapshots; 0: none", low=0, resume=True)
     log_interval: int = setting(10, "steps between status lines", low=1, resume=True)
-    patience: int = setting(
-        0, "stop after so many evaluations without a better one; 0: never", low=0, resume=True
-    )
+    patience: int = setting(0, "stop after so many evaluations without a better one; 0: never",
+                            low=0, resume=True)
     seed: int = setting(1337, "start of every random sequence", low=0, high=2**63 - 1)
-    dtype: str = setting(
-        "auto",
-        "precision of the matrix products",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        resume=True,
-    )
+    dtype: str = setting("auto", "number format of the matrix products", resume=True,
+                         choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(False, "run through torch.compile where it works", resume=True)
 
     def __post_init__(self):
         check_settings(self)
         if self.min_lr > self.learning_rate:
-            raise UserError(
-                f"--min_lr {self.min_lr}: must not exceed --learning_rate {self.learning_rate}"
-            )
+            raise UserError(f"--min_lr {self.min_lr}: must be at most --learning_rate "
+                            f"{self.learning_rate}")
 
 
 @dataclass
 class GenerateConfig:
     """How text is drawn from a trained model: see "Generation"."""
 
-    prompt: str = setting("\n", "the text to continue")
+    prompt: str | None = setting(None, "the text to continue; without it, a line break", kind=str)
     max_tokens: int = setting(200, "tokens to add to the prompt", low=0)
     temperature: float = setting(0.8, "0: always the likeliest; 1: as learned", low=0.0)
     top_k: int | None = setting(None, "draw from the k likeliest tokens only", kind=int, low=1)
-    top_p: float | None = setting(
-        None, "draw from the likeliest tokens that reach this mass", kind=float, above=0.0, high=1.0
-    )
+    top_p: float | None = setting(None, "draw from the likeliest tokens that reach this sum",
+                                  kind=float, above=0.0, high=1.0)
     num_samples: int = setting(1, "continuations to write", low=1)
     stop: str | None = setting(None, "end before this text appears", kind=str)
 
     def __post_init__(self):
         check_settings(self)
-        if not self.prompt:
+        if self.prompt == "":
             raise UserError('--prompt "": must not be empty, since the model continues a text; '
                             'leave the flag out to begin at a line break')
         if self.stop == "":
@@ -218,14 +217,14 @@ PRESETS = {
     ),
     "laptop": Preset(
         "the best model that a few minutes on two CPU cores can train",
-        "about 3 minutes on 2 recent CPU cores (4 without bfloat16 instructions)",
-        # Explicit attention, since on a CPU and in bfloat16 the fused kernel's backward pass is slow.
+        "about 3 minutes on 2 CPU cores that know bfloat16, 4 on others",
+        # Explicit attention: on a CPU in bfloat16 the fused kernel has a slow backward pass.
         dict(n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, bias=False,
              attention="explicit", batch_size=32, grad_accum=1, max_steps=1800, learning_rate=4e-3,
              min_lr=1e-4, log_interval=25),
     ),
     "mini": Preset(
-        "two wide layers in mixed precision, a step up from the laptop model",
+        "two wide layers, a step up from the laptop model",
         "40 minutes on 2 CPU cores, by the rate of its first steps",
         dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1,
              batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4),
@@ -253,7 +252,7 @@ PRESETS = {
 # Answer    Number the distinct characters of the corpus in sorted order. `stoi` ("string to
 #           integer") encodes, `itos` decodes, and decode(encode(text)) == text for every text over
 #           those characters. Tiny Shakespeare has V = 65 of them: letters, a little punctuation,
-#           the space and the line break.
+#           the digit 3, the space and the line break.
 # Shapes    str of n characters -> list of n integers in [0, V)
 # Try it    Build a tokenizer from "hello" alone and encode "hell", then "help": the second is
 #           refused, naming 'p'. A model can only be asked about what it could have seen.
@@ -275,8 +274,6 @@ class CharTokenizer:
     'bee'
     """
 
-    kind = "char"
-
     def __init__(self, itos: list[str]):
         self.itos = list(itos)
         self.stoi = {character: i for i, character in enumerate(self.itos)}
@@ -296,11 +293,9 @@ class CharTokenizer:
             return [self.stoi[character] for character in text]
         except KeyError as missing:
             c = missing.args[0]
-            raise UserError(
-                f"the character {c!r} (U+{ord(c):04X}) at position {text.index(c)} of the text is "
-                f"not in the vocabulary of {self.vocab_size} characters; leave it out, or train "
-                "on a text that has it"
-            ) from None
+            raise UserError(f"the character {c!r} (U+{ord(c):04X}) at position {text.index(c)} of "
+                            f"the text is not in the vocabulary of {self.vocab_size} characters; "
+                            "leave it out, or train on a text that has it") from None
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text."""
@@ -308,7 +303,7 @@ class CharTokenizer:
 
     def to_dict(self) -> dict:
         """Plain values that describe the tokenizer, for checkpoints and files."""
-        return {"kind": self.kind, "itos": self.itos}
+        return {"itos": self.itos}
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
@@ -331,18 +326,18 @@ class CharTokenizer:
 # Problem   To learn "what comes next", we need pairs of a context and the token that followed it.
 # Answer    The text is its own answer key: the targets are the same tokens, shifted by one.
 #
-#               text      T  o     b  e
-#               x         T  o  _  b              input,  T = 4 tokens
-#               y         o  _  b  e              target, the token that follows each of them
+#               text      T  o  _  b  e           (_ is the space)
+#               x         T  o  _  b              input:  4 tokens
+#               y            o  _  b  e           target: the token that follows each of them
 #
 #           One sequence of T tokens holds T examples at once: T -> o, To -> _, To_ -> b, To_b -> e.
 #           Causal attention (see "The parts") is what lets the model work on all of them in one
 #           pass, without any position seeing its own answer.
 # Shapes    tokens (N,) -> x (B, T), y (B, T)
-# Try it    In get_batch, set y = windows[:, :-1], a shift of zero, and train the laptop preset with
-#           --max_steps 250. The loss is below 0.01 at step 100, and the samples are one line break
-#           after another: the model has learned to copy. `evaluate`, which shifts for itself, is
-#           not fooled and ends with a loss of 10.3.
+# Try it    In get_batch, below, set y = windows[:, :-1], a shift of zero, and train the laptop
+#           preset with --max_steps 250. At step 100 the loss is below 0.01, and the sample is
+#           empty, one line break after another: the model has learned to copy. The score in the
+#           last line, computed elsewhere with a shift of its own, is not fooled: 10.3.
 # ==================================================================================================
 
 
@@ -356,7 +351,8 @@ class Corpus:
 
     train: torch.Tensor  # (N,) int64
     val: torch.Tensor  # (N,) int64
-    sha256: str  # of the text, to notice a resume or an evaluation on another one
+    path: str | None  # the file, if the user named one
+    sha256: str  # of the text, to notice if a run is resumed or scored on another one
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -369,7 +365,7 @@ def split_text(text: str) -> tuple[str, str]:
     return text[:n], text[n:]
 
 
-def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
+def encode_corpus(text: str, tokenizer, block_size: int, path: str | None = None) -> Corpus:
     """Splits and encodes a text. Raises UserError if a part is too short for a single window."""
     parts = [torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in split_text(text)]
     for name, part in zip(("training", "validation"), parts):
@@ -377,7 +373,7 @@ def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
             raise UserError(f"--data: the corpus is too short: its {name} part has {len(part)} "
                             f"tokens, and --block_size {block_size} needs at least "
                             f"{block_size + 1}; use a longer text or a smaller --block_size")
-    return Corpus(*parts, sha256=hashlib.sha256(text.encode("utf-8")).hexdigest())
+    return Corpus(*parts, path, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 
 def get_batch(tokens, block_size, batch_size, generator=None, device="cpu"):
@@ -395,24 +391,32 @@ def get_batch(tokens, block_size, batch_size, generator=None, device="cpu"):
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     windows = tokens[starts + torch.arange(block_size + 1)]  # (B, T + 1)
     x, y = windows[:, :-1], windows[:, 1:]
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return x.to(device), y.to(device)
 
 
 # ==================================================================================================
 # The parts
 #
-# A GPT has two kinds of work to do. Tokens must exchange information (attention), and each token
-# must digest what it received (the MLP). Around these stand two aids: normalization keeps the
-# numbers in a range where learning works, and position vectors tell the model about order.
+# Inside a GPT each token is a vector of C numbers. There are two kinds of work to do: tokens must
+# exchange information (attention), and each must digest what it received (the MLP). Around these
+# stand three aids: normalization keeps the numbers in a range where learning works, position
+# vectors tell the model about order, and dropout keeps it from learning by heart.
+#
+# Dropout   sets a random share p of the numbers to zero and divides the others by 1 - p, so that
+#           the model cannot rely on a single path [Srivastava et al. 2014]. It acts in training
+#           only: model.train() switches it on and model.eval() off.
+#
+# The names of the parts (c_attn, c_proj, c_fc, ln_1, wte, wpe, h) are those of GPT-2's published
+# weights, so that other tools find their way.
 # ==================================================================================================
 
 # ---- Layer normalization -------------------------------------------------------------------------
 #
-# Problem   Every block adds to its input, so activations grow with depth, and a learning rate that
-#           suits one layer is wrong for another.
-# Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias      [Ba et al. 2016, section 3]
-#           over the C channels of one token, so that no token depends on another, and nothing on
-#           the batch. x is `x`, eps is `self.eps`, the gain g is `weight`, b is `bias`.
+# Problem   Layer upon layer, numbers grow or shrink by orders of magnitude, and a layer can only
+#           learn from inputs whose scale it can rely on.
+# Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+#           [Ba et al. 2016, sections 3 and 3.1, where weight is the gain g; eps is added]
+#           over the C channels of one token, so that no token depends on another, nor on the batch.
 # Example   x = [1, 3]: mean 2, variance 1 -> [-1, 1], before weight and bias.
 # Shapes    (B, T, C) -> (B, T, C)
 
@@ -434,25 +438,18 @@ class LayerNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-# ---- Positions -----------------------------------------------------------------------------------
-#
-# Problem   Attention looks at a set: it would treat "dog bites man" and "man bites dog" alike.
-# Answer    Learn a vector for each place 0 .. block_size - 1 and add it to the token's own vector
-#           [Radford et al. 2018, section 3.1]. It is one line in GPT.forward, `wte` being the
-#           table of token vectors and `wpe` that of position vectors:
-#
-#               x = wte[idx] + wpe[0 .. T-1]          (B, T, C) + (T, C) -> (B, T, C)
-#
-#           The price: there is no vector for place block_size, so the context is bounded.
-
 # ---- Causal self-attention -----------------------------------------------------------------------
 #
-# Problem   In "the queen spoke and all obeyed her", `her` needs to find `queen`: a token must
-#           gather from the tokens before it, and which ones matter depends on what they are.
+# Problem   In "the queen spoke and all obeyed her" (think of words as tokens for a moment), `her`
+#           needs to find `queen`: a token must gather from the tokens before it, and which of them
+#           matter depends on what they are.
 # Answer    Each token asks a question (its query q), advertises what it has (its key k) and
 #           carries a message (its value v). All three are linear functions of its vector. How well
-#           a query fits a key is their dot product; a softmax turns the scores of all earlier
-#           tokens into weights that sum to 1; the answer is the weighted mean of their values.
+#           a query fits a key is their dot product, the score. A softmax turns the scores of a
+#           token's query with its own key and all earlier ones into weights; the answer is the
+#           weighted mean of the values.
+# Softmax   softmax(s)_i = exp(s_i) / sum_j exp(s_j): any scores become positive weights that sum to
+#           1, the larger the score the larger its share.
 # Equation  Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + mask) V
 #           [Vaswani et al. 2017, section 3.2.1; the mask is their section 3.2.3]
 #           Q, K, V are `q`, `k`, `v`; d_k is the head size `hs`.
@@ -465,19 +462,20 @@ class LayerNorm(nn.Module):
 #               query _        .    .    .  -inf
 #               query b        .    .    .    .
 #
-# The root  A dot product of two vectors of hs independent unit-variance numbers has variance hs.
-#           Divided by sqrt(hs) it has variance 1, and the softmax starts out soft, with gradients
-#           for everyone, and not as a hard choice of one.
-# Example   hs = 1, q_1 = 2, keys (1, 3), values (10, 20): scores 2 and 6, weights 0.018 and 0.982,
-#           answer 0.018 * 10 + 0.982 * 20 = 19.8.
+# The root  A dot product of two vectors of hs independent numbers of mean 0 and variance 1 has the
+#           variance hs. Dividing by sqrt(hs) undoes that: whatever the head size, the softmax
+#           stays soft, and does not freeze into a hard choice of one.
+# Example   hs = 1; one query, 2; two keys, 1 and 3; their values, 10 and 20. Scores 2 and 6,
+#           weights 0.018 and 0.982, answer 0.018 * 10 + 0.982 * 20 = 19.8.
 # Heads     One softmax can focus on one thing at a time. nh heads of size C / nh each have their
-#           own q, k, v, and c_proj mixes what they found. The cost is that of a single large head.
+#           own q, k and v, and c_proj mixes what they found, at about the cost of one large head
+#           [section 3.2.2].
 # Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> (B, nh, T, hs)
 #           -> (B, T, C)
 # Try it    Delete the line of `attend` that applies the mask and train the laptop preset with
 #           --max_steps 250: from step 150 on the loss is below 0.1, since every position can read
-#           its answer off its neighbour. The samples are empty lines: at writing time there is no
-#           neighbour to read from.
+#           its answer off its neighbour. The samples are empty, nothing but line breaks: at writing
+#           time there is no neighbour to read from.
 
 
 class CausalSelfAttention(nn.Module):
@@ -495,12 +493,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs) each
+        shape = (B, T, self.n_head, C // self.n_head)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (z.view(shape).transpose(1, 2) for z in (q, k, v))  # (B, nh, T, hs) each
         if self.explicit:
             y = self.attend(q, k, v)
-        else:  # the same function as one kernel, which never stores the (T, T) matrix
+        else:  # the same function as one kernel, which need not store the (T, T) matrix
             dropout = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -516,14 +514,23 @@ class CausalSelfAttention(nn.Module):
         return self.attn_dropout(weights) @ v
 
 
+# ---- Positions -----------------------------------------------------------------------------------
+#
+# Problem   Attention takes a mean over a set: shuffle the earlier tokens, and a layer gives the
+#           last one the same answer. But "dog bites man" is not "man bites dog".
+# Answer    Learn a vector for each place 0 .. block_size - 1 and add it to the token's own vector
+#           [Radford et al. 2018, section 3.1]. That is one line of GPT.forward, in the next
+#           chapter. The price: there is no vector for place block_size, so the context is bounded.
+
 # ---- The MLP -------------------------------------------------------------------------------------
 #
 # Problem   Attention only forms weighted means of values. Something has to compute with them.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position alone
-#           [Vaswani et al. 2017, section 3.3]; W_1 is `c_fc`, W_2 is `c_proj`; four times as wide
-#           in the middle as at the ends.
-#           GELU(x) = x * Phi(x), Phi being the normal distribution function: a smooth version of
-#           max(0, x). GPT-2 uses its tanh form [Hendrycks and Gimpel 2016, section 2]:
+#           [Vaswani et al. 2017, section 3.3, with max(0, x) where GPT has GELU]
+#           W_1 is `c_fc`, W_2 is `c_proj` (a Linear stores W transposed: out x in); the middle is
+#           four times as wide as the ends.
+#           GELU(x) = x * Phi(x), Phi being the cumulative distribution of the standard normal: a
+#           smooth max(0, x). GPT-2 uses its tanh form [Hendrycks and Gimpel 2016, section 2]:
 #           0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
 # Shapes    (B, T, C) -> (B, T, 4C) -> (B, T, C)
@@ -547,20 +554,22 @@ class MLP(nn.Module):
 # The model
 #
 # Problem   Stack the parts so that a deep network still learns.
-# Answer    Each block adds its work to its input and passes the sum on, so that from the first
-#           block to the last there is a straight road of additions: the residual stream. A
-#           gradient travels it unchanged [He et al. 2016, section 3]. The norm sits on the side
-#           road, before each part ("pre-norm"), and leaves the main road alone
-#           [Radford et al. 2019, section 2.3].
+# Answer    Each block adds its work to its input and passes the sum on [He et al. 2016a, section
+#           3]. From the first block to the last there is a straight road of additions, the residual
+#           stream, and along it a gradient arrives whole [He et al. 2016b, section 2]. The norm
+#           sits on the side roads, before each part ("pre-norm"), and leaves the main road alone;
+#           one more, ln_f, follows the last block [Radford et al. 2019, section 2.3].
 #
 #               x ----+------------------------> (+) ----+----------------------> (+) ---->
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Shapes    idx (B, T) -> vectors (B, T, C) -> n_layer blocks -> logits (B, T, V)
-#           logits[b, t, v] scores token v as the successor of idx[b, t], given all up to t.
+# Shapes    idx (B, T) -> vectors (B, T, C) -> n_layer blocks -> ln_f -> lm_head: logits (B, T, V)
+#           logits[b, t, v] is a score for token v as the successor of idx[b, t], given all tokens
+#           up to t. A softmax over v makes the V scores probabilities.
 # Count     A block has 4 C^2 weights in attention (3 for q, k, v and 1 for c_proj) and 8 C^2 in the
-#           MLP: 12 C^2 n_layer in all, and V C + block_size C for the tables.
+#           MLP: 12 C^2 n_layer in matrices, and V C + block_size C in the two tables. The vectors
+#           of norms and biases are few.
 # Try it    In Block.forward, leave out the two `x +`. The laptop preset, with --max_steps 400, then
 #           stays at a loss of 3.3: it learns how frequent each character is, and no more. With
 #           them it is at 2.0 by then.
@@ -594,17 +603,16 @@ class LanguageModel(nn.Module):
         """Cross-entropy: the mean of -log(probability given to the token that really came).
 
         A model that knows nothing gives each of V tokens the probability 1/V and has the loss ln V,
-        4.17 for V = 65; a perfect one has 0. The unit is nats per token, and exp(loss), the
-        perplexity, is the number of equally likely choices the model is as unsure as.
+        4.17 for V = 65; a perfect one has 0. The unit is the nat, a bit of natural logarithm (ln 2
+        nats are one bit). exp(loss) is the perplexity: the model is as unsure as if it had to
+        choose among so many equally likely tokens.
 
-        logits (B, T, V) of any float type, targets (B, T) int64 -> scalar float32.
-        """
-        if targets is None:
-            return None
+        logits (B, T, V) of any float type, targets (B, T) int64 -> scalar float32."""
+        # cross_entropy takes the softmax of each row, then -log of the target's entry.
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def num_parameters(self) -> int:
-        """How many numbers are learned. A matrix that serves two layers counts once."""
+        """How many numbers are learned."""
         return sum(p.numel() for p in self.parameters())
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
@@ -628,18 +636,19 @@ class GPT(LanguageModel):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tying [Press and Wolf 2017]: "which vector stands for this token" and "how well does this
-        # vector fit that token" are the same table read in two directions.
+        # Tying [Press and Wolf 2017]: both weights are (V, C). The Embedding picks row v for token
+        # v; the Linear takes the dot product of a vector with every row. "What stands for this
+        # token" and "what fits that token" become one table, learned and counted once.
         self.lm_head.weight = self.wte.weight
         self.initialize()
 
     def initialize(self):
-        """GPT-2's start [Radford et al. 2019, section 2.3]: N(0, 0.02) for every matrix.
+        """GPT's start: normal with standard deviation 0.02 [Radford et al. 2018, section 4.1].
 
-        All logits are then near zero and the first loss is near ln V. The two projections that
-        write to the residual stream are smaller by sqrt(2 n_layer): the stream is a sum of
-        2 n_layer contributions, whose variances add up, and this keeps it from growing with depth.
-        """
+        The logits are then small, and the first loss is near ln V. The projections that write to
+        the residual stream (every c_proj) are smaller by sqrt(2 n_layer): the stream is a sum of
+        2 n_layer contributions whose variances add up, and this keeps it from growing with depth
+        [Radford et al. 2019, section 2.3]."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 scale = math.sqrt(2 * len(self.h)) if name.endswith("c_proj.weight") else 1.0
@@ -652,18 +661,19 @@ class GPT(LanguageModel):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens given, but block_size is {self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C) + (T, C)
         x = self.drop(x)
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
-        return logits, self.loss(logits, targets)
+        return logits, None if targets is None else self.loss(logits, targets)
 
 
 class Bigram(LanguageModel):
     """The baseline: a V x V table, whose row i holds the logits of what follows token i.
 
-    No context, no attention, no depth. What a GPT gains over it, the GPT's parts have earned."""
+    It sees one token, and nothing before it. What a GPT gains over it, the GPT's parts have
+    earned."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -672,7 +682,7 @@ class Bigram(LanguageModel):
 
     def forward(self, idx, targets=None):
         logits = self.wte(idx)  # (B, T) -> (B, T, V)
-        return logits, self.loss(logits, targets)
+        return logits, None if targets is None else self.loss(logits, targets)
 
 
 def build_model(config: GPTConfig) -> LanguageModel:
@@ -685,8 +695,11 @@ def build_model(config: GPTConfig) -> LanguageModel:
 #
 # Problem   Find weights that make the corpus likely, without overshooting and without fooling
 #           ourselves about the result.
-# Answer    Gradient descent by AdamW, with a step size that rises, then falls; gradients that are
-#           cut when they explode; and a loss that is measured on text never trained on.
+# Answer    The loss is a function of all the weights. loss.backward() computes its derivative by
+#           each of them, the gradient, by the chain rule from the loss back to the inputs, and
+#           *adds* it to that weight's .grad. A step then moves every weight a little against its
+#           gradient. AdamW decides how far, with a step size that rises, then falls; gradients
+#           that explode are cut; and the loss that counts is measured on text never trained on.
 # Try it    Train the laptop preset with --max_steps 400 --learning_rate 0.1: the loss is 3.1 after
 #           200 steps and 2.8 in the end, worse than the bigram baseline's 2.5. With the preset's
 #           own rate it is 2.3, then 2.0.
@@ -694,12 +707,13 @@ def build_model(config: GPTConfig) -> LanguageModel:
 
 # ---- The optimizer -------------------------------------------------------------------------------
 #
-# Equation  m = beta1 m + (1 - beta1) g           a running mean of the gradient g
+# Equation  m = beta1 m + (1 - beta1) g           a running mean of the gradient g of a weight w
 #           v = beta2 v + (1 - beta2) g^2         a running mean of its square
 #           w = w - lr (m^ / (sqrt(v^) + eps) + weight_decay w)
-#           [Loshchilov and Hutter 2019, algorithm 2]; m^ and v^ are m and v corrected for having
-#           started at zero. The division gives every weight a step of about lr, whatever the size
-#           of its gradient: that is why one learning rate serves all layers.
+#           m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t) make up for the start at zero; t
+#           counts the steps from 1; eps = 1e-8 [Loshchilov and Hutter 2019, algorithm 2, with the
+#           decay scaled by lr as PyTorch has it]. The division makes a step at most about lr,
+#           whatever the size of the gradient: that is why one learning rate serves all layers.
 # Decay     Pulling weights towards zero keeps matrices from growing without use. Vectors (biases,
 #           the norms' gains) are offsets and scales with no reason to be zero: they are spared.
 
@@ -713,9 +727,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device):
     ]
     groups = [group for group in groups if group["params"]]
     fused = device.type in ("cuda", "mps", "cpu")  # one kernel over all weights
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused,
+                             betas=(config.beta1, config.beta2))
 
 
 # ---- The learning rate ---------------------------------------------------------------------------
@@ -723,12 +736,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device):
 # Problem   At the start v is a mean over a handful of gradients and steps are unreliable: go
 #           slowly. In the end the weights jump about a minimum without settling: go slowly again.
 #
-#           learning_rate           ___
-#                                 /     `.
-#                                /        `.
-#                               /           `-._
-#                  min_lr      /                `------
-#                             0   warmup_steps    max_steps
+#           learning_rate          ___
+#                                /     `.
+#                               /        `.
+#                  min_lr      /           `-.__
+#                       0     /
+#                             0  warmup_steps   max_steps
 #
 # Equation  warm-up  lr = learning_rate (step + 1) / (warmup_steps + 1)
 #           decay    lr = min_lr + (learning_rate - min_lr) (1 + cos(pi r)) / 2
@@ -755,7 +768,8 @@ def get_lr(step: int, config: TrainConfig) -> float:
 
 # ---- Gradient clipping ---------------------------------------------------------------------------
 #
-# Problem   One odd batch can give a gradient a hundred times the usual size, and undo an hour.
+# Problem   One odd batch can give a gradient a hundred times the usual size. It stays in m for some
+#           1 / (1 - beta1) steps, which it misleads, and in v for 1 / (1 - beta2), which it stunts.
 # Equation  if |g| > max_norm:  g = g max_norm / |g|         [Pascanu et al. 2013, algorithm 1]
 #           |g| is the norm of all gradients as a single vector: the direction stays as it was.
 
@@ -765,9 +779,7 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 
     Returns the norm before, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-    )
+    norm = torch.stack([g.norm() for g in gradients]).norm()
     if max_norm > 0:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for g in gradients:
@@ -779,10 +791,11 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 #
 # Problem   A large batch gives a less noisy gradient, but its activations may not fit in memory.
 # Answer    Gradients add. Run grad_accum small batches, let backward() sum their gradients, and
-#           divide each loss by grad_accum: the sum is then exactly the gradient of the mean over
-#           the large batch, which is never in memory as a whole.
-# Precision autocast() runs matrix products in 16 bits where that is faster; the scaler guards
-#           float16's narrow range. In float32 both do nothing: see "Engine room".
+#           divide each loss by grad_accum: the sum is then the gradient of the mean over the large
+#           batch, which is never in memory as a whole.
+# Precision `engine` knows the device, and the number format of the matrix products. autocast() and
+#           the scaler serve 16-bit formats (see "Engine room"). In float32 autocast() does nothing,
+#           and the scaler's four lines mean: loss.backward(), nothing, optimizer.step(), nothing.
 
 
 def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
@@ -801,14 +814,15 @@ def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
     norm = clip_gradients(model.parameters(), config.grad_clip)
     engine.scaler.step(optimizer)
     engine.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss_sum, norm
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 #
 # During training a quick estimate on a few batches will do. The figure to quote is the loss over
-# the whole validation split, and it should not depend on chance.
+# the whole validation split, and it should not depend on chance. Dropout is off for both, so where
+# it is used, the estimate on the training split is lower than the loss of the steps around it.
 
 
 @contextlib.contextmanager
@@ -827,9 +841,8 @@ def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
     """The mean loss over eval_batches random batches of each split: {"train": .., "val": ..}.
 
     Subtle: the batches are drawn from a generator made here, and with dropout off nothing else
-    draws. So the training's random state does not move, and whether one evaluates often or never,
-    the same weights come out. And since the batches are the same each time, two estimates differ
-    because the model does."""
+    draws. So the training's random state does not move: evaluated often or never, the same weights
+    come out. And as the batches are the same each time, estimates differ because the model does."""
     means = {}
     with evaluating(model):
         for name, tokens in (("train", corpus.train), ("val", corpus.val)):
@@ -864,11 +877,16 @@ def evaluate(model, tokens: torch.Tensor, device="cpu", batch_size: int = 32) ->
     return total / (len(tokens) - 1)
 
 
+def perplexity(nats: float) -> float:
+    """exp(loss), and no overflow where a run has gone astray."""
+    return math.exp(min(nats, 700.0))
+
+
 def bits_per_character(nats_per_token: float, n_tokens: int, n_characters: int) -> float:
     """The loss in a unit that does not depend on the tokenizer: total bits over total characters.
 
-    >>> round(bits_per_character(math.log(2), n_tokens=10, n_characters=10), 6)
-    1.0
+    >>> round(bits_per_character(math.log(2), n_tokens=10, n_characters=20), 6)
+    0.5
     """
     return nats_per_token * n_tokens / n_characters / math.log(2)
 
@@ -906,28 +924,22 @@ def save_checkpoint(path: Path, state: dict) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
-        raise UserError(
-            f"--out_dir {path.parent}: cannot write {path.name} ({reason}); free some space or "
-            "choose another folder"
-        ) from None
+        raise UserError(f"--out_dir {path.parent}: cannot write {path.name} ({reason}); free some "
+                        "space or choose another folder") from None
 
 
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint to the CPU. Raises UserError if it is missing, torn or not one of ours."""
     if not path.is_file():
-        raise UserError(
-            f"--checkpoint {path}: no such file; train first (python minigpt.py --mode train), or "
-            "name a checkpoint with --checkpoint or its folder with --out_dir"
-        )
+        raise UserError(f"--checkpoint {path}: no such file; train first (--mode train), or name a "
+                        "checkpoint with --checkpoint, or a run's folder with --out_dir")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # there is no telling what a damaged file makes the reader raise
-        raise UserError(
-            f"--checkpoint {path}: truncated, damaged or not a checkpoint; use another one, for "
-            "example best.pt or latest.pt of the same run"
-        ) from None
+        raise UserError(f"--checkpoint {path}: truncated, damaged or not a checkpoint; use another "
+                        "one, for example best.pt or latest.pt of the same run") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"--checkpoint {path}: a PyTorch file, but not a checkpoint of minigpt's")
     return state
@@ -949,22 +961,23 @@ class Progress:
     best_val: float = math.inf
     best_step: int = 0
     stale: int = 0  # evaluations since the best one
+    seconds: float = 0.0  # spent so far, resumed runs included
 
 
-def random_states(batches: torch.Generator) -> dict:
+def random_states(batches: torch.Generator, device: torch.device) -> dict:
     """Every random state that training depends on: the order of the batches, and dropout's."""
-    states = {"batches": batches.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    states = {"batches": batches.get_state(), "cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = getattr(torch, device.type).get_rng_state()
     return states
 
 
-def restore_random_states(states: dict, batches: torch.Generator) -> None:
+def restore_random_states(states: dict, batches: torch.Generator, device: torch.device) -> None:
     """Undoes whatever has been drawn since random_states."""
     batches.set_state(states["batches"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(states[device.type])
 
 
 # ==================================================================================================
@@ -972,10 +985,12 @@ def restore_random_states(states: dict, batches: torch.Generator) -> None:
 #
 # Problem   Put it together, so that one can watch it learn, stop it, and go on with it.
 # The loop  evaluate and save at fixed steps -> set the learning rate -> one step -> report.
-#           Everything before this chapter is in these lines; the rest is book-keeping around them.
-# Try it    Train the laptop preset with --batch_size 8 --grad_accum 4, and again with --batch_size
-#           32 --grad_accum 1: the losses agree to three digits for as long as one cares to look,
-#           since both see the same 32 windows a step and the same mean gradient.
+#           Everything before this chapter is in these lines. `Run`, below them, is the book-keeper:
+#           it evaluates, reports and saves. Two names come from "Engine room": compile_model may be
+#           read as `model`, and stop_signals as a flag that Ctrl-C sets.
+# Try it    Train the laptop preset for 100 steps with --batch_size 8 --grad_accum 4, and again with
+#           --batch_size 32 --grad_accum 1: the losses of the steps agree to three digits, since
+#           both see the same 32 windows a step and the same mean gradient.
 # ==================================================================================================
 
 
@@ -992,17 +1007,16 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
     if resume_from:
         progress = Progress(**resume_from["progress"])
         optimizer.load_state_dict(resume_from["optimizer"])
-        engine.scaler.load_state_dict(resume_from["scaler"])
-        restore_random_states(resume_from["random"], batches)
-        if not (out_dir / "best.pt").is_file():  # resumed into another folder
-            progress.best_val = math.inf
+        if resume_from["scaler"]:  # empty unless that run was in float16
+            engine.scaler.load_state_dict(resume_from["scaler"])
+        restore_random_states(resume_from["random"], batches, engine.device)
     run = Run(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress)
     block_size = model.config.block_size
 
     def next_batch():
         return get_batch(corpus.train, block_size, config.batch_size, batches, engine.device)
 
-    runner = compile_model(model, config, engine, next_batch, batches)
+    runner = compile_model(model, config, engine, next_batch, batches)  # trains `model`'s weights
     model.train()
     with stop_signals() as stop:
         while True:
@@ -1032,13 +1046,28 @@ class Run:
         self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
         self.engine, self.out_dir, self.optimizer = engine, out_dir, optimizer
         self.batches, self.progress = batches, progress
-        self.metrics = MetricsLog(out_dir, progress.step)
-        self.first_step, self.started = progress.step, time.perf_counter()
         self.latest = 0.0, 0.0  # loss and gradient norm of the latest step
+        self.first_step = progress.step
+        if self.first_step:
+            self.check_best()
+        self.metrics = MetricsLog(out_dir, progress)
+        self.started = time.perf_counter() - progress.seconds
         self.restart_clock()
 
-    def restart_clock(self):
-        """Tokens per second are counted from here: evaluations and logging stay outside."""
+    def check_best(self) -> None:
+        """Subtle: best.pt need not be the one this progress speaks of: a run may be resumed in
+        another folder, or from a snapshot older than its best. Then the search begins anew."""
+        p, best = self.progress, self.out_dir / "best.pt"
+        with contextlib.suppress(UserError):  # missing, or damaged
+            if load_checkpoint(best)["progress"]["step"] == p.best_step:
+                return
+        if best.exists():
+            best.replace(self.out_dir / "best_before_resume.pt")
+            say("the best.pt that was here is not of this run's past: now best_before_resume.pt")
+        p.best_val, p.best_step, p.stale, p.evaluated_at = math.inf, 0, 0, -1
+
+    def restart_clock(self) -> None:
+        """Tokens per second are counted from here: evaluations stay outside."""
         self.clock, self.clock_step = time.perf_counter(), self.progress.step
 
     def finished(self) -> bool:
@@ -1067,8 +1096,7 @@ class Run:
             raise UserError(
                 f"the loss is {loss} and the gradient's norm {norm} after step "
                 f"{self.progress.step}; what was saved before is intact; try a --learning_rate "
-                f"below {self.config.learning_rate}, a longer --warmup_steps or --dtype float32"
-            )
+                f"below {self.config.learning_rate}, a longer --warmup_steps or --dtype float32")
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """After each step; where they are due, a status line and a metrics record."""
@@ -1079,8 +1107,8 @@ class Run:
             now = time.perf_counter()
             tokens = c.batch_size * c.grad_accum * self.model.config.block_size
             rate = (p.step - self.clock_step) * tokens / (now - self.clock)
-            left = (c.max_steps - p.step) * (now - self.started) / (p.step - self.first_step)
-            lr = get_lr(p.step - 1, c)
+            left = (c.max_steps - p.step) * (now - self.started) / p.step
+            lr = self.optimizer.param_groups[0]["lr"]
             self.metrics.write(step=p.step, loss=loss.item(), lr=lr, grad_norm=norm.item(),
                                tokens_per_second=round(rate))
             show_status(f"step {p.step}/{c.max_steps} | loss {loss.item():.4f} | lr {lr:.2e} | "
@@ -1092,19 +1120,15 @@ class Run:
         p = self.progress
         self.check_finite()
         losses = estimate_loss(self.model, self.corpus, self.config, self.engine)
-        p.evaluated_at = p.step
+        p.evaluated_at, p.seconds = p.step, time.perf_counter() - self.started
         p.stale += 1
         if losses["val"] < p.best_val:
             p.best_val, p.best_step, p.stale = losses["val"], p.step, 0
-        self.metrics.write(
-            step=p.step, train_loss=losses["train"], val_loss=losses["val"],
-            val_perplexity=math.exp(losses["val"]), seconds=time.perf_counter() - self.started,
-        )
-        say(
-            f"step {p.step}: train loss {losses['train']:.4f}, validation loss "
-            f"{losses['val']:.4f}, perplexity {math.exp(losses['val']):.2f}"
-            + (" (best so far)" if p.stale == 0 else "")
-        )
+        self.metrics.write(step=p.step, train_loss=losses["train"], val_loss=losses["val"],
+                           val_perplexity=perplexity(losses["val"]), seconds=round(p.seconds, 2))
+        say(f"step {p.step}: train loss {losses['train']:.4f}, validation loss "
+            f"{losses['val']:.4f}, perplexity {perplexity(losses['val']):.2f}"
+            + (" (best so far)" if p.stale == 0 else ""))
         self.show_sample()
         if p.stale == 0:
             self.save("best.pt")
@@ -1116,6 +1140,7 @@ class Run:
         if self.config.sample_chars == 0:
             return
         dice = torch.Generator(self.engine.device).manual_seed(0)
+        # Token 0 is the first of the sorted characters: in most texts, the line break.
         start = torch.zeros((1, 1), dtype=torch.long, device=self.engine.device)
         with self.engine.autocast():
             ids = self.model.generate(start, self.config.sample_chars, 0.8, generator=dice)
@@ -1125,6 +1150,7 @@ class Run:
     def save(self, name: str) -> None:
         """Writes out_dir/name with everything that resuming or generating needs."""
         self.check_finite()
+        self.progress.seconds = time.perf_counter() - self.started
         save_checkpoint(self.out_dir / name, {
             "format": CHECKPOINT_FORMAT,
             "model": self.model.state_dict(),
@@ -1134,7 +1160,8 @@ class Run:
             "train_config": asdict(self.config),
             "tokenizer": self.tokenizer.to_dict(),
             "progress": asdict(self.progress),
-            "random": random_states(self.batches),
+            "random": random_states(self.batches, self.engine.device),
+            "corpus": self.corpus.path,
             "corpus_sha256": self.corpus.sha256,
         })
 
@@ -1147,8 +1174,7 @@ class Run:
         nats = evaluate(self.model, self.corpus.val, self.engine.device)
         self.metrics.write(step=p.best_step, full_val_loss=nats)
         plot_losses(self.out_dir)
-        say(f"trained in {duration(time.perf_counter() - self.started)}; the best model is of step "
-            f"{p.best_step}: {best}")
+        say(f"trained in {duration(p.seconds)}; the best model is of step {p.best_step}: {best}")
         say(score_line(nats, self.tokenizer, self.corpus))
 
 
@@ -1167,11 +1193,12 @@ class Run:
 #                        sure, many where it is not.
 #
 # Example   logits 2, 1, 0 -> probabilities 0.67, 0.24, 0.09. At temperature 0.5 they are 0.87,
-#           0.12, 0.02. With top_p = 0.7 the first two stay: the first alone reaches only 0.67.
+#           0.12, 0.02. At temperature 1 and with top_p = 0.7 the first two stay, since the first
+#           alone reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Try it    After training the laptop preset, --prompt ROMEO: --temperature 0 goes round in circles
-#           ("the strange of the strange of the straight"): the likeliest text is not a typical one.
-#           --temperature 2 writes hardly a word of English.
+#           ("the strange of the strange of the straight"): always the likeliest token does not make
+#           a typical text. --temperature 2 writes hardly a word of English.
 # ==================================================================================================
 
 
@@ -1187,16 +1214,15 @@ def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
     if top_k is None and top_p is None:
         return logits
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)  # likeliest first
-    banned = torch.zeros_like(ranked, dtype=torch.bool)
+    cut = torch.zeros_like(ranked, dtype=torch.bool)
     if top_k is not None:
-        banned[:, top_k:] = True
-        ranked = ranked.masked_fill(banned, float("-inf"))
-    if top_p is not None:
-        p = torch.softmax(ranked, dim=-1)
-        # Subtle: a token stays if the mass *before* it is short of top_p, so the one that crosses
+        cut[:, top_k:] = True
+    if top_p is not None:  # of what top-k has left
+        p = torch.softmax(ranked.masked_fill(cut, float("-inf")), dim=-1)
+        # Subtle: a token stays if the sum *before* it is short of top_p, so the one that crosses
         # the line stays too, and the first always does.
-        banned |= p.cumsum(dim=-1) - p >= top_p
-    banned = torch.zeros_like(banned).scatter(-1, order, banned)  # back in vocabulary order
+        cut |= p.cumsum(dim=-1) - p >= top_p
+    banned = torch.empty_like(cut).scatter(-1, order, cut)  # banned[b, order[b, i]] = cut[b, i]
     return logits.masked_fill(banned, float("-inf"))
 
 
@@ -1204,7 +1230,8 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """One token for each row of logits (B, V): (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = filter_logits(logits.float() / temperature, top_k, top_p)
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that the division is safe
+    logits = filter_logits(logits / temperature, top_k, top_p)
     return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
 
@@ -1215,7 +1242,7 @@ def stream_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p
     The model sees the latest block_size tokens: older ones have slid out of its window."""
     for _ in range(max_new_tokens):
         with evaluating(model):
-            logits, _ = model(idx[:, -model.config.block_size :])
+            logits, _ = model(idx[:, -model.config.block_size :])  # (B, T, V); the last one counts
         token = draw_token(logits[:, -1], temperature, top_k, top_p, generator)
         idx = torch.cat([idx, token], dim=1)
         yield token
@@ -1248,34 +1275,31 @@ def until_stop(pieces, stop: str | None):
 
 
 def write_text(model, tokenizer, config: GenerateConfig, engine, seed: int, out) -> None:
-    """Writes the prompt and its continuation to the text stream `out`, as it is produced.
+    """Writes the prompt and its continuation to the text stream `out`, as it is drawn.
 
-    Several samples are drawn side by side, as the rows of one batch, and written one after the
-    other with a line between them."""
+    Several samples are drawn side by side, as the rows of one batch, and written when they are
+    complete, one after the other with a line between them."""
     if config.top_k is not None and config.top_k > tokenizer.vocab_size:
-        raise UserError(
-            f"--top_k {config.top_k}: must be at most {tokenizer.vocab_size}, the size of the "
-            "vocabulary"
-        )
+        raise UserError(f"--top_k {config.top_k}: must be at most {tokenizer.vocab_size}, the size "
+                        "of the vocabulary")
+    start = tokenizer.decode([0]) if config.prompt is None else config.prompt
     try:
-        prompt = torch.tensor([tokenizer.encode(config.prompt)] * config.num_samples)
+        prompt = torch.tensor([tokenizer.encode(start)] * config.num_samples)  # (B, T)
     except UserError as problem:
-        raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
+        raise UserError(f"--prompt {start!r}: {problem}") from None
     dice = torch.Generator(engine.device).manual_seed(seed)
     with engine.autocast():
-        tokens = stream_tokens(
-            model, prompt.to(engine.device), config.max_tokens, config.temperature, config.top_k,
-            config.top_p, dice,
-        )
+        tokens = stream_tokens(model, prompt.to(engine.device), config.max_tokens,
+                               config.temperature, config.top_k, config.top_p, dice)
         if config.num_samples == 1:
             texts = [(tokenizer.decode(token[0].tolist()) for token in tokens)]
         else:
-            rows = torch.cat([prompt[:, :0], *(token.cpu() for token in tokens)], dim=1)
-            texts = [[tokenizer.decode(row)] for row in rows.tolist()]
+            rows = torch.cat([prompt, *(token.cpu() for token in tokens)], dim=1)
+            texts = [[tokenizer.decode(row[prompt.shape[1] :])] for row in rows.tolist()]
         for i, text in enumerate(texts):
             if i > 0:
                 out.write("---------------\n")
-            out.write(config.prompt)
+            out.write(start)
             for piece in until_stop(text, config.stop):
                 out.write(piece)
                 out.flush()
@@ -1286,8 +1310,8 @@ def write_text(model, tokenizer, config: GenerateConfig, engine, seed: int, out)
 # ==================================================================================================
 # Engine room [optional reading]
 #
-# Nothing here changes what is computed, only where, how fast and who hears about it: the device
-# and its number formats, compilation, signals, what is printed and logged, and finding the corpus.
+# Nothing here is about language: the device and its number formats, compilation, signals, what is
+# printed and logged, and where the corpus comes from.
 # ==================================================================================================
 
 # ---- Devices and precision -----------------------------------------------------------------------
@@ -1339,6 +1363,8 @@ def find_device(name: str) -> torch.device:
     in_range = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
     if not present.get(device.type) or not in_range:
         raise UserError(f"--device {name}: not found here; this machine has {choices}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -1365,7 +1391,7 @@ def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch
     fails here. Compiling happens at the first use, so one micro-step is tried and forgotten."""
     if not config.compile:
         return model
-    before = random_states(batches)
+    before = random_states(batches, engine.device)
     say("compiling the model: this takes a minute or two")
     try:
         compiled = torch.compile(model)
@@ -1378,8 +1404,8 @@ def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch
         say(f"warning: torch.compile does not work here, going on without it ({reason})")
         return model
     finally:
-        model.zero_grad(set_to_none=True)
-        restore_random_states(before, batches)
+        model.zero_grad()
+        restore_random_states(before, batches, engine.device)
 
 
 # ---- Signals -------------------------------------------------------------------------------------
@@ -1392,14 +1418,15 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def stop_signals():
     """Inside, the first Ctrl-C or SIGTERM only sets .signal; the second ends the process."""
-    stop = argparse.Namespace(signal=0)
+    stop = types.SimpleNamespace(signal=0)
     previous = {}
 
     def on_signal(number, frame):
         stop.signal = number
         for s in previous:
             signal.signal(s, signal.SIG_DFL)
-        say("stopping after this step; once more to stop at once")
+        # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     with contextlib.suppress(ValueError):  # only the main thread may listen for signals
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -1452,19 +1479,22 @@ def score_line(nats: float, tokenizer, corpus: Corpus) -> str:
     n_characters = len(tokenizer.decode(corpus.val[1:].tolist()))
     bits = bits_per_character(nats, n_tokens, n_characters)
     return (f"full validation split, {n_tokens:,} tokens: {nats:.4f} nats per token, perplexity "
-            f"{math.exp(nats):.2f}, {bits:.4f} bits per character")
+            f"{perplexity(nats):.2f}, {bits:.4f} bits per character")
 
 
 class MetricsLog:
-    """metrics.jsonl: one record a line. A resumed run drops what lies beyond its starting step."""
+    """metrics.jsonl: one record a line. A resumed run drops what it is about to do again."""
 
-    def __init__(self, out_dir: Path, first_step: int):
-        self.path = out_dir / "metrics.jsonl"
-        kept = [r for r in read_metrics(out_dir) if r["step"] <= first_step] if first_step else []
-        with open(self.path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+    def __init__(self, out_dir: Path, progress: Progress):
+        self.path, p = out_dir / "metrics.jsonl", progress
+        ahead = p.step if p.evaluated_at == p.step else p.step - 1  # evaluations up to here stay
+        kept = [r for r in read_metrics(out_dir)
+                if r["step"] <= (ahead if "val_loss" in r else p.step)] if p.step else []
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def write(self, **record) -> None:
+        # JSON has no infinity and no NaN: null stands for them.
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -1485,7 +1515,9 @@ def plot_losses(out_dir: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return say("no loss.png: pip install matplotlib to get one")
-    records = [r for r in read_metrics(out_dir) if "val_loss" in r]
+    records = [r for r in read_metrics(out_dir) if r.get("val_loss") is not None]
+    if not records:
+        return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     steps = [r["step"] for r in records]
@@ -1510,12 +1542,9 @@ def read_text(path: Path) -> str:
     """A text file as str. Raises UserError if it is missing, empty or not UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # -sig: without the mark Windows adds
-    except FileNotFoundError:
-        raise UserError(f"--data {path}: no such file; check the name") from None
     except UnicodeDecodeError as problem:
-        raise UserError(
-            f"--data {path}: not UTF-8 text (byte {problem.start}); save it as UTF-8"
-        ) from None
+        raise UserError(f"--data {path}: not UTF-8 text (byte {problem.start} is not); save it as "
+                        "UTF-8") from None
     except OSError as problem:
         raise UserError(f"--data {path}: {problem.strerror}; name a readable text file") from None
     if not text:
@@ -1562,38 +1591,26 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown.split()[0].partition("=")[0]
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"{flag}: unknown; " + (
-                f"did you mean {close[0]}?" if close else "see --help for what there is"
-            )
+            advice = f"did you mean {close[0]}?" if close else "see --help for what there is"
+            message = f"{flag}: unknown; {advice}"
         raise UserError(message.removeprefix("argument "))
 
 
-def yes_or_no(text: str) -> bool:
-    """The value of a switch: --bias, --bias true and --bias false are all understood."""
-    try:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-            text.lower()
-        ]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
-
-
 def add_flags(group, config_class, skip=()) -> None:
-    """A flag for each field of a dataclass. Not typed means absent from the result."""
+    """A flag for each field of a dataclass, and a --no_ flag for each switch. Not typed: absent."""
     for f in fields(config_class):
         if f.name in skip:
             continue
         rule = f.metadata
-        shown = "" if f.default is None else f" ({f.default!r})"
-        options = dict(help=rule["help"] + shown, default=argparse.SUPPRESS)
+        shown = rule["help"] + ("" if f.default is None else f" ({f.default!r})")
         if rule["kind"] is bool:
-            group.add_argument(f"--{f.name}", type=yes_or_no, nargs="?", const=True,
-                               metavar="BOOL", **options)
-            options["help"] = argparse.SUPPRESS
-            group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", **options)
+            for flag, value, text in (("", True, shown), ("no_", False, argparse.SUPPRESS)):
+                group.add_argument(f"--{flag}{f.name}", dest=f.name, action="store_const",
+                                   const=value, default=argparse.SUPPRESS, help=text)
         else:
             metavar = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else f.name.upper()
-            group.add_argument(f"--{f.name}", type=rule["kind"], metavar=metavar, **options)
+            group.add_argument(f"--{f.name}", type=rule["kind"], metavar=metavar, help=shown,
+                               default=argparse.SUPPRESS)
 
 
 def build_parser() -> Parser:
@@ -1605,7 +1622,8 @@ def build_parser() -> Parser:
                         f"  {name:8} {p.about}; takes {p.takes}" for name, p in PRESETS.items()))
     common = parser.add_argument_group("common")
     common.add_argument("--mode", choices=sorted(MODES), default=None, help="what to do")
-    common.add_argument("--data", metavar="PATH", help="a UTF-8 text (data/input.txt)")
+    common.add_argument("--data", metavar="PATH",
+                        help="a UTF-8 text (data/input.txt; with a checkpoint, the text it is of)")
     common.add_argument("--out_dir", metavar="PATH", default="out", help="the run's folder (out)")
     common.add_argument("--checkpoint", metavar="PATH",
                         help="the checkpoint to use (best.pt of out_dir; to resume, latest.pt)")
@@ -1681,18 +1699,26 @@ def make_folder(path: Path) -> None:
 
 
 def set_aside(out_dir: Path) -> None:
-    """Moves the files of an earlier run to out_dir/earlier: a forgotten --resume loses nothing."""
+    """Moves the files of an earlier run to out_dir/earlier, in place of what was there before: so
+    a forgotten --resume loses nothing."""
     names = ("best.pt", "latest.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
     files = [path for name in names for path in out_dir.glob(name)]
     if not any(path.suffix == ".pt" for path in files):
         return
     earlier = out_dir / "earlier"
     shutil.rmtree(earlier, ignore_errors=True)
-    earlier.mkdir()
+    earlier.mkdir(exist_ok=True)
     for path in files:
         path.replace(earlier / path.name)
-    say(f"{out_dir} held a run: it is in {earlier} until the next new one (--resume goes on with "
-        "a run)")
+    say(f"{out_dir} held an earlier run: it is in {earlier} until the next new one (--resume goes "
+        "on with a run)")
+
+
+def chosen_data(args, state: dict | None) -> str | None:
+    """The corpus by its absolute path: the one typed, or the one typed when the run began."""
+    if args.data is not None:
+        return str(Path(args.data).absolute())
+    return state["corpus"] if state else None
 
 
 def run_train(args) -> None:
@@ -1712,7 +1738,8 @@ def run_train(args) -> None:
         GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
     make_folder(out_dir)
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
-    corpus_path = find_corpus(args.data)
+    data = chosen_data(args, state)
+    corpus_path = find_corpus(data)
     text = read_text(corpus_path)
     if state:
         model, tokenizer = model_from_checkpoint(state)
@@ -1720,7 +1747,7 @@ def run_train(args) -> None:
         tokenizer = CharTokenizer.train(text)
         torch.manual_seed(config.seed)
         model = build_model(GPTConfig(vocab_size=tokenizer.vocab_size, **model_settings))
-    corpus = encode_corpus(text, tokenizer, model.config.block_size)
+    corpus = encode_corpus(text, tokenizer, model.config.block_size, data)
     if state and corpus.sha256 != state["corpus_sha256"]:
         raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
                         f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
@@ -1760,7 +1787,7 @@ def run_eval(args) -> None:
     """--mode eval"""
     engine = make_engine(args.device, "float32")
     model, tokenizer, state, path = load_for_use(args)
-    corpus_path = find_corpus(args.data)
+    corpus_path = find_corpus(chosen_data(args, state))
     corpus = encode_corpus(read_text(corpus_path), tokenizer, model.config.block_size)
     if corpus.sha256 != state["corpus_sha256"]:
         say(f"note: {corpus_path} is not the text that {path} was trained on")
@@ -1777,9 +1804,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
     argv = sys.argv[1:] if argv is None else argv
-    flags = [a.partition("=") for a in argv]  # --max-steps is understood as --max_steps
-    argv = [f[0].replace("-", "_").replace("__", "--", 1) + f[1] + f[2]
-            if f[0].startswith("--") else "".join(f) for f in flags]
+    # --max-steps is understood as --max_steps
+    argv = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), a) for a in argv]
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
