@@ -894,6 +894,16 @@ def test_best_checkpoint_has_the_lowest_validation_loss(tiny_run):
     assert f"{evaluate(model, corpus.val):.4f} nats" in out
 
 
+def test_final_score_is_the_best_models_and_not_the_last_ones(tmp_path):
+    """A rate far too high makes the model worse than it was at the start."""
+    err = train_tiny(tmp_path, "--learning_rate", "1.0", "--eval_interval", "1")
+    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] < 6
+    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
+    assert out.strip() == err.strip().split("\n")[-1]
+    _, out, _ = run_main("--mode", "eval", "--checkpoint", tmp_path / "latest.pt")
+    assert out.strip() != err.strip().split("\n")[-1]
+
+
 def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
     """Recomputed from the model at its start: both micro-batches, not the last one alone."""
     folder, _ = tiny_run
