@@ -1127,7 +1127,7 @@ class Run:
         self.metrics.write(step=p.step, train_loss=losses["train"], val_loss=losses["val"],
                            val_perplexity=perplexity(losses["val"]), seconds=round(p.seconds, 2))
         say(f"step {p.step}: train loss {losses['train']:.4f}, validation loss "
-            f"{losses['val']:.4f}, perplexity {perplexity(losses['val']):.2f}"
+            f"{losses['val']:.4f}, perplexity {perplexity(losses['val']):.4g}"
             + (" (best so far)" if p.stale == 0 else ""))
         self.show_sample()
         if p.stale == 0:
@@ -1479,7 +1479,7 @@ def score_line(nats: float, tokenizer, corpus: Corpus) -> str:
     n_characters = len(tokenizer.decode(corpus.val[1:].tolist()))
     bits = bits_per_character(nats, n_tokens, n_characters)
     return (f"full validation split, {n_tokens:,} tokens: {nats:.4f} nats per token, perplexity "
-            f"{perplexity(nats):.2f}, {bits:.4f} bits per character")
+            f"{perplexity(nats):.4g}, {bits:.4f} bits per character")
 
 
 class MetricsLog:

@@ -896,7 +896,7 @@ def test_best_checkpoint_has_the_lowest_validation_loss(tiny_run):
 
 def test_final_score_is_the_best_models_and_not_the_last_ones(tmp_path):
     """A rate far too high makes the model worse than it was at the start."""
-    err = train_tiny(tmp_path, "--learning_rate", "1.0", "--eval_interval", "1")
+    err = train_tiny(tmp_path, "--learning_rate", "30", "--eval_interval", "1")
     assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] < 6
     _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
     assert out.strip() == err.strip().split("\n")[-1]
