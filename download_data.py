@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
@@ -156,7 +157,7 @@ def download(destination: Path = DESTINATION, urls=None, attempts: int = 2, back
                 put_in_place(data, Path(destination))
                 return say(f"wrote {destination}: {len(data):,} bytes, checksum right")
         say(f"  failed: {failure}")
-        failures.append(f"{url}: {failure}")
+        failures.append(f"{urlsplit(url).hostname}: {failure}")
     raise DownloadError("no source delivered the corpus (" + "; ".join(failures) + ")")
 
 
