@@ -91,6 +91,13 @@ class UserError(ValueError):
     The message names the flag or file, the value, and what to do about it."""
 
 
+# The path of a setting, from the newcomer's keyboard to the file:
+#
+#     dataclass default  <-  preset  <-  flag        what stands further right wins
+#             |
+#             +->  checked here  ->  used by its chapter  ->  stored in the checkpoint
+
+
 def setting(default, help, choices=None, low=None, high=None, above=None, kind=None, resume=False):
     """A dataclass field that knows its meaning and its legal range.
 
@@ -1384,6 +1391,10 @@ def make_engine(device_name: str = "auto", dtype_name: str = "auto") -> Engine:
 
 
 # ---- Compilation ---------------------------------------------------------------------------------
+#
+# Problem   Run line by line, every multiplication and addition reads its operands from memory and
+#           writes its result back. torch.compile turns the whole forward and backward pass into
+#           a few fused kernels; for the CPU that takes a C++ compiler, which not everyone has.
 
 
 def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch.Generator):
@@ -1409,6 +1420,9 @@ def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch
 
 
 # ---- Signals -------------------------------------------------------------------------------------
+#
+# Problem   Ctrl-C may arrive in the middle of a step or of a write. Nothing is done then but to
+#           remember it; the loop looks at the flag when a step is complete, saves and leaves.
 
 
 class Stopped(Exception):
@@ -1439,6 +1453,8 @@ def stop_signals():
 
 
 # ---- What is printed and logged ------------------------------------------------------------------
+
+# Progress goes to stderr, records to metrics.jsonl, pictures to loss.png; stdout stays free for text.
 
 _status_width = 0  # of the status line that stands on the terminal, 0 if none does
 
@@ -1534,6 +1550,9 @@ def plot_losses(out_dir: Path) -> None:
 
 
 # ---- Finding the corpus --------------------------------------------------------------------------
+#
+# Problem   The first command a newcomer types should train a model, also where nothing has been
+#           downloaded yet, or nothing can be.
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -1733,9 +1752,9 @@ def run_train(args) -> None:
     elif args.checkpoint:
         raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
     else:
-        engine = make_engine(args.device, getattr(args, "dtype", "auto"))
-        model_settings, config = fresh_configs(args, engine.device)
+        model_settings, config = fresh_configs(args, find_device(args.device))
         GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
+        engine = make_engine(args.device, config.dtype)
     make_folder(out_dir)
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
     data = chosen_data(args, state)
