@@ -1454,7 +1454,7 @@ def stop_signals():
 
 # ---- What is printed and logged ------------------------------------------------------------------
 
-# Progress goes to stderr, records to metrics.jsonl, pictures to loss.png; stdout stays free for text.
+# Progress goes to stderr, records to metrics.jsonl, curves to loss.png; stdout stays free for text.
 
 _status_width = 0  # of the status line that stands on the terminal, 0 if none does
 
