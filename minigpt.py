@@ -19,9 +19,9 @@ The chapters. Each opens with its problem, and with an equation, shapes and an e
 where there are such:
 
     Configuration       every number you can turn, once, with its meaning
-    Text to integers    characters become numbers and come back unharmed
+    Text to integers    characters, or byte pairs, become numbers and come back unharmed
     Batches             where the training examples come from: the same text, shifted by one
-    The parts           layer norm, positions, causal attention, the MLP
+    The parts           normalization, causal attention, positions, the MLP
     The model           the parts stacked into a GPT, and the bigram baseline it must beat
     Learning            loss, optimizer, learning-rate schedule, honest evaluation
     Checkpoints         a run on disk, safe against crashes
@@ -30,7 +30,8 @@ where there are such:
     Engine room         devices, precision, compilation, logs, finding data  [optional reading]
     The command line    flags in, functions called                           [optional reading]
 
-On a first reading, skip what is marked optional, and every paragraph that opens with `Subtle:`.
+On a first reading, skip what is marked optional, "Byte-pair encoding", every `Options` paragraph
+(variations the field argues about, each switched by a flag), and what opens with `Subtle:`.
 Where an experiment ("Try it") states an outcome, it was run on two CPU cores with seed 1337.
 
 The letters used for shapes, everywhere:
@@ -46,9 +47,14 @@ The letters used for shapes, everywhere:
 """
 
 import argparse
+import codecs
+import collections
 import contextlib
 import difflib
+import functools
 import hashlib
+import heapq
+import itertools
 import json
 import math
 import os
@@ -58,6 +64,7 @@ import signal
 import sys
 import time
 import types
+import unicodedata
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -132,13 +139,24 @@ def check_settings(config) -> None:
 class GPTConfig:
     """The shape of a model: all that is needed to build it, apart from its weights."""
 
-    vocab_size: int = setting(65, "distinct tokens; the tokenizer sets it", low=1)
+    vocab_size: int = setting(65, "distinct tokens; to be set for --tokenizer bpe only", low=1)
     block_size: int = setting(256, "context: the most tokens the model sees at once", low=1)
     n_layer: int = setting(6, "blocks stacked on each other", low=1)
     n_head: int = setting(6, "attention heads in each block", low=1)
     n_embd: int = setting(384, "channels: numbers that describe one token", low=1)
     dropout: float = setting(0.2, "share of activations dropped in training", low=0.0, high=0.9)
     bias: bool = setting(True, "bias vectors in Linear and LayerNorm, as GPT-2 has them")
+    norm: str = setting("layernorm", "normalization", choices=("layernorm", "rmsnorm", "none"))
+    norm_scale: bool = setting(True, "a learned gain after each normalization")
+    norm_position: str = setting("pre", "normalize before each part, or after its addition",
+                                 choices=("pre", "post"))
+    pos: str = setting("learned", "how the model knows places",
+                       choices=("learned", "sinusoidal", "rope"))
+    activation: str = setting("gelu", "the bend in the MLP",
+                              choices=("gelu", "relu", "relu2", "swiglu"))
+    mlp_ratio: float = setting(4.0, "the MLP's inner width over n_embd", above=0.0)
+    qk_norm: bool = setting(False, "normalize queries and keys")
+    tie_weights: bool = setting(True, "one matrix for token vectors and output head")
     attention: str = setting("fused", "attention as one kernel, or explicit: written out",
                              choices=("fused", "explicit"))
     model: str = setting("gpt", "the GPT or the bigram baseline", choices=("gpt", "bigram"))
@@ -149,6 +167,18 @@ class GPTConfig:
             near = max(self.n_embd // self.n_head, 1) * self.n_head
             raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}, "
                             f"since the heads share the channels; {near} would do")
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            raise UserError(f"--pos rope: needs an even head size to rotate pairs of channels, not "
+                            f"--n_embd {self.n_embd} / --n_head {self.n_head} = "
+                            f"{self.n_embd // self.n_head}")
+        if self.pos == "sinusoidal" and self.n_embd % 2:
+            raise UserError(f"--pos sinusoidal: needs an even --n_embd, not {self.n_embd}, since "
+                            "each frequency has a sine and a cosine")
+        if self.norm == "none" and self.norm_position == "post":
+            raise UserError("--norm_position post: means nothing with --norm none; leave one out")
+        if int(self.mlp_ratio * self.n_embd) < 2:
+            raise UserError(f"--mlp_ratio {self.mlp_ratio}: leaves the MLP of --n_embd "
+                            f"{self.n_embd} fewer than 2 channels; raise it")
 
 
 @dataclass
@@ -156,6 +186,8 @@ class TrainConfig:
     """How a model is trained. The defaults suit GPTConfig's; a preset changes what it must."""
 
     preset: str = setting("auto", "the named set of settings this run started from")
+    tokenizer: str = setting("char", "what a token is: a character, a token of our own BPE (of "
+                             "--vocab_size), or of GPT-2's", choices=("char", "bpe", "gpt2"))
     batch_size: int = setting(64, "sequences in one micro-step", low=1)
     grad_accum: int = setting(4, "micro-steps added up into one step", low=1)
     max_steps: int = setting(2000, "steps to train for", low=1, resume=True)
@@ -168,7 +200,7 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is no limit", low=0.0)
     eval_interval: int = setting(250, "steps from one evaluation to the next", low=1, resume=True)
     eval_batches: int = setting(20, "batches in one loss estimate", low=1)
-    sample_chars: int = setting(160, "text shown at an evaluation; 0: none", low=0, resume=True)
+    sample_tokens: int = setting(160, "text shown at an evaluation; 0: none", low=0, resume=True)
     checkpoint_interval: int = setting(500, "steps between snapshots; 0: none", low=0, resume=True)
     log_interval: int = setting(10, "steps between status lines", low=1, resume=True)
     patience: int = setting(0, "stop after so many evaluations without a better one; 0: never",
@@ -236,6 +268,13 @@ PRESETS = {
         dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1,
              batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4),
     ),
+    "bpe": Preset(
+        "our own byte-pair encoding instead of characters: more text in each window",
+        "a quarter of an hour on 2 CPU cores, by the rate of its first steps",
+        dict(tokenizer="bpe", vocab_size=1024, n_layer=4, n_head=4, n_embd=192, block_size=256,
+             mlp_ratio=2.0, attention="explicit", dropout=0.1, batch_size=16, grad_accum=1,
+             max_steps=2000),
+    ),
     "gpt2": Preset(
         "GPT-2 small's shape, for large corpora (--data) and large GPUs",
         "too long for a CPU",
@@ -281,6 +320,8 @@ class CharTokenizer:
     'bee'
     """
 
+    kind, end = "char", None  # there is no token for the end of a text
+
     def __init__(self, itos: list[str]):
         self.itos = list(itos)
         self.stoi = {character: i for i, character in enumerate(self.itos)}
@@ -308,9 +349,13 @@ class CharTokenizer:
         """Ids to text."""
         return "".join([self.itos[i] for i in ids])
 
+    def stream(self, ids):
+        """The same, id by id, as they come."""
+        return (self.itos[i] for i in ids)
+
     def to_dict(self) -> dict:
         """Plain values that describe the tokenizer, for checkpoints and files."""
-        return {"itos": self.itos}
+        return {"kind": self.kind, "itos": self.itos}
 
     @classmethod
     def from_dict(cls, state: dict) -> "CharTokenizer":
@@ -325,6 +370,299 @@ class CharTokenizer:
     def load(cls, folder) -> "CharTokenizer":
         """Reads what save wrote."""
         return cls.from_dict(json.loads((Path(folder) / "chars.json").read_text(encoding="utf-8")))
+
+
+# ---- Byte-pair encoding --------------------------------------------------------------------------
+#
+# Problem   Characters are safe but slow: "the" costs three steps of the model, and a context of 256
+#           is four lines of verse. Whole words are short but brittle: the next text has new ones.
+# Answer    Begin with the 256 bytes, of which every text in UTF-8 is made. Find the pair of
+#           neighbours that is most frequent, make it a new token, and again, until the vocabulary
+#           is full [Sennrich et al. 2016, section 3.2; on bytes: Radford et al. 2019, section 2.2].
+#           Frequent words become one token, rare ones a few, and nothing is unknown.
+# Example   "aaabdaaabac" -> aa becomes X: "XabdXabac" -> ab becomes Y: "XYdXYac" -> XY becomes Z:
+#           "ZdZac". Eleven tokens have become five.
+# Ties      Among equally frequent pairs the one whose tokens are older wins, the first token first.
+# Encoding  Apply the merges to a new text in the order in which they were learned.
+# Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare: the first merges are " t", "he",
+#           " a", "ou" and " s", and the 1.1 million characters become 460,000 tokens.
+#
+# Pieces    Merges never cross a boundary that GPT-2's pattern draws: between letters, digits and
+#           punctuation, with a space kept in front of what it precedes. So "dog." and "dog!" do not
+#           become two words, and each distinct piece must be worked on only once.
+
+
+@functools.cache
+def piece_pattern() -> re.Pattern:
+    r"""GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    Python's re knows no \p{L} (letter) and \p{N} (number), so the classes are spelled out from
+    the Unicode tables; and its \s holds four control characters more than GPT-2's.
+
+    >>> piece_pattern().findall("Who's there?  Nay, 2 answer")
+    ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
+    """
+    runs = {"L": "", "N": ""}
+    categories = (unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
+    code = 0
+    for kind, run in itertools.groupby(categories):
+        first, code = code, code + sum(1 for _ in run)
+        if kind in runs:
+            runs[kind] += f"\\U{first:08x}-\\U{code - 1:08x}"
+    L, N = runs["L"], runs["N"]
+    S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+"
+                      rf"|[{S}]+(?![^{S}])|[{S}]+")
+
+
+# The 256 bytes in GPT-2's order, and the printable character that stands for each in its files:
+# itself where it has a shape, one from U+0100 on where it is a space or a control character.
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES += [byte for byte in range(256) if byte not in BYTES]
+SHOWN = [chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)]
+END_OF_TEXT = "<|endoftext|>"
+
+# While we merge, a piece is a str in a private alphabet: the character chr(i) is token i. So one
+# merge is one str.replace, at the speed of C, and a pair of tokens is a str of two characters.
+BYTE_TO_TOKEN = {byte: chr(i) for i, byte in enumerate(BYTES)}
+
+
+def to_tokens(piece: str) -> str:
+    """A piece of text in the private alphabet, one character for each of its UTF-8 bytes."""
+    return piece.encode("utf-8").decode("latin-1").translate(BYTE_TO_TOKEN)
+
+
+def pairs_of(word: str):
+    """The neighbours in a word: "abc" -> "ab", "bc"."""
+    return map(str.__add__, word, word[1:])
+
+
+def merge(word: str, pair: str, token: str) -> tuple[str, list[str], list[str]]:
+    """Replaces pair by token in word. Also returns the neighbour pairs that went and that came.
+
+    >>> merge("xabyab", "ab", "Z")
+    ('xZyZ', ['xa', 'by', 'ya'], ['xZ', 'Zy', 'yZ'])
+    """
+    (a, b), parts = pair, word.split(pair)
+    gone, born = [], []
+    for i, part in enumerate(parts):
+        if part and i > 0:  # something was merged just before this part
+            gone.append(b + part[0])
+            born.append(token + part[0])
+        if part and i < len(parts) - 1:  # and just after
+            gone.append(part[-1] + a)
+            born.append(part[-1] + token)
+        if not part and 0 < i < len(parts) - 1:  # two merges side by side
+            gone.append(b + a)
+            born.append(token + token)
+    return token.join(parts), gone, born
+
+
+class BPETokenizer:
+    """Byte-level BPE, in GPT-2's format.
+
+    >>> tokenizer = BPETokenizer.train("low lower lowest low low", vocab_size=260)
+    >>> tokenizer.merges
+    [(b'l', b'o'), (b'lo', b'w'), (b' ', b'low')]
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode(" lowly")]
+    [' low', 'l', 'y']
+    """
+
+    kind = "bpe"
+
+    def __init__(self, merges: list[tuple[bytes, bytes]]):
+        """merges: pairs of tokens, in the order in which they were learned."""
+        self.merges = merges
+        # Subtle: two merges may make the same token (ab + c, a + bc), which then has one id.
+        self.tokens = list(dict.fromkeys([bytes([byte]) for byte in BYTES]
+                                         + [a + b for a, b in merges]))
+        token_of = {token: chr(i) for i, token in enumerate(self.tokens)}
+        self.pairs = [token_of[a] + token_of[b] for a, b in merges]  # by rank
+        self.made = [token_of[a + b] for a, b in merges]
+        self.ranks = {pair: rank for rank, pair in enumerate(self.pairs)}
+        self.cache = {}
+        self.end = len(self.tokens)
+        self.tokens.append(END_OF_TEXT.encode())
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
+        """Learns at most vocab_size - 257 merges (256 bytes and the end of text are there already);
+        fewer when no pair is left that occurs twice.
+
+        Each distinct piece is kept once, with its count. `counts` says how often a pair occurs,
+        `where` in which pieces it may; a merge touches those pieces and no others. The heap hands
+        out the most frequent pair; an entry whose count has changed since is put back with it."""
+        if vocab_size < 257:
+            raise UserError(f"--vocab_size {vocab_size}: must be at least 257, for the 256 bytes "
+                            f"and {END_OF_TEXT}")
+        pieces = collections.Counter(itertools.chain.from_iterable(
+            piece_pattern().findall(part) for part in valid(text).split(END_OF_TEXT)))
+        words, freqs = [to_tokens(piece) for piece in pieces], list(pieces.values())
+        counts, where = collections.Counter(), collections.defaultdict(set)
+        for i, (word, freq) in enumerate(zip(words, freqs)):
+            for pair in pairs_of(word):
+                counts[pair] += freq
+                where[pair].add(i)
+        heap = [(-count, pair) for pair, count in counts.items()]
+        heapq.heapify(heap)
+        tokens, merges = [bytes([byte]) for byte in BYTES], []
+        token_of = {token: chr(i) for i, token in enumerate(tokens)}
+        while heap and len(tokens) < vocab_size - 1:
+            count, pair = heapq.heappop(heap)
+            if -count != counts[pair]:
+                heapq.heappush(heap, (-counts[pair], pair))
+                continue
+            if -count < 2:
+                break
+            a, b = (tokens[ord(token)] for token in pair)
+            merges.append((a, b))
+            if a + b not in token_of:
+                token_of[a + b] = chr(len(tokens))
+                tokens.append(a + b)
+            token, changed = token_of[a + b], set()
+            del counts[pair]
+            for i in where.pop(pair):
+                words[i], gone, born = merge(words[i], pair, token)
+                for p in gone:
+                    counts[p] -= freqs[i]
+                for p in born:
+                    counts[p] += freqs[i]
+                    where[p].add(i)
+                changed.update(born)
+            for p in changed:
+                heapq.heappush(heap, (-counts[p], p))
+        return cls(merges)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    def encode_piece(self, piece: str) -> list[int]:
+        """Merges one piece, always the pair that was learned first, until none is left."""
+        word = to_tokens(piece)
+        ranks = list({self.ranks[pair] for pair in pairs_of(word) if pair in self.ranks})
+        heapq.heapify(ranks)
+        while ranks:
+            rank = heapq.heappop(ranks)
+            word, _, born = merge(word, self.pairs[rank], self.made[rank])
+            for pair in set(born):
+                if pair in self.ranks:
+                    heapq.heappush(ranks, self.ranks[pair])
+        return [ord(token) for token in word]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids: any text. Each distinct piece is merged once and then remembered."""
+        ids, cache = [], self.cache
+        for i, part in enumerate(valid(text).split(END_OF_TEXT)):
+            if i > 0:
+                ids.append(self.end)
+            for piece in piece_pattern().findall(part):
+                if piece not in cache:
+                    cache[piece] = self.encode_piece(piece)
+                ids += cache[piece]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text; bytes that are not UTF-8, as of half a character, become U+FFFD."""
+        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def stream(self, ids):
+        """The same, id by id: a character comes out when the last of its bytes is there."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.tokens[i])
+        yield decoder.decode(b"", final=True)
+
+    def shown(self, token: bytes) -> str:
+        """A token as GPT-2's files write it: a space is Ġ, a line break Ċ."""
+        return "".join(SHOWN[ord(BYTE_TO_TOKEN[byte])] for byte in token)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind,
+                "merges": [f"{self.shown(a)} {self.shown(b)}" for a, b in self.merges]}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "BPETokenizer":
+        to_byte = dict(zip(SHOWN, BYTES))
+        return cls([tuple(bytes(to_byte[c] for c in token) for token in line.split(" "))
+                    for line in state["merges"]])
+
+    def save(self, folder) -> None:
+        """Writes folder/vocab.json and folder/merges.txt, as GPT-2 has them."""
+        vocab = {self.shown(token): i for i, token in enumerate(self.tokens[: self.end])}
+        vocab[END_OF_TEXT] = self.end
+        text = json.dumps(vocab, ensure_ascii=False)
+        (Path(folder) / "vocab.json").write_text(text, encoding="utf-8")
+        lines = ["#version: 0.2", *self.to_dict()["merges"], ""]
+        (Path(folder) / "merges.txt").write_bytes("\n".join(lines).encode("utf-8"))
+
+    @classmethod
+    def load(cls, folder) -> "BPETokenizer":
+        """Reads what save wrote, or GPT-2's own files (their ids follow from the merges)."""
+        lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").split("\n")
+        return cls.from_dict({"merges": [line for line in lines[1:] if line]})
+
+
+class GPT2Tokenizer:
+    """GPT-2's own 50,257 tokens, through the library tiktoken. Raises UserError without it."""
+
+    kind, vocab_size, end = "gpt2", 50257, 50256
+
+    def __init__(self):
+        try:
+            import tiktoken
+
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except ImportError:
+            raise UserError("--tokenizer gpt2: needs tiktoken; pip install tiktoken, or use "
+                            "--tokenizer bpe") from None
+        except Exception as problem:  # it fetches its file at the first use, by whatever means
+            raise UserError(f"--tokenizer gpt2: tiktoken cannot get its vocabulary "
+                            f"({type(problem).__name__}); connect once, or use --tokenizer bpe"
+                            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    def stream(self, ids):
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.encoding.decode_single_token_bytes(i))
+        yield decoder.decode(b"", final=True)
+
+    def to_dict(self) -> dict:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_dict(cls, state: dict) -> "GPT2Tokenizer":
+        return cls()
+
+
+def valid(text: str) -> str:
+    """text without lone surrogates, halves of a character that UTF-8 cannot write: U+FFFD each."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+
+
+def make_tokenizer(kind: str, text: str, vocab_size: int | None):
+    """A new tokenizer for a text. BPE learns from the training part alone, so that the validation
+    text has no say in it; characters are taken from the whole, since none may be missing."""
+    if kind == "bpe":
+        return BPETokenizer.train(split_text(text)[0], vocab_size or 1024)
+    return CharTokenizer.train(text) if kind == "char" else GPT2Tokenizer()
+
+
+def start_ids(tokenizer) -> list[int]:
+    """What a text begins with when there is no prompt: a line break, or else token 0."""
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return [0]
 
 
 # ==================================================================================================
@@ -417,7 +755,7 @@ def get_batch(tokens, block_size, batch_size, generator=None, device="cpu"):
 # weights, so that other tools find their way.
 # ==================================================================================================
 
-# ---- Layer normalization -------------------------------------------------------------------------
+# ---- Normalization -------------------------------------------------------------------------------
 #
 # Problem   Layer upon layer, numbers grow or shrink by orders of magnitude, and a layer can only
 #           learn from inputs whose scale it can rely on.
@@ -433,9 +771,9 @@ class LayerNorm(nn.Module):
 
     eps = 1e-5  # keeps a constant input from dividing by zero
 
-    def __init__(self, n_embd: int, bias: bool = True):
+    def __init__(self, n_embd: int, bias: bool = True, scale: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else 1.0
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
 
     def forward(self, x):
@@ -443,6 +781,36 @@ class LayerNorm(nn.Module):
         var = x.square().mean(dim=-1, keepdim=True)  # (B, T, 1); divided by C, not by C - 1
         y = x * torch.rsqrt(var + self.eps) * self.weight
         return y if self.bias is None else y + self.bias
+
+
+# The variant [option --norm rmsnorm]: centring turns out to matter little, so leave it out.
+#
+# Equation  y = x / sqrt(mean(x^2) + eps) * weight           [Zhang and Sennrich 2019, equation 4]
+# Example   x = [3, 4]: mean square 12.5 -> [0.85, 1.13]
+
+
+class RMSNorm(nn.Module):
+    """Rescale each token's channels to a root mean square of 1; then a learned gain."""
+
+    eps = 1e-5
+
+    def __init__(self, n_embd: int, scale: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else 1.0
+
+    def forward(self, x):
+        # Subtle: in 16 bits a mean of squares is too coarse, so it is taken in 32.
+        mean_square = x.float().square().mean(dim=-1, keepdim=True).to(x.dtype)  # (B, T, 1)
+        return x * torch.rsqrt(mean_square + self.eps) * self.weight
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """The normalization that a config asks for, over n_embd channels."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_scale)
+    return LayerNorm(config.n_embd, config.bias, config.norm_scale)
 
 
 # ---- Causal self-attention -----------------------------------------------------------------------
@@ -485,6 +853,11 @@ class LayerNorm(nn.Module):
 #           time there is no neighbour to read from.
 
 
+# Options   Two seams in `forward` do nothing unless asked for: queries and keys may be normalized
+#           (--qk_norm), which bounds the scores and keeps large learning rates from freezing the
+#           softmax [Henry et al. 2020]; and they may be rotated (--pos rope, under "Positions").
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one."""
 
@@ -497,12 +870,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
+        hs = config.n_embd // config.n_head
+        self.q_norm, self.k_norm = (RMSNorm(hs) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.rotate = Rotary(config.block_size, hs) if config.pos == "rope" else nn.Identity()
 
     def forward(self, x):
         B, T, C = x.shape
         shape = (B, T, self.n_head, C // self.n_head)
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (z.view(shape).transpose(1, 2) for z in (q, k, v))  # (B, nh, T, hs) each
+        q, k = self.rotate(self.q_norm(q)), self.rotate(self.k_norm(k))
         if self.explicit:
             y = self.attend(q, k, v)
         else:  # the same function as one kernel, which need not store the (T, T) matrix
@@ -525,9 +902,52 @@ class CausalSelfAttention(nn.Module):
 #
 # Problem   Attention takes a mean over a set: shuffle the earlier tokens, and a layer gives the
 #           last one the same answer. But "dog bites man" is not "man bites dog".
-# Answer    Learn a vector for each place 0 .. block_size - 1 and add it to the token's own vector
+# Learned   A vector for each place 0 .. block_size - 1, learned, is added to the token's own vector
 #           [Radford et al. 2018, section 3.1]. That is one line of GPT.forward, in the next
 #           chapter. The price: there is no vector for place block_size, so the context is bounded.
+#
+# Two variants need nothing learned [option --pos]:
+#
+# Sinusoid  The vector of place t holds sin(t w_i) and cos(t w_i), w_i = 10000^(-2i/C), for i below
+#           C/2 [Vaswani et al. 2017, section 3.5]: hands of clocks that run at different speeds. To
+#           move by s places is to turn each hand by s w_i, whatever t is. The paper multiplies the
+#           token vectors by sqrt(C) before it adds; dividing the table does the same to the sum,
+#           but for a factor that the first norm removes.
+# RoPE      Add nothing. Turn the queries and keys themselves, as such hands: channels i and
+#           i + hs/2 of a head form a vector in the plane, turned by t w_i at place t. The dot
+#           product of a query at t with a key at s then depends on t - s alone
+#           [Su et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1: a mere renaming].
+# Example   hs = 2, w_0 = 1: a query (1, 0) at place 2 and a key (1, 0) at place 1 have the score
+#           cos(2 - 1) = 0.54. At places 12 and 11 it is 0.54 again.
+
+
+def angles(n_places: int, n_channels: int) -> torch.Tensor:
+    """t w_i for each place t and each pair of channels i: (n_places, n_channels / 2)."""
+    w = 10000.0 ** (-torch.arange(0, n_channels, 2) / n_channels)
+    return torch.outer(torch.arange(n_places).float(), w)
+
+
+def sinusoids(n_places: int, n_embd: int) -> torch.Tensor:
+    """The fixed table of position vectors, (n_places, n_embd)."""
+    a = angles(n_places, n_embd)
+    return torch.stack([a.sin(), a.cos()], dim=-1).flatten(1) / math.sqrt(n_embd)
+
+
+class Rotary(nn.Module):
+    """Turns queries or keys (B, nh, T, hs) according to their places."""
+
+    def __init__(self, n_places: int, hs: int):
+        super().__init__()
+        a = angles(n_places, hs)  # (block_size, hs / 2)
+        self.register_buffer("cos", a.cos(), persistent=False)
+        self.register_buffer("sin", a.sin(), persistent=False)
+
+    def forward(self, x):
+        T = x.shape[-2]
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        x1, x2 = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2) each
+        return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+
 
 # ---- The MLP -------------------------------------------------------------------------------------
 #
@@ -540,7 +960,25 @@ class CausalSelfAttention(nn.Module):
 #           smooth max(0, x). GPT-2 uses its tanh form [Hendrycks and Gimpel 2016, section 2]:
 #           0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
-# Shapes    (B, T, C) -> (B, T, 4C) -> (B, T, C)
+# Shapes    (B, T, C) -> (B, T, mlp_ratio C) -> (B, T, C)
+# Options   --activation relu: max(0, x). relu2: its square [So et al. 2021]. swiglu: no longer one
+#           bend but a product, silu(x W) * (x V), in which one half gates the other
+#           [Shazeer 2020, section 2]. It needs two matrices going in, so the middle is 2/3 as wide,
+#           and the number of weights stays the same.
+
+
+def swiglu(x):
+    """(B, T, 2H) -> (B, T, H): the first half, bent by silu(z) = z sigmoid(z), gates the second."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS = {
+    "gelu": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "swiglu": swiglu,
+}
 
 
 class MLP(nn.Module):
@@ -548,12 +986,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        gated = config.activation == "swiglu"
+        hidden = int(config.mlp_ratio * config.n_embd * (2 / 3 if gated else 1))
+        self.c_fc = nn.Linear(config.n_embd, 2 * hidden if gated else hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = self.activation(self.c_fc(x))  # (B, T, mlp_ratio C)
         return self.dropout(self.c_proj(x))
 
 
@@ -570,6 +1011,14 @@ class MLP(nn.Module):
 #               x ----+------------------------> (+) ----+----------------------> (+) ---->
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
+#
+#           The first Transformer normalized on the main road, after each addition: "post-norm"
+#           [Vaswani et al. 2017, section 3.1; option --norm_position post]. What leaves a block is
+#           then normalized, ln_f has nothing left to do, and gradients pass through every norm.
+#
+#               x ----+------------------> (+) --> ln_1 --+------------> (+) --> ln_2 ---->
+#                     |                     ^             |               ^
+#                     +--> attention -------+             +--> MLP -------+
 #
 # Shapes    idx (B, T) -> vectors (B, T, C) -> n_layer blocks -> ln_f -> lm_head: logits (B, T, V)
 #           logits[b, t, v] is a score for token v as the successor of idx[b, t], given all tokens
@@ -588,12 +1037,16 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
+        self.post_norm = config.norm_position == "post"
 
     def forward(self, x):
+        if self.post_norm:
+            x = self.ln_1(x + self.attn(x))
+            return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -620,7 +1073,7 @@ class LanguageModel(nn.Module):
 
     def num_parameters(self) -> int:
         """How many numbers are learned."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  generator=None):
@@ -638,16 +1091,20 @@ class GPT(LanguageModel):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a vector for each token
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # a vector for each position
+        # A vector for each position: learned, fixed (requires_grad is False), or none.
+        self.wpe = None if config.pos == "rope" else nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.ln_f = nn.Identity() if config.norm_position == "post" else make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Tying [Press and Wolf 2017]: both weights are (V, C). The Embedding picks row v for token
         # v; the Linear takes the dot product of a vector with every row. "What stands for this
         # token" and "what fits that token" become one table, learned and counted once.
-        self.lm_head.weight = self.wte.weight
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
         self.initialize()
+        if config.pos == "sinusoidal":
+            self.wpe.weight = nn.Parameter(sinusoids(config.block_size, config.n_embd), False)
 
     def initialize(self):
         """GPT's start: normal with standard deviation 0.02 [Radford et al. 2018, section 4.1].
@@ -668,7 +1125,9 @@ class GPT(LanguageModel):
         T = idx.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens given, but block_size is {self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(T, device=idx.device))  # (B, T, C) + (T, C)
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(T, device=idx.device))  # + (T, C)
         x = self.drop(x)
         for block in self.h:
             x = block(x)
@@ -727,7 +1186,7 @@ def build_model(config: GPTConfig) -> LanguageModel:
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device):
     """AdamW with weight decay on matrices only."""
-    parameters = list(model.parameters())  # a tied matrix appears once
+    parameters = [p for p in model.parameters() if p.requires_grad]  # a tied matrix appears once
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -952,11 +1411,11 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def model_from_checkpoint(state: dict) -> tuple[LanguageModel, CharTokenizer]:
+def model_from_checkpoint(state: dict) -> tuple:
     """The model and the tokenizer of a loaded checkpoint, ready to write or to be evaluated."""
     model = build_model(GPTConfig(**state["model_config"]))
     model.load_state_dict(state["model"])
-    return model.eval(), CharTokenizer.from_dict(state["tokenizer"])
+    return model.eval(), TOKENIZERS[state["tokenizer"]["kind"]].from_dict(state["tokenizer"])
 
 
 @dataclass
@@ -1144,14 +1603,13 @@ class Run:
 
     def show_sample(self) -> None:
         """A few lines from the model as it is, always with the same dice."""
-        if self.config.sample_chars == 0:
+        if self.config.sample_tokens == 0:
             return
         dice = torch.Generator(self.engine.device).manual_seed(0)
-        # Token 0 is the first of the sorted characters: in most texts, the line break.
-        start = torch.zeros((1, 1), dtype=torch.long, device=self.engine.device)
+        start = torch.tensor([start_ids(self.tokenizer)], device=self.engine.device)
         with self.engine.autocast():
-            ids = self.model.generate(start, self.config.sample_chars, 0.8, generator=dice)
-        text = self.tokenizer.decode(ids[0, 1:].tolist()).strip("\n")
+            ids = self.model.generate(start, self.config.sample_tokens, 0.8, generator=dice)
+        text = self.tokenizer.decode(ids[0, start.shape[1] :].tolist()).strip("\n")
         say("".join(f"    | {line}\n" for line in text.split("\n")))
 
     def save(self, name: str) -> None:
@@ -1289,21 +1747,22 @@ def write_text(model, tokenizer, config: GenerateConfig, engine, seed: int, out)
     if config.top_k is not None and config.top_k > tokenizer.vocab_size:
         raise UserError(f"--top_k {config.top_k}: must be at most {tokenizer.vocab_size}, the size "
                         "of the vocabulary")
-    start = tokenizer.decode([0]) if config.prompt is None else config.prompt
     try:
-        prompt = torch.tensor([tokenizer.encode(start)] * config.num_samples)  # (B, T)
+        ids = start_ids(tokenizer) if config.prompt is None else tokenizer.encode(config.prompt)
     except UserError as problem:
-        raise UserError(f"--prompt {start!r}: {problem}") from None
+        raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
+    prompt, start = torch.tensor([ids] * config.num_samples), tokenizer.decode(ids)  # (B, T)
     dice = torch.Generator(engine.device).manual_seed(seed)
     with engine.autocast():
         tokens = stream_tokens(model, prompt.to(engine.device), config.max_tokens,
                                config.temperature, config.top_k, config.top_p, dice)
         if config.num_samples == 1:
-            texts = [(tokenizer.decode(token[0].tolist()) for token in tokens)]
+            rows = [(token.item() for token in tokens)]
         else:
-            rows = torch.cat([prompt, *(token.cpu() for token in tokens)], dim=1)
-            texts = [[tokenizer.decode(row[prompt.shape[1] :])] for row in rows.tolist()]
-        for i, text in enumerate(texts):
+            rows = torch.cat([prompt, *(token.cpu() for token in tokens)], dim=1).tolist()
+            rows = [row[prompt.shape[1] :] for row in rows]
+        for i, row in enumerate(rows):
+            text = tokenizer.stream(itertools.takewhile(lambda token: token != tokenizer.end, row))
             if i > 0:
                 out.write("---------------\n")
             out.write(start)
@@ -1615,11 +2074,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def add_flags(group, config_class, skip=()) -> None:
+def add_flags(group, config_class) -> None:
     """A flag for each field of a dataclass, and a --no_ flag for each switch. Not typed: absent."""
     for f in fields(config_class):
-        if f.name in skip:
-            continue
         rule = f.metadata
         shown = rule["help"] + ("" if f.default is None else f" ({f.default!r})")
         if rule["kind"] is bool:
@@ -1649,7 +2106,7 @@ def build_parser() -> Parser:
     common.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     common.add_argument("--resume", action="store_true",
                         help="train on from latest.pt, or from --checkpoint, with its settings")
-    add_flags(parser.add_argument_group("the model (Configuration)"), GPTConfig, ("vocab_size",))
+    add_flags(parser.add_argument_group("the model (The parts, The model)"), GPTConfig)
     add_flags(parser.add_argument_group("training (Learning)"), TrainConfig)
     add_flags(parser.add_argument_group("writing (Generation)"), GenerateConfig)
     return parser
@@ -1754,6 +2211,9 @@ def run_train(args) -> None:
     else:
         model_settings, config = fresh_configs(args, find_device(args.device))
         GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
+        if "vocab_size" in model_settings and config.tokenizer != "bpe":
+            raise UserError(f"--vocab_size {model_settings['vocab_size']}: goes with --tokenizer "
+                            f"bpe only; the vocabulary of {config.tokenizer} is what it is")
         engine = make_engine(args.device, config.dtype)
     make_folder(out_dir)
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
@@ -1763,9 +2223,10 @@ def run_train(args) -> None:
     if state:
         model, tokenizer = model_from_checkpoint(state)
     else:
-        tokenizer = CharTokenizer.train(text)
+        tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
         torch.manual_seed(config.seed)
-        model = build_model(GPTConfig(vocab_size=tokenizer.vocab_size, **model_settings))
+        model_settings["vocab_size"] = tokenizer.vocab_size
+        model = build_model(GPTConfig(**model_settings))
     corpus = encode_corpus(text, tokenizer, model.config.block_size, data)
     if state and corpus.sha256 != state["corpus_sha256"]:
         raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "

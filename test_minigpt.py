@@ -45,6 +45,7 @@ from minigpt import (
     MLP,
     PRESETS,
     Block,
+    BPETokenizer,
     CausalSelfAttention,
     CharTokenizer,
     Engine,
@@ -168,8 +169,6 @@ def test_every_config_field_is_a_flag_with_its_help_and_default():
     help_text = " ".join(minigpt.build_parser().format_help().split())
     for config in (GPTConfig, TrainConfig, GenerateConfig):
         for f in fields(config):
-            if f.name == "vocab_size":  # the tokenizer decides it
-                continue
             assert f"--{f.name} " in help_text, f.name
             assert f.metadata["help"] in help_text, f.name
             if f.default is not None:
@@ -181,7 +180,7 @@ def test_preset_is_valid_and_sets_only_known_fields(name):
     """A misspelt field in a preset would be silently ignored, or crash at the user's."""
     args = minigpt.build_parser().parse_args(["--mode", "train", "--preset", name])
     model, train_config = minigpt.fresh_configs(args, torch.device("cpu"))
-    config = GPTConfig(vocab_size=65, **model)
+    config = GPTConfig(**{"vocab_size": 65, **model})
     chosen = {**asdict(config), **asdict(train_config)}
     assert {k: chosen[k] for k in PRESETS[name].settings} == PRESETS[name].settings
     assert train_config.preset == name
@@ -250,6 +249,195 @@ def test_unknown_character_is_named():
     """The user must learn which character it was, and where."""
     with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) at position 2 .* 4 characters"):
         CharTokenizer.train("abcd").encode("abüd")
+
+
+# ---- Byte-pair encoding --------------------------------------------------------------------------
+
+
+def naive_bpe(text, vocab_size):
+    """The oracle: count all pairs anew for every merge; ties go to the older tokens."""
+    words = collections.Counter(minigpt.piece_pattern().findall(text))
+    words = {tuple(minigpt.BYTES.index(b) for b in w.encode()): n for w, n in words.items()}
+    tokens = [bytes([b]) for b in minigpt.BYTES]
+    merges = []
+    while len(tokens) < vocab_size - 1:
+        pairs = collections.Counter()
+        for word, n in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += n
+        if not pairs or max(pairs.values()) < 2:
+            break
+        a, b = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append((tokens[a], tokens[b]))
+        if tokens[a] + tokens[b] not in tokens:
+            tokens.append(tokens[a] + tokens[b])
+        new, merged = tokens.index(tokens[a] + tokens[b]), {}
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                hit = word[i : i + 2] == (a, b)
+                out.append(new if hit else word[i])
+                i += 2 if hit else 1
+            merged[tuple(out)] = merged.get(tuple(out), 0) + n
+        words = merged
+    return merges
+
+
+def random_text(rng, n, alphabets=("ab", "abc ", " \n\t'sdt", "aé漢🎭٣Ⅷ\u0301\u00a0\x1c.,")):
+    return "".join(rng.choices(rng.choice(alphabets), k=n))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bpe_training_equals_the_naive_trainer(seed):
+    """Incremental counts, the heap and lazy updates give exactly the merges of counting anew. Fails
+    if a count is missed where merges touch ("aaaa"), or if a tie is broken another way."""
+    rng = random.Random(seed)
+    text = " ".join(random_text(rng, rng.randrange(1, 30)) for _ in range(rng.randrange(1, 40)))
+    vocab_size = 257 + rng.randrange(60)
+    assert BPETokenizer.train(text, vocab_size).merges == naive_bpe(text, vocab_size)
+
+
+def test_bpe_training_on_verse_equals_the_naive_trainer_and_the_book():
+    """On real text, and the example of the chapter."""
+    text = SAMPLE.read_text(encoding="utf-8")[:20_000]
+    assert BPETokenizer.train(text, 400).merges == naive_bpe(text, 400)
+    merges = BPETokenizer.train("aaabdaaabac", 999).merges
+    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
+    assert [len(BPETokenizer(merges[:n]).encode("aaabdaaabac")) for n in range(4)] == [11, 9, 7, 5]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
+
+
+def test_bpe_encodes_by_merge_rank(bpe):
+    """Against the definition: again and again, the earliest learned pair that is there, from the
+    left. Fails for longest-match, or for an order other than that of learning."""
+    ranks = {pair: i for i, pair in enumerate(bpe.merges)}
+    rng = random.Random(0)
+    words = SAMPLE.read_text(encoding="utf-8").split()[:300]
+    words += [random_text(rng, 9) for _ in range(99)]
+    for piece in itertools.chain.from_iterable(map(minigpt.piece_pattern().findall, words)):
+        parts = [bytes([b]) for b in piece.encode()]
+        while True:
+            pairs = list(itertools.pairwise(parts))
+            best = min(pairs, key=lambda p: ranks.get(p, 1e9), default=None)
+            if best not in ranks:
+                break
+            i = pairs.index(best)
+            parts[i : i + 2] = [best[0] + best[1]]
+        assert [bpe.tokens[i] for i in bpe.encode(piece)] == parts
+
+
+def test_bpe_loses_nothing_and_survives_everything(bpe):
+    """Every byte, NUL, half characters, no letters at all, one word of 100,000 characters: text in
+    UTF-8 comes back, lone surrogates become U+FFFD, and nothing hangs."""
+    rng = random.Random(1)
+    texts = ["", "\0", "a" * 100_000, "".join(rng.choices("abcdefgh", k=100_000)), " " * 1000,
+             "".join(map(chr, range(0xD800))), "🎭" * 1000,
+             *(random_text(rng, 50) for _ in range(200))]
+    for text in texts:
+        assert bpe.decode(bpe.encode(text)) == text
+        assert "".join(bpe.stream(bpe.encode(text))) == text
+    assert bpe.decode(bpe.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
+    assert BPETokenizer.train("x" * 100_000 + " \ud83d", 300).vocab_size > 257
+    assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
+    assert sorted(set(bpe.tokens[:256])) == [bytes([b]) for b in range(256)]
+    assert len(set(minigpt.SHOWN)) == 256 and not any(c.isspace() for c in minigpt.SHOWN)
+
+
+def test_bpe_stream_waits_for_the_last_byte_of_a_character():
+    """A character of four bytes comes out whole, with its last token."""
+    assert list(BPETokenizer([]).stream(BPETokenizer([]).encode("a🎭"))) == [
+        "a", "", "", "", "🎭", ""]
+
+
+def test_end_of_text_is_one_token_that_no_merge_touches():
+    """In the corpus it separates texts; in generation it ends them."""
+    tokenizer = BPETokenizer.train("ab<|endoftext|>ab" * 9, 270)
+    ids = tokenizer.encode("ab<|endoftext|>ab")
+    assert ids == [tokenizer.encode("ab")[0], tokenizer.end, tokenizer.encode("ab")[0]]
+    assert tokenizer.end == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
+    assert tokenizer.decode(ids) == "ab<|endoftext|>ab"
+    assert not any(b"<" in a + b for a, b in tokenizer.merges)
+
+
+def test_bpe_files_are_gpt2s(bpe, tmp_path):
+    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved."""
+    bpe.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert vocab["!"] == 0 and vocab["Ġ"] == 220 and vocab["Ċ"] == 198  # as in GPT-2's own file
+    assert vocab["<|endoftext|>"] == bpe.end and len(vocab) == bpe.vocab_size
+    loaded = BPETokenizer.load(tmp_path)
+    copied = BPETokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
+    text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
+    assert loaded.merges == copied.merges == bpe.merges
+    assert loaded.encode(text) == copied.encode(text) == bpe.encode(text)
+
+
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+                r"|\s+(?!\S)|\s+")
+
+
+def assigned_characters():
+    """Every character that this Python's Unicode tables know, but the surrogates."""
+    return [c for c in map(chr, range(sys.maxunicode + 1))
+            if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
+
+
+def test_pieces_are_those_of_the_reference_pattern():
+    """GPT-2's own expression, run by the package regex, on every assigned character and on random
+    mixtures. Fails for a letter that is a number too (ideographs), or for Python's wider \\s."""
+    regex = pytest.importorskip("regex")
+    pattern = regex.compile(GPT2_PATTERN)
+    ours, characters = minigpt.piece_pattern(), assigned_characters()
+    text = "".join(f"a{c}1{c}.{c} {c}\n" for c in characters)
+    assert ours.findall(text) == pattern.findall(text)
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = random_text(rng, 30) + "".join(rng.choices(characters, k=9)) + random_text(rng, 5)
+        assert ours.findall(text) == pattern.findall(text)
+
+
+def test_ids_are_those_of_tokenizers_and_tiktoken(bpe, tmp_path):
+    """The same merges give the same ids in both libraries, on random Unicode; and the Rust trainer
+    learns the same merges from the same text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tiktoken = pytest.importorskip("tiktoken")
+    bpe.save(tmp_path)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+    theirs.pre_tokenizer = byte_level
+    open_ai = tiktoken.Encoding(
+        "ours", pat_str=GPT2_PATTERN, special_tokens={},
+        mergeable_ranks={t: i for i, t in enumerate(bpe.tokens[:-1])})
+    rng, characters = random.Random(0), assigned_characters()
+    texts = [random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000)]
+    for text in [SAMPLE.read_text(encoding="utf-8"), *texts]:
+        assert bpe.encode(text) == theirs.encode(text).ids == open_ai.encode(text)
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = byte_level
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, min_frequency=2, show_progress=False,
+                                             initial_alphabet=byte_level.alphabet())
+    trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
+    learned = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    assert learned == [tuple(line.split(" ")) for line in bpe.to_dict()["merges"]]
+
+
+def test_gpt2_vocabulary_comes_from_tiktoken_or_ends_in_one_line(monkeypatch):
+    """Where tiktoken and its file are there, its ids; else an error that says what to do."""
+    for variable in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no test uses the network
+    try:
+        tokenizer = minigpt.GPT2Tokenizer()
+    except UserError as problem:
+        assert "--tokenizer gpt2: " in str(problem) and "--tokenizer bpe" in str(problem)
+    else:
+        assert tokenizer.encode("Hello world<|endoftext|>") == [15496, 995, tokenizer.end]
+        assert "".join(tokenizer.stream(tokenizer.encode("né🎭"))) == "né🎭"
 
 
 # ==================================================================================================
@@ -422,6 +610,173 @@ def test_positions_tell_equal_tokens_apart():
     nn.init.zeros_(model.wpe.weight)
     logits = model(torch.zeros(1, 8, dtype=torch.long))[0][0]
     assert_close(logits, logits[:1].expand_as(logits))
+
+
+# ---- Variations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_rmsnorm_equals_torch_in_value_and_gradient(scale):
+    """Fails for a forgotten mean (a sum), a missing eps or gain, or a mean subtracted."""
+    torch.manual_seed(0)
+    ours = minigpt.RMSNorm(6, scale).double()
+    theirs = nn.RMSNorm(6, eps=ours.eps, elementwise_affine=scale).double()
+    if scale:
+        nn.init.normal_(ours.weight)
+        theirs.weight.data.copy_(ours.weight)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    assert_close(ours(x), theirs(z), 1e-6)  # the mean of squares is taken in float32
+    (ours(x) ** 3).sum().backward()
+    (theirs(z) ** 3).sum().backward()
+    assert_close(x.grad, z.grad, 1e-5)
+    if scale:
+        assert_close(ours.weight.grad, theirs.weight.grad, 1e-5)
+    assert_close(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0])), torch.tensor([0.8485, 1.1314]), 1e-4)
+
+
+def test_rope_scores_depend_only_on_distance():
+    """q at t and k at s: the same score wherever t - s is the same; and lengths are kept. Fails if
+    queries and keys turn by different angles, or if v, not k, is turned."""
+    torch.manual_seed(0)
+    rotate = minigpt.Rotary(50, 8).double()
+    rotate.cos, rotate.sin = (f(minigpt.angles(50, 8).double()) for f in (torch.cos, torch.sin))
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    turned_q, turned_k = (rotate(v.expand(1, 1, 50, 8))[0, 0] for v in (q, k))
+    scores = turned_q @ turned_k.T  # (50, 50)
+    for distance in range(-49, 50):
+        diagonal = scores.diagonal(distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert_close(turned_q.norm(dim=-1), q.norm().expand(50), 1e-6)
+    assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-4  # and it does depend on distance
+    turn = minigpt.Rotary(20, 2)
+    one = turn(torch.tensor([1.0, 0.0]).expand(1, 1, 20, 2))[0, 0]
+    assert round((one[2] @ one[1]).item(), 2) == round((one[12] @ one[11]).item(), 2) == 0.54
+
+
+def test_rope_turns_queries_and_keys_and_nothing_else():
+    """The first position is not turned at all, and a value passes as it is: with one key only, the
+    output does not depend on rotation. Fails if v is rotated or if places start at 1."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(small_config(pos="rope", n_head=1, attention="explicit")).double()
+    x = torch.randn(1, 8, 8, dtype=torch.float64)
+    q, k, v = (t.view(1, 8, 1, 8).transpose(1, 2) for t in layer.c_attn(x).split(8, dim=2))
+    expected = layer.c_proj(layer.attend(layer.rotate(q), layer.rotate(k), v)[:, 0])
+    assert_close(layer(x), expected, 1e-6)
+    assert_close(layer.rotate(q)[:, :, 0], q[:, :, 0], 1e-6)
+    assert (layer.rotate(q)[:, :, 1] - q[:, :, 1]).abs().max() > 1e-2
+
+
+def test_sinusoids_shift_by_a_rotation():
+    """Moving by s places turns each (sine, cosine) pair by s w_i, whatever the place: one matrix
+    serves all places. Fails for frequencies that do not match, or for a table that is learned."""
+    table = minigpt.sinusoids(40, 12).double() * math.sqrt(12)
+    w = 10000.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
+    for s in (1, 7):
+        sin, cos = table[:, 0::2], table[:, 1::2]
+        c, n = torch.cos(s * w), torch.sin(s * w)
+        assert_close(table[s:, 0::2], (sin * c + cos * n)[:-s], 1e-5)
+        assert_close(table[s:, 1::2], (cos * c - sin * n)[:-s], 1e-5)
+    model = GPT(small_config(pos="sinusoidal"))
+    assert not model.wpe.weight.requires_grad
+    assert torch.equal(model.wpe.weight, minigpt.sinusoids(8, 8))
+    held = [p for g in make_optimizer(model, TrainConfig(), CPU.device).param_groups
+            for p in g["params"]]
+    assert not any(p is model.wpe.weight for p in held)
+    learned = GPT(small_config()).num_parameters()
+    assert model.num_parameters() == GPT(small_config(pos="rope")).num_parameters() == learned - 64
+
+
+@pytest.mark.parametrize("activation, bend", [
+    ("relu", lambda h: h.clamp(min=0)), ("relu2", lambda h: h.clamp(min=0) ** 2),
+    ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:]),
+])
+def test_activations_are_their_equations(activation, bend):
+    """Fails for exchanged halves in SwiGLU, or a missing square."""
+    torch.manual_seed(0)
+    mlp = MLP(small_config(activation=activation, mlp_ratio=2.0)).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64) * 3
+    h = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+    assert h.shape[-1] == (20 if activation == "swiglu" else 16)
+    assert_close(mlp(x), bend(h) @ mlp.c_proj.weight.T + mlp.c_proj.bias)
+
+
+def test_swiglu_has_as_many_weights_as_the_others():
+    """Two thirds of the width, three matrices in place of two."""
+    count = {a: sum(p.numel() for p in MLP(GPTConfig(65, n_embd=96, bias=False, activation=a,
+                                                     n_head=2)).parameters())
+             for a in ("gelu", "swiglu")}
+    assert count["gelu"] == count["swiglu"] == 8 * 96 * 96
+
+
+def test_post_norm_output_is_normalized():
+    """Mean 0, variance 1 for each token, and no ln_f after the last block."""
+    torch.manual_seed(0)
+    block = Block(small_config(norm_position="post")).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    y = block(x)
+    assert y.mean(dim=-1).abs().max() < 1e-10
+    assert_close(y.var(dim=-1, correction=0), torch.ones(2, 5, dtype=torch.float64), 1e-3)
+    middle = F.layer_norm(x + block.attn(x), (8,))
+    assert_close(y, F.layer_norm(middle + block.mlp(middle), (8,)))
+    assert "ln_f.weight" not in GPT(small_config(norm_position="post")).state_dict()
+
+
+def test_qk_norm_makes_scores_blind_to_the_size_of_the_input():
+    """Ten times the queries and keys, the same attention."""
+    torch.manual_seed(0)
+    layer = CausalSelfAttention(small_config(qk_norm=True, bias=False)).double()
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    before = layer(x)
+    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k
+    assert_close(layer(x), before, 1e-4)
+    plain = CausalSelfAttention(small_config(bias=False)).double()
+    before = plain(x)
+    plain.c_attn.weight.data[:16] *= 10
+    assert (plain(x) - before).abs().max() > 1e-2
+
+
+def test_untied_head_is_a_matrix_of_its_own():
+    tied, untied = GPT(small_config()), GPT(small_config(tie_weights=False))
+    assert untied.lm_head.weight is not untied.wte.weight
+    assert untied.num_parameters() == tied.num_parameters() + 11 * 8
+    assert list(untied.state_dict()) == list(tied.state_dict())
+
+
+VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "bias"), values))
+            for values in itertools.product(
+                ("layernorm", "rmsnorm", "none"), ("pre", "post"),
+                ("learned", "sinusoidal", "rope"), ("gelu", "relu", "relu2", "swiglu"),
+                (False, True), (True, False))
+            if values[:2] != ("none", "post")]
+
+
+def test_the_future_cannot_be_seen_in_any_combination():
+    """All of them, with both kinds of attention: changing the last token leaves all but the last
+    output as they were, and each variation has a working gradient."""
+    idx = random_ids(1, 8)
+    changed = idx.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 11
+    for i, variant in enumerate(VARIANTS):
+        model = small_model(attention=("explicit", "fused")[i % 2], **variant)
+        logits, loss = model(idx, idx)
+        loss.backward()
+        moved = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
+        assert torch.all(moved[:5] == 0) and moved[5] > 0, variant
+        assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters()
+                   if p.requires_grad and "c_attn.bias" not in n), variant
+    assert len(VARIANTS) == 240
+
+
+@pytest.mark.parametrize("changes, why", [
+    (dict(pos="rope", n_embd=6, n_head=2), "even head size"),
+    (dict(pos="sinusoidal", n_embd=9, n_head=3), "even --n_embd"),
+    (dict(norm="none", norm_position="post"), "means nothing"),
+    (dict(mlp_ratio=0.01), "fewer than 2 channels"),
+])
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(changes, why):
+    with pytest.raises(UserError, match=why):
+        small_config(**changes)
 
 
 # ==================================================================================================
@@ -817,6 +1172,56 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path):
 # The training loop, through the real entry point
 # ==================================================================================================
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(tmp_path, name):
+    """One real step of each, smaller where the size is beyond a test, and text from the result."""
+    small = {"gpt": ["--n_layer", "1", "--batch_size", "1", "--grad_accum", "2"],
+             "gpt2": ["--n_layer", "1", "--batch_size", "1", "--grad_accum", "2", "--block_size",
+                      "64", "--n_embd", "96"]}
+    code, _, err = run_main(
+        "--mode", "train", "--preset", name, "--data", SAMPLE, "--out_dir", tmp_path, "--max_steps",
+        "1", "--eval_batches", "1", "--sample_tokens", "3", "--batch_size", "2",
+        *small.get(name, []))
+    assert code == 0 and f"preset {name} (as asked)" in err, err
+    code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
+                              "--prompt", "THE")
+    assert code == 0 and out.startswith("THE"), err
+
+
+def test_bpe_run_resumes_evaluates_and_writes(tmp_path):
+    """The tokenizer travels in the checkpoint; bits per character count characters, not tokens; and
+    the resumed run is the run it would have been."""
+    argv = [*TINY, "--tokenizer", "bpe", "--vocab_size", "300", "--checkpoint_interval", "2"]
+    assert run_main(*argv, "--out_dir", tmp_path / "a")[0] == 0
+    code, _, err = run_main("--mode", "train", "--resume", "--checkpoint",
+                            tmp_path / "a" / "step_000002.pt", "--out_dir", tmp_path / "b")
+    assert code == 0, err
+    assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path / "a")
+    tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
+                          for unit in ("tokens", "nats", "bits"))
+    n_characters = len(minigpt.split_text(minigpt.read_text(SAMPLE))[1])
+    assert tokens < 0.8 * n_characters
+    assert bits == pytest.approx(nats / math.log(2) * tokens / n_characters, rel=2e-3)
+    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path / "a", "--prompt",
+                            "Ünïcødé")
+    assert code == 0 and out.startswith("Ünïcødé")
+
+
+def test_generation_ends_at_the_end_of_text():
+    """What comes after the end-of-text token is not written, in a stream or in a batch."""
+    tokenizer = BPETokenizer.train("ab " * 9, 260)
+    model = minigpt.build_model(GPTConfig(tokenizer.vocab_size, model="bigram", block_size=8))
+    nn.init.zeros_(model.wte.weight)
+    model.wte.weight.data[tokenizer.encode("b")[0], tokenizer.end] = 99.0
+    model.wte.weight.data[tokenizer.encode("a")[0], tokenizer.encode("b")[0]] = 99.0
+    for num_samples in (1, 2):
+        out = io.StringIO()
+        config = GenerateConfig(prompt="a", max_tokens=9, num_samples=num_samples)
+        minigpt.write_text(model, tokenizer, config, CPU, 1, out)
+        assert out.getvalue() == "---------------\n".join(["ab\n"] * num_samples)
+
+
 TINY = ["--mode", "train", "--preset", "laptop", "--data", str(SAMPLE), "--device", "cpu",
         "--dtype", "float32", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size",
         "16", "--batch_size", "4", "--grad_accum", "2", "--max_steps", "6", "--eval_interval", "3",
@@ -978,7 +1383,7 @@ def test_watching_changes_nothing(tiny_run, tmp_path):
     """Evaluating, sampling, logging and saving more or less often: the same weights. Fails if any
     of them draws from the training's random state."""
     folder, _ = tiny_run
-    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_chars", "5",
+    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_tokens", "5",
                "--log_interval", "4", "--checkpoint_interval", "0")
     assert_same_weights(folder / "latest.pt", tmp_path / "latest.pt")
 
@@ -1087,7 +1492,7 @@ def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(tin
     assert "\r" not in err and len(re.findall(r"^step \d/6 \| loss", err, re.M)) == 6
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, HERE / "minigpt.py", *TINY, "--out_dir", tmp_path,
-                                "--sample_chars", "0"], stdout=slave, stderr=slave)
+                                "--sample_tokens", "0"], stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # how the end looks to the reader on Linux
@@ -1439,6 +1844,11 @@ MISTAKES = {
     "unknown preset": (["--mode", "train", "--preset", "huge"], "--preset huge"),
     "unknown device": (["--mode", "train", "--device", "tpu"], "--device tpu"),
     "unknown precision": (["--mode", "train", "--dtype", "int4"], "--dtype int4"),
+    "vocabulary too small": (["--mode", "train", "--tokenizer", "bpe", "--vocab_size", "100"],
+                             "--vocab_size 100"),
+    "vocabulary without bpe": (["--mode", "train", "--vocab_size", "100"], "--tokenizer bpe"),
+    "odd head for rope": (["--mode", "train", "--pos", "rope", "--n_embd", "12", "--n_head", "4"],
+                          "--pos rope"),
     "unknown attention": (["--mode", "train", "--attention", "flash"], "--attention flash"),
     "unwritable out_dir": (["--mode", "train", "--data", "{sample}", "--out_dir",
                             "{tmp}/empty.txt/out"], "--out_dir {tmp}/empty.txt/out"),
