@@ -20,7 +20,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 
@@ -151,19 +150,19 @@ def download(destination: Path = DESTINATION, urls=None, attempts: int = 2, back
             except Refused as refusal:
                 failure = str(refusal)
                 break
-            except requests.RequestException as problem:
+            except (requests.RequestException, ValueError) as problem:  # or a broken address
                 failure = reason(problem)
             else:
                 put_in_place(data, Path(destination))
                 return say(f"wrote {destination}: {len(data):,} bytes, checksum right")
         say(f"  failed: {failure}")
-        failures.append(f"{urlsplit(url).hostname}: {failure}")
+        failures.append(f"{url.split('/')[2]}: {failure}")
     raise DownloadError("no source delivered the corpus (" + "; ".join(failures) + ")")
 
 
 def import_copy(source: str, destination: Path = DESTINATION) -> None:
     """Puts the corpus at destination from a file or an address. Raises DownloadError."""
-    if source.startswith(("http://", "https://")):
+    if source.lower().startswith(("http://", "https://")):
         return download(destination, urls=(source,))
     try:
         data = check(Path(source).read_bytes())
@@ -186,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             download()
         return 0
+    except KeyboardInterrupt:
+        say("")
+        return 130
     except OSError as problem:
         say(f"error: {problem}; {DESTINATION} is as it was; connect and try again, or import a "
             "copy with --source FILE")

@@ -65,6 +65,7 @@ import sys
 import time
 import types
 import unicodedata
+import uuid
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1396,13 +1397,16 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint to the CPU. Raises UserError if it is missing, torn or not one of ours."""
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path}: no such file; train first (--mode train), or name a "
-                        "checkpoint with --checkpoint, or a run's folder with --out_dir")
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--checkpoint {path}: no such file; train first (--mode train), or name a "
+                        "checkpoint with --checkpoint, or a run's folder with --out_dir") from None
+    except OSError as problem:
+        raise UserError(f"--checkpoint {path}: {problem.strerror}; name a checkpoint that can be "
+                        "read") from None
     except Exception:  # there is no telling what a damaged file makes the reader raise
         raise UserError(f"--checkpoint {path}: truncated, damaged or not a checkpoint; use another "
                         "one, for example best.pt or latest.pt of the same run") from None
@@ -1413,15 +1417,22 @@ def load_checkpoint(path: Path) -> dict:
 
 def model_from_checkpoint(state: dict) -> tuple:
     """The model and the tokenizer of a loaded checkpoint, ready to write or to be evaluated."""
-    model = build_model(GPTConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
-    return model.eval(), TOKENIZERS[state["tokenizer"]["kind"]].from_dict(state["tokenizer"])
+    try:
+        model = build_model(GPTConfig(**state["model_config"]))
+        model.load_state_dict(state["model"])
+        tokenizer = TOKENIZERS[state["tokenizer"]["kind"]].from_dict(state["tokenizer"])
+        Progress(**state["progress"])
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError("--checkpoint: its parts do not fit together, as if another version of "
+                        "minigpt had written it; use another one") from None
+    return model.eval(), tokenizer
 
 
 @dataclass
 class Progress:
     """How far a run has come: what a checkpoint holds beside weights and random states."""
 
+    run: str = ""  # a name drawn when the run began, to tell it from others with the same settings
     step: int = 0  # completed steps
     evaluated_at: int = -1  # the step of the latest evaluation
     best_val: float = math.inf
@@ -1469,14 +1480,15 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
     the loss is no longer finite; Stopped after a signal, once everything is saved."""
     optimizer = make_optimizer(model, config, engine.device)
     batches = torch.Generator().manual_seed(config.seed)
-    progress = Progress()
+    progress = Progress(run=uuid.uuid4().hex)
     if resume_from:
         progress = Progress(**resume_from["progress"])
         optimizer.load_state_dict(resume_from["optimizer"])
         if resume_from["scaler"]:  # empty unless that run was in float16
             engine.scaler.load_state_dict(resume_from["scaler"])
         restore_random_states(resume_from["random"], batches, engine.device)
-    run = Run(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress)
+    run = Run(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress,
+              resumed=resume_from is not None)
     block_size = model.config.block_size
 
     def next_batch():
@@ -1508,28 +1520,31 @@ class Run:
     """The book-keeping of the loop above: evaluates, reports, samples and saves."""
 
     def __init__(self, model, tokenizer, corpus, config, engine, out_dir, optimizer, batches,
-                 progress):
+                 progress, resumed):
         self.model, self.tokenizer, self.corpus, self.config = model, tokenizer, corpus, config
         self.engine, self.out_dir, self.optimizer = engine, out_dir, optimizer
         self.batches, self.progress = batches, progress
         self.latest = 0.0, 0.0  # loss and gradient norm of the latest step
         self.first_step = progress.step
-        if self.first_step:
+        if resumed:
             self.check_best()
-        self.metrics = MetricsLog(out_dir, progress)
+        self.metrics = MetricsLog(out_dir, progress, resumed)
         self.started = time.perf_counter() - progress.seconds
         self.restart_clock()
 
     def check_best(self) -> None:
-        """Subtle: best.pt need not be the one this progress speaks of: a run may be resumed in
-        another folder, or from a snapshot older than its best. Then the search begins anew."""
+        """Subtle: best.pt need not be the one this progress speaks of: a run may be resumed in an
+        empty folder, or from a snapshot older than its best. Then the search begins anew."""
         p, best = self.progress, self.out_dir / "best.pt"
+        step = 0
         with contextlib.suppress(UserError):  # missing, or damaged
-            if load_checkpoint(best)["progress"]["step"] == p.best_step:
+            step = load_checkpoint(best)["progress"]["step"]
+            if step == p.best_step:
                 return
         if best.exists():
-            best.replace(self.out_dir / "best_before_resume.pt")
-            say("the best.pt that was here is not of this run's past: now best_before_resume.pt")
+            kept = self.out_dir / f"best_{step:06d}.pt"
+            best.replace(kept)
+            say(f"the best.pt that was here is not of this run's past: it is {kept} now")
         p.best_val, p.best_step, p.stale, p.evaluated_at = math.inf, 0, 0, -1
 
     def restart_clock(self) -> None:
@@ -1553,16 +1568,20 @@ class Run:
         return (c.checkpoint_interval > 0 and p.step > self.first_step
                 and p.step % c.checkpoint_interval == 0)
 
-    def check_finite(self) -> None:
-        """Raises UserError if the latest loss or gradient was not a number: the weights are lost.
+    def check_finite(self, *losses: float) -> None:
+        """Raises UserError if the latest loss or gradient, one of `losses`, or a weight is not a
+        finite number: such a model is lost, and must not be saved over a good one.
 
         Subtle: with float16 the scaler expects infinite gradients now and then, and skips them."""
         loss, norm = (float(value) for value in self.latest)
-        if not (math.isfinite(loss) and (self.engine.scaler.is_enabled() or math.isfinite(norm))):
+        numbers = [loss, *losses] + ([] if self.engine.scaler.is_enabled() else [norm])
+        sound = all(math.isfinite(number) for number in numbers)
+        if not (sound and all(p.isfinite().all() for p in self.model.parameters())):
             raise UserError(
-                f"the loss is {loss} and the gradient's norm {norm} after step "
-                f"{self.progress.step}; what was saved before is intact; try a --learning_rate "
-                f"below {self.config.learning_rate}, a longer --warmup_steps or --dtype float32")
+                f"the run has diverged: at step {self.progress.step} the loss is {loss:.4g} and "
+                f"the gradient's norm {norm:.4g}; what was saved before is intact; try a "
+                f"--learning_rate below {self.config.learning_rate}, a longer --warmup_steps or "
+                "--dtype float32")
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """After each step; where they are due, a status line and a metrics record."""
@@ -1584,8 +1603,8 @@ class Run:
     def evaluate_and_save(self) -> None:
         """Estimates both losses, shows a sample, saves latest.pt and a new best as best.pt."""
         p = self.progress
-        self.check_finite()
         losses = estimate_loss(self.model, self.corpus, self.config, self.engine)
+        self.check_finite(*losses.values())
         p.evaluated_at, p.seconds = p.step, time.perf_counter() - self.started
         p.stale += 1
         if losses["val"] < p.best_val:
@@ -1685,8 +1704,9 @@ def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
     if top_p is not None:  # of what top-k has left
         p = torch.softmax(ranked.masked_fill(cut, float("-inf")), dim=-1)
         # Subtle: a token stays if the sum *before* it is short of top_p, so the one that crosses
-        # the line stays too, and the first always does.
+        # the line stays too.
         cut |= p.cumsum(dim=-1) - p >= top_p
+        cut[:, 0] = False  # also if top_p is too small a number for a float32
     banned = torch.empty_like(cut).scatter(-1, order, cut)  # banned[b, order[b, i]] = cut[b, i]
     return logits.masked_fill(banned, float("-inf"))
 
@@ -1695,8 +1715,8 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """One token for each row of logits (B, V): (B, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that the division is safe
-    logits = filter_logits(logits / temperature, top_k, top_p)
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # so that the division is safe,
+    logits = filter_logits(logits / max(temperature, 1e-6), top_k, top_p)  # at any temperature
     return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
 
@@ -1960,11 +1980,11 @@ def score_line(nats: float, tokenizer, corpus: Corpus) -> str:
 class MetricsLog:
     """metrics.jsonl: one record a line. A resumed run drops what it is about to do again."""
 
-    def __init__(self, out_dir: Path, progress: Progress):
+    def __init__(self, out_dir: Path, progress: Progress, resumed: bool):
         self.path, p = out_dir / "metrics.jsonl", progress
-        ahead = p.step if p.evaluated_at == p.step else p.step - 1  # evaluations up to here stay
-        kept = [r for r in read_metrics(out_dir)
-                if r["step"] <= (ahead if "val_loss" in r else p.step)] if p.step else []
+        last = p.step if p.evaluated_at == p.step else p.step - 1  # evaluations up to here stay
+        kept = [r for r in read_metrics(out_dir) if resumed and "full_val_loss" not in r
+                and r["step"] <= (last if "val_loss" in r else p.step)]
         self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
     def write(self, **record) -> None:
@@ -2065,9 +2085,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, except that a mistake raises UserError and the message offers a near miss."""
 
     def error(self, message):
-        prefix, _, unknown = message.partition("unrecognized arguments: ")
-        if unknown:
-            flag = unknown.split()[0].partition("=")[0]
+        if message.startswith("unrecognized arguments:"):
+            flag = message.partition(": ")[2].strip().partition(" ")[0].partition("=")[0] or '""'
             close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             advice = f"did you mean {close[0]}?" if close else "see --help for what there is"
             message = f"{flag}: unknown; {advice}"
@@ -2190,6 +2209,15 @@ def set_aside(out_dir: Path) -> None:
         "on with a run)")
 
 
+def holds_another_run(out_dir: Path, run: str) -> bool:
+    """Whether best.pt or latest.pt of a folder comes from a run of another name."""
+    for name in ("best.pt", "latest.pt"):
+        with contextlib.suppress(UserError):  # missing, or damaged
+            if load_checkpoint(out_dir / name)["progress"]["run"] != run:
+                return True
+    return False
+
+
 def chosen_data(args, state: dict | None) -> str | None:
     """The corpus by its absolute path: the one typed, or the one typed when the run began."""
     if args.data is not None:
@@ -2219,6 +2247,8 @@ def run_train(args) -> None:
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
     data = chosen_data(args, state)
     corpus_path = find_corpus(data)
+    if corpus_path != DATA / "input.txt":
+        data = str(corpus_path)  # a later --resume or eval goes to the same text
     text = read_text(corpus_path)
     if state:
         model, tokenizer = model_from_checkpoint(state)
@@ -2231,7 +2261,7 @@ def run_train(args) -> None:
     if state and corpus.sha256 != state["corpus_sha256"]:
         raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
                         f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
-    if not state:
+    if not state or holds_another_run(out_dir, state["progress"]["run"]):
         set_aside(out_dir)
     model.to(engine.device)
     say(f"corpus {corpus_path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
@@ -2256,11 +2286,11 @@ def load_for_use(args) -> tuple[LanguageModel, CharTokenizer, dict, Path]:
 def run_generate(args) -> None:
     """--mode generate"""
     config = GenerateConfig(**given_settings(args, GenerateConfig))
-    seed = given_settings(args, TrainConfig).get("seed", TrainConfig.seed)
-    engine = make_engine(args.device, getattr(args, "dtype", "auto"))
+    common = TrainConfig(**given_settings(args, TrainConfig))  # for its seed and dtype
+    engine = make_engine(args.device, common.dtype)
     model, tokenizer, state, path = load_for_use(args)
     say(f"{path}: step {state['progress']['step']}, {model.num_parameters():,} parameters")
-    write_text(model.to(engine.device), tokenizer, config, engine, seed, sys.stdout)
+    write_text(model.to(engine.device), tokenizer, config, engine, common.seed, sys.stdout)
 
 
 def run_eval(args) -> None:
@@ -2302,9 +2332,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say()
         return 130
-    except BrokenPipeError:  # the reader of our text has left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # our reader has left: enough text for `generate | head`
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 0 if "generate" in argv else 141
+    except OSError as problem:
+        say(f"error: {problem.filename or '--out_dir'}: {problem.strerror}; free some space, or "
+            "choose another --out_dir")
+        return 2
+    except (MemoryError, RuntimeError) as problem:  # torch has no one class for a lack of memory
+        if not re.search("memory|alloc|overflow", f"{type(problem).__name__} {problem}", re.I):
+            raise
+        say("error: out of memory; lower --batch_size (and raise --grad_accum), --block_size, "
+            "--n_embd or --num_samples")
+        return 2
 
 
 if __name__ == "__main__":
