@@ -28,6 +28,7 @@ where there are such:
     The training loop   all of it together: batch in, loss out, step
     Generation          from next-token probabilities to text
     Engine room         devices, precision, compilation, logs, finding data  [optional reading]
+    Experiments         one change at a time: which variation helps?         [optional reading]
     The command line    flags in, functions called                           [optional reading]
 
 On a first reading, skip what is marked optional, "Byte-pair encoding", every `Options` paragraph
@@ -50,6 +51,7 @@ import argparse
 import codecs
 import collections
 import contextlib
+import csv
 import difflib
 import functools
 import hashlib
@@ -57,10 +59,12 @@ import heapq
 import itertools
 import json
 import math
+import netrc
 import os
 import re
 import shutil
 import signal
+import statistics
 import sys
 import time
 import types
@@ -104,6 +108,10 @@ class UserError(ValueError):
 #     dataclass default  <-  preset  <-  flag        what stands further right wins
 #             |
 #             +->  checked here  ->  used by its chapter  ->  stored in the checkpoint
+
+
+class Diverged(UserError):
+    """The loss or the weights are no longer finite numbers."""
 
 
 def setting(default, help, choices=None, low=None, high=None, above=None, kind=None, resume=False):
@@ -158,6 +166,9 @@ class GPTConfig:
     mlp_ratio: float = setting(4.0, "the MLP's inner width over n_embd", above=0.0)
     qk_norm: bool = setting(False, "normalize queries and keys")
     tie_weights: bool = setting(True, "one matrix for token vectors and output head")
+    init: str = setting("gpt2", "start of the projections onto the residual stream: smaller with "
+                        "depth (gpt2), like the rest (plain), zero",
+                        choices=("gpt2", "plain", "zero"))
     attention: str = setting("fused", "attention as one kernel, or explicit: written out",
                              choices=("fused", "explicit"))
     model: str = setting("gpt", "the GPT or the bigram baseline", choices=("gpt", "bigram"))
@@ -210,6 +221,7 @@ class TrainConfig:
     dtype: str = setting("auto", "number format of the matrix products", resume=True,
                          choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(False, "run through torch.compile where it works", resume=True)
+    wandb: bool = setting(True, "log to Weights & Biases where it is set up", resume=True)
 
     def __post_init__(self):
         check_settings(self)
@@ -1113,11 +1125,13 @@ class GPT(LanguageModel):
         The logits are then small, and the first loss is near ln V. The projections that write to
         the residual stream (every c_proj) are smaller by sqrt(2 n_layer): the stream is a sum of
         2 n_layer contributions whose variances add up, and this keeps it from growing with depth
-        [Radford et al. 2019, section 2.3]."""
+        [Radford et al. 2019, section 2.3]. Options: leave them as large as the rest (plain), or
+        start them at zero, so that at first every block passes its input on."""
+        factor = {"gpt2": 1 / math.sqrt(2 * len(self.h)), "plain": 1.0, "zero": 0.0}
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                scale = math.sqrt(2 * len(self.h)) if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / scale)
+                scale = factor[self.config.init] if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -1349,12 +1363,11 @@ def perplexity(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-def bits_per_character(nats_per_token: float, n_tokens: int, n_characters: int) -> float:
-    """The loss in a unit that does not depend on the tokenizer: total bits over total characters.
-
-    >>> round(bits_per_character(math.log(2), n_tokens=10, n_characters=20), 6)
-    0.5
-    """
+def bits_per_character(nats_per_token: float, tokenizer, corpus: Corpus) -> float:
+    """The validation loss in a unit that does not depend on the tokenizer: all bits over all
+    characters. A loss per token cannot be compared between tokens of different length."""
+    n_tokens = len(corpus.val) - 1
+    n_characters = len(tokenizer.decode(corpus.val[1:].tolist()))
     return nats_per_token * n_tokens / n_characters / math.log(2)
 
 
@@ -1528,7 +1541,7 @@ class Run:
         self.first_step = progress.step
         if resumed:
             self.check_best()
-        self.metrics = MetricsLog(out_dir, progress, resumed)
+        self.metrics = MetricsLog(out_dir, progress, resumed, start_wandb(config, out_dir))
         self.started = time.perf_counter() - progress.seconds
         self.restart_clock()
 
@@ -1577,7 +1590,7 @@ class Run:
         numbers = [loss, *losses] + ([] if self.engine.scaler.is_enabled() else [norm])
         sound = all(math.isfinite(number) for number in numbers)
         if not (sound and all(p.isfinite().all() for p in self.model.parameters())):
-            raise UserError(
+            raise Diverged(
                 f"the run has diverged: at step {self.progress.step} the loss is {loss:.4g} and "
                 f"the gradient's norm {norm:.4g}; what was saved before is intact; try a "
                 f"--learning_rate below {self.config.learning_rate}, a longer --warmup_steps or "
@@ -1656,7 +1669,10 @@ class Run:
             say(f"stopped early: no better validation loss in {p.stale} evaluations")
         self.model.load_state_dict(load_checkpoint(best)["model"])
         nats = evaluate(self.model, self.corpus.val, self.engine.device)
-        self.metrics.write(step=p.best_step, full_val_loss=nats)
+        bits = bits_per_character(nats, self.tokenizer, self.corpus)
+        self.metrics.write(step=p.step, full_val_loss=nats, full_val_bits=bits, seconds=p.seconds,
+                           best_step=p.best_step)
+        self.metrics.close()
         plot_losses(self.out_dir)
         say(f"trained in {duration(p.seconds)}; the best model is of step {p.best_step}: {best}")
         say(score_line(nats, self.tokenizer, self.corpus))
@@ -1970,18 +1986,34 @@ def duration(seconds: float) -> str:
 
 def score_line(nats: float, tokenizer, corpus: Corpus) -> str:
     """The validation score in three units."""
-    n_tokens = len(corpus.val) - 1
-    n_characters = len(tokenizer.decode(corpus.val[1:].tolist()))
-    bits = bits_per_character(nats, n_tokens, n_characters)
-    return (f"full validation split, {n_tokens:,} tokens: {nats:.4f} nats per token, perplexity "
-            f"{perplexity(nats):.4g}, {bits:.4f} bits per character")
+    return (f"full validation split, {len(corpus.val) - 1:,} tokens: {nats:.4f} nats per token, "
+            f"perplexity {perplexity(nats):.4g}, "
+            f"{bits_per_character(nats, tokenizer, corpus):.4f} bits per character")
+
+
+def start_wandb(config: TrainConfig, out_dir: Path):
+    """A run of Weights & Biases, or None: it is used where it is installed and either logged in or
+    set offline (WANDB_MODE=offline). It never asks for anything and never ends a run."""
+    mode, found = os.environ.get("WANDB_MODE", ""), "WANDB_API_KEY" in os.environ
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        found = found or netrc.netrc().authenticators("api.wandb.ai") is not None
+    if not config.wandb or mode in ("disabled", "dryrun") or not (found or mode == "offline"):
+        return None
+    try:
+        import wandb
+
+        return wandb.init(project="minigpt", dir=out_dir, config=asdict(config),
+                          settings=wandb.Settings(silent=True))
+    except Exception as problem:  # not installed, no network, or a change in its ways
+        say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
+        return None
 
 
 class MetricsLog:
     """metrics.jsonl: one record a line. A resumed run drops what it is about to do again."""
 
-    def __init__(self, out_dir: Path, progress: Progress, resumed: bool):
-        self.path, p = out_dir / "metrics.jsonl", progress
+    def __init__(self, out_dir: Path, progress: Progress, resumed: bool, wandb_run=None):
+        self.path, p, self.wandb_run = out_dir / "metrics.jsonl", progress, wandb_run
         last = p.step if p.evaluated_at == p.step else p.step - 1  # evaluations up to here stay
         kept = [r for r in read_metrics(out_dir) if resumed and "full_val_loss" not in r
                 and r["step"] <= (last if "val_loss" in r else p.step)]
@@ -1992,6 +2024,14 @@ class MetricsLog:
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.wandb_run:
+            with contextlib.suppress(Exception):  # whatever ails it must not end the run
+                self.wandb_run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        if self.wandb_run:
+            with contextlib.suppress(Exception):
+                self.wandb_run.finish()
 
 
 def read_metrics(out_dir: Path) -> list[dict]:
@@ -2072,6 +2112,163 @@ def find_corpus(data: str | None) -> Path:
 
 
 # ==================================================================================================
+# Experiments [optional reading]
+#
+# Problem   The field argues about norms, positions and activations. What does each change on this
+#           corpus, in the time we have?
+# Answer    Change one thing at a time; give every variant the same steps, the same seeds and
+#           batches; score each on the full validation split; say how far the seeds spread, for a
+#           difference smaller than the spread is no difference.
+# Try it    `python minigpt.py --mode ablate --set pos` trains six small models, one after the other,
+#           prints a table and draws the curves. Ctrl-C and the same command go on where it was.
+# ==================================================================================================
+
+ABLATIONS = {
+    "norm": [dict(norm=norm) for norm in ("layernorm", "rmsnorm", "none")],
+    "norm_position": [dict(n_layer=n, norm_position=place) for n in (2, 8)
+                      for place in ("pre", "post")],
+    "pos": [dict(pos=pos) for pos in ("learned", "sinusoidal", "rope")],
+    "activation": [dict(activation=bend) for bend in ACTIVATIONS],
+    "tokenizer": [dict(tokenizer="char")] + [dict(tokenizer="bpe", vocab_size=size)
+                                             for size in (512, 1024, 4096)],
+    "init": [dict(init=start) for start in ("gpt2", "plain", "zero")],
+}
+
+
+@dataclass
+class AblateConfig:
+    """Which experiment, and how often. Everything else is as in training, but for fewer steps."""
+
+    set: str | None = setting(None, "a named set of variants", kind=str, choices=tuple(ABLATIONS))
+    vary: str | None = setting(None, "or a set of your own: FIELD=A,B,C", kind=str)
+    seeds: int = setting(2, "runs of each variant, from --seed on", low=1)
+
+    def __post_init__(self):
+        check_settings(self)
+        if (self.set is None) == (self.vary is None):
+            raise UserError(f"--mode ablate: give either --set ({', '.join(ABLATIONS)}) or --vary "
+                            "FIELD=A,B,C")
+
+    def variants(self) -> tuple[str, list[dict]]:
+        """The name of the experiment, and the settings in which its variants differ."""
+        if self.set:
+            return self.set, ABLATIONS[self.set]
+        name, _, values = self.vary.partition("=")
+        name = name.strip().replace("-", "_")
+        known = {f.name: f.metadata["kind"] for c in (GPTConfig, TrainConfig) for f in fields(c)}
+        if name not in known or not values:
+            raise UserError(f"--vary {self.vary}: must be FIELD=A,B,C with a field that --help "
+                            "lists under the model or training")
+        kind = (lambda v: {"true": True, "false": False}[v.lower()]) if known[name] is bool \
+            else known[name]
+        try:
+            return name, [{name: kind(value.strip())} for value in values.split(",")]
+        except (ValueError, KeyError):
+            raise UserError(f"--vary {self.vary}: {name} takes {known[name].__name__}s") from None
+
+
+def run_variant(args, folder: Path, variant: dict, seed: int) -> dict:
+    """Trains one variant, or goes on with it, or reads its result if it is there already.
+
+    A result counts only for the very same settings: they are kept beside it."""
+    label = " ".join(f"{k}={v}" for k, v in variant.items())
+    out_dir = folder / f"{label} seed={seed}".replace(" ", "_")
+    typed = {**vars(args), **variant, "seed": seed}
+    typed.setdefault("max_steps", 500)
+    typed.setdefault("eval_interval", 50)
+    quiet = dict(sample_tokens=0, checkpoint_interval=0, log_interval=typed["eval_interval"])
+    place = dict(mode="train", out_dir=str(out_dir), checkpoint=None, resume=False)
+    apart = ("mode", "out_dir", "set", "vary", "seeds")
+    settings = {k: v for k, v in typed.items() if k not in apart}
+    make_folder(out_dir)
+    notes, result = out_dir / "settings.json", out_dir / "result.json"
+    if notes.is_file() and notes.read_text(encoding="utf-8") == json.dumps(settings):
+        if result.is_file():
+            return json.loads(result.read_text(encoding="utf-8"))
+        place["resume"] = (out_dir / "latest.pt").is_file()
+    else:
+        result.unlink(missing_ok=True)
+        notes.write_text(json.dumps(settings), encoding="utf-8")
+    say(f"---- {label}, seed {seed}")
+    row = {"variant": label, "seed": seed, "loss": None, "bits": None, "seconds": None, "note": ""}
+    try:
+        run_train(argparse.Namespace(**{**typed, **quiet, **place}))
+        last = read_metrics(out_dir)[-1]
+        row |= dict(loss=last["full_val_loss"], bits=last["full_val_bits"], seconds=last["seconds"])
+    except Diverged as problem:
+        row["note"] = str(problem).partition(";")[0]
+        say(row["note"])
+    result.write_text(json.dumps(row), encoding="utf-8")
+    return row
+
+
+def spread(numbers: list[float]) -> str:
+    """
+    >>> spread([1.0, 2.0]), spread([1.5])
+    ('1.5000 +- 0.7071', '1.5000')
+    """
+    mean = statistics.fmean(numbers)
+    return f"{mean:.4f}" + (f" +- {statistics.stdev(numbers):.4f}" if len(numbers) > 1 else "")
+
+
+def ablation_table(rows: list[dict]) -> str:
+    """Mean and standard deviation over the seeds, a row for each variant, as Markdown."""
+    lines = ["| variant | nats per token | bits per character | seconds | seeds |",
+             "|---|---|---|---|---|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == variant]
+        done = [row for row in runs if row["loss"] is not None]
+        cells = ["diverged"] * 3
+        if done:
+            cells = [spread([r["loss"] for r in done]), spread([r["bits"] for r in done]),
+                     f"{statistics.fmean(r['seconds'] for r in done):.0f}"]
+        counted = f"{len(done)}" + (f", {len(runs) - len(done)} diverged" if done != runs else "")
+        lines.append(f"| {variant} | " + " | ".join(cells) + f" | {counted} |")
+    return "\n".join(lines)
+
+
+def plot_ablation(folder: Path, rows: list[dict]) -> None:
+    """curves.png: the validation estimates of every run, in bits per character."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("no curves.png: pip install matplotlib to get one")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, variants = figure.add_subplot(), list(dict.fromkeys(row["variant"] for row in rows))
+    for row in rows:
+        if row["loss"] is None:
+            continue
+        run = folder / f"{row['variant']} seed={row['seed']}".replace(" ", "_")
+        records = [r for r in read_metrics(run) if r.get("val_loss") is not None and r["step"] > 0]
+        known, color = axes.get_legend_handles_labels()[1], f"C{variants.index(row['variant'])}"
+        axes.plot([r["step"] for r in records],
+                  [r["val_loss"] * row["bits"] / row["loss"] for r in records], linewidth=1.2,
+                  color=color, label=None if row["variant"] in known else row["variant"])
+    axes.set(xlabel="step", ylabel="validation loss, bits per character")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def run_ablate(args) -> None:
+    """--mode ablate: the table goes to stdout, the same figures to results.csv."""
+    config = AblateConfig(**given_settings(args, AblateConfig))
+    name, variants = config.variants()
+    folder = Path(args.out_dir) / f"ablate_{name}"
+    first = getattr(args, "seed", TrainConfig.seed)
+    rows = []
+    for seed in range(first, first + config.seeds):
+        for variant in variants:
+            rows.append(run_variant(args, folder, variant, seed))
+            with open(folder / "results.csv", "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    plot_ablation(folder, rows)
+    print(ablation_table(rows))
+
+
+# ==================================================================================================
 # The command line [optional reading]
 #
 # Problem   Every setting should be a flag, and a slip of the finger should cost one line to read.
@@ -2128,6 +2325,7 @@ def build_parser() -> Parser:
     add_flags(parser.add_argument_group("the model (The parts, The model)"), GPTConfig)
     add_flags(parser.add_argument_group("training (Learning)"), TrainConfig)
     add_flags(parser.add_argument_group("writing (Generation)"), GenerateConfig)
+    add_flags(parser.add_argument_group("comparing (Experiments)"), AblateConfig)
     return parser
 
 
@@ -2305,7 +2503,7 @@ def run_eval(args) -> None:
     print(score_line(nats, tokenizer, corpus))
 
 
-MODES = {"train": run_train, "generate": run_generate, "eval": run_eval}
+MODES = {"train": run_train, "generate": run_generate, "eval": run_eval, "ablate": run_ablate}
 
 
 def main(argv: list[str] | None = None) -> int:
