@@ -2119,8 +2119,8 @@ def find_corpus(data: str | None) -> Path:
 # Answer    Change one thing at a time; give every variant the same steps, the same seeds and
 #           batches; score each on the full validation split; say how far the seeds spread, for a
 #           difference smaller than the spread is no difference.
-# Try it    `python minigpt.py --mode ablate --set pos` trains six small models, one after the other,
-#           prints a table and draws the curves. Ctrl-C and the same command go on where it was.
+# Try it    `python minigpt.py --mode ablate --set pos` trains six small models one after the
+#           other, prints a table and draws the curves. After Ctrl-C, the same command goes on.
 # ==================================================================================================
 
 ABLATIONS = {

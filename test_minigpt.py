@@ -13,6 +13,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import doctest
 import hashlib
 import http.server
@@ -1939,6 +1940,126 @@ def test_train_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeyp
     assert (tmp_path / "input.txt").read_bytes() == BODY and Handler.hits["good"] == 1
 
 
+# ---- Weights & Biases ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_wandb_account(monkeypatch, tmp_path):
+    """A user who is not logged in, whatever this machine knows."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_account, monkeypatch):
+    """The real package, offline: a run's records are on disk. Without an account, or with
+    --no_wandb, it is not even started; and there is never a question."""
+    pytest.importorskip("wandb")
+    for folder, mode, flags in (("quiet", None, []), ("off", "offline", ["--no_wandb"]),
+                                ("on", "offline", [])):
+        if mode:
+            monkeypatch.setenv("WANDB_MODE", mode)
+        train_tiny(tmp_path / folder, "--max_steps", "2", *flags)
+        files = list((tmp_path / folder).glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == (folder == "on")
+    assert b"tokens_per_second" in files[0].read_bytes()
+    assert_same_weights(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
+
+
+def test_wandb_that_fails_never_ends_a_run(tmp_path, no_wandb_account, monkeypatch):
+    """An account that cannot be reached, or a package that is broken: one line, and training."""
+    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    err = train_tiny(tmp_path / "out", "--max_steps", "1")
+    assert err.count("no Weights & Biases: RuntimeError; --no_wandb") == 1
+
+
+# ==================================================================================================
+# Experiments
+# ==================================================================================================
+
+
+def ablate_tiny(out_dir, *argv):
+    tiny = [a for a in TINY if a not in ("--mode", "train")]
+    return run_main("--mode", "ablate", *tiny, "--out_dir", out_dir, *argv)
+
+
+def cells_of(out):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+
+
+def test_ablation_is_the_runs_it_stands_for(tmp_path):
+    """The table's figures are those of plain training runs with the same flags and seeds; the
+    curves are drawn and the CSV holds every run."""
+    code, out, err = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", "--seeds", "2")
+    assert code == 0, err
+    (first, second) = cells_of(out)
+    assert first[0] == "pos=learned" and second[0] == "pos=rope" and first[-1] == "2"
+    losses = []
+    for seed in ("1337", "1338"):
+        err = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed)
+        losses.append(float(re.search(r"([\d.]+) nats", err)[1]))
+    mean, deviation = (float(x) for x in second[1].split(" +- "))
+    assert mean == pytest.approx(sum(losses) / 2, abs=2e-4)
+    assert deviation == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2), abs=2e-4)
+    with open(tmp_path / "ablate_pos" / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["variant"], r["seed"]) for r in rows] == [
+        (f"pos={pos}", seed) for seed in ("1337", "1338") for pos in ("learned", "rope")]
+    assert float(rows[1]["loss"]) == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_interrupted_ablation_goes_on_where_it_stopped(tmp_path):
+    """A finished run is not trained again, an unfinished one is resumed, and other settings start
+    anew: nothing old is taken for the result of something else."""
+    command = ["--vary", "n_layer=1,2", "--seeds", "1"]
+    code, complete, _ = ablate_tiny(tmp_path / "a", *command)
+    ablate_tiny(tmp_path / "b", *command)
+    folder = tmp_path / "b" / "ablate_n_layer"
+    finished, unfinished = folder / "n_layer=1_seed=1337", folder / "n_layer=2_seed=1337"
+    (unfinished / "result.json").unlink()
+    before = (finished / "latest.pt").stat().st_mtime_ns
+    code, out, err = ablate_tiny(tmp_path / "b", *command)
+    assert code == 0 and [c[:3] for c in cells_of(out)] == [c[:3] for c in cells_of(complete)]
+    assert err.count("resuming") == 1 and (finished / "latest.pt").stat().st_mtime_ns == before
+    code, out, err = ablate_tiny(tmp_path / "b", *command, "--max_steps", "4")
+    assert code == 0 and "resuming" not in err
+    assert load_checkpoint(finished / "latest.pt")["progress"]["step"] == 4
+
+
+def test_diverged_variant_is_a_row_and_not_the_end(tmp_path):
+    """A learning rate of 1e30 has no score; the others have theirs."""
+    code, out, err = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
+                                 "--grad_clip", "0")
+    assert code == 0, err
+    bad, good = cells_of(out)
+    assert bad[0] == "learning_rate=1e+30" and bad[1] == "diverged" and "1 diverged" in bad[-1]
+    assert float(good[1]) < 5 and good[-1] == "1"
+
+
+@pytest.mark.parametrize("name", minigpt.ABLATIONS)
+def test_named_ablations_build_every_variant(name):
+    """Each variant is a legal model that differs from the others."""
+    known = {f.name for f in fields(GPTConfig)}
+    variants = minigpt.ABLATIONS[name]
+    assert len({str(v) for v in variants}) == len(variants) >= 3
+    for variant in variants:
+        model = {k: v for k, v in variant.items() if k in known}
+        assert minigpt.build_model(GPTConfig(**{"vocab_size": 65, **model})).num_parameters() > 0
+
+
+def test_zero_initialization_makes_every_block_pass_its_input_on():
+    """And plain leaves the residual projections as large as the rest."""
+    model, x = GPT(small_config(init="zero")), torch.randn(1, 8, 8)
+    assert torch.equal(model.h[0](x), x)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(vocab_size=65, n_layer=8, n_embd=192, init="plain"))
+    assert abs(plain.h[0].mlp.c_proj.weight.std().item() / 0.02 - 1) < 0.05
+
+
 # ==================================================================================================
 # The command line, as a user types it
 # ==================================================================================================
@@ -1955,6 +2076,12 @@ MISTAKES = {
     "unknown mode": (["--mode", "dance"], "dance"),
     "misspelt flag": (["--mode", "train", "--max_stepz", "5"], "did you mean --max_steps?"),
     "missing value": (["--mode", "train", "--max_steps"], "--max_steps"),
+    "no experiment": (["--mode", "ablate"], "--set"),
+    "two experiments": (["--mode", "ablate", "--set", "pos", "--vary", "pos=rope"], "--set"),
+    "unknown experiment": (["--mode", "ablate", "--set", "luck"], "--set luck"),
+    "unknown field to vary": (["--mode", "ablate", "--vary", "luck=1,2"], "--vary luck=1,2"),
+    "no values to vary": (["--mode", "ablate", "--vary", "n_layer"], "--vary n_layer"),
+    "wrong values to vary": (["--mode", "ablate", "--vary", "n_layer=a,b"], "n_layer takes ints"),
     "blank argument": (["--mode", "train", " "], "unknown"),
     "out of memory": (["--mode", "train", "--batch_size", "1000000000000"], "--batch_size"),
     "precision of no sense": (["--mode", "generate", "--out_dir", "{run}", "--dtype", "nn"],
@@ -2036,7 +2163,8 @@ def mistaken(tiny_run, tmp_path_factory):
         argv = [a.format(tmp=tmp, run=run, sample=SAMPLE) for a in argv]
         # Where the mistake is not about the output, it must not touch the user's out folder.
         out = [] if "--out_dir" in argv else ["--out_dir", str(tmp / "out")]
-        data = ["--data", str(SAMPLE)] if "--data" not in argv and "train" in argv else []
+        corpus_needed = "train" in argv or "ablate" in argv
+        data = ["--data", str(SAMPLE)] if "--data" not in argv and corpus_needed else []
         device = ["--device", "cpu"] if "--device" not in argv and "--mode" in argv else []
         return argv + data + out + device, named.format(tmp=tmp, run=run)
 
