@@ -638,6 +638,18 @@ def test_rmsnorm_equals_torch_in_value_and_gradient(scale):
     assert_close(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0])), torch.tensor([0.8485, 1.1314]), 1e-4)
 
 
+def test_the_norm_that_is_asked_for_is_the_norm_that_is_built():
+    """Everywhere in the model, with and without gain and bias."""
+    kinds = {"layernorm": LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
+    for norm, kind in kinds.items():
+        model = GPT(small_config(norm=norm))
+        for built in (model.h[0].ln_1, model.h[1].ln_2, model.ln_f):
+            assert type(built) is kind
+    assert not list(GPT(small_config(norm="rmsnorm", norm_scale=False)).ln_f.parameters())
+    assert [n for n, _ in GPT(small_config(norm_scale=False)).ln_f.named_parameters()] == ["bias"]
+    assert [n for n, _ in GPT(small_config(bias=False)).ln_f.named_parameters()] == ["weight"]
+
+
 def test_rope_scores_depend_only_on_distance():
     """q at t and k at s: the same score wherever t - s is the same; and lengths are kept. Fails if
     queries and keys turn by different angles, or if v, not k, is turned."""
