@@ -486,7 +486,7 @@ class BPETokenizer:
     def __init__(self, merges: list[tuple[bytes, bytes]]):
         """merges: pairs of tokens, in the order in which they were learned."""
         self.merges = merges
-        # Subtle: two merges may make the same token (ab + c, a + bc), which then has one id.
+        # Subtle: in a file of other origin two merges may make one token (ab + c, a + bc).
         self.tokens = list(dict.fromkeys([bytes([byte]) for byte in BYTES]
                                          + [a + b for a, b in merges]))
         token_of = {token: chr(i) for i, token in enumerate(self.tokens)}
@@ -519,7 +519,6 @@ class BPETokenizer:
         heap = [(-count, pair) for pair, count in counts.items()]
         heapq.heapify(heap)
         tokens, merges = [bytes([byte]) for byte in BYTES], []
-        token_of = {token: chr(i) for i, token in enumerate(tokens)}
         while heap and len(tokens) < vocab_size - 1:
             count, pair = heapq.heappop(heap)
             if -count != counts[pair]:
@@ -529,10 +528,8 @@ class BPETokenizer:
                 break
             a, b = (tokens[ord(token)] for token in pair)
             merges.append((a, b))
-            if a + b not in token_of:
-                token_of[a + b] = chr(len(tokens))
-                tokens.append(a + b)
-            token, changed = token_of[a + b], set()
+            token, changed = chr(len(tokens)), set()
+            tokens.append(a + b)
             del counts[pair]
             for i in where.pop(pair):
                 words[i], gone, born = merge(words[i], pair, token)

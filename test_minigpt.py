@@ -272,9 +272,8 @@ def naive_bpe(text, vocab_size):
             break
         a, b = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append((tokens[a], tokens[b]))
-        if tokens[a] + tokens[b] not in tokens:
-            tokens.append(tokens[a] + tokens[b])
-        new, merged = tokens.index(tokens[a] + tokens[b]), {}
+        new, merged = len(tokens), {}
+        tokens.append(tokens[a] + tokens[b])
         for word, n in words.items():
             out, i = [], 0
             while i < len(word):
@@ -428,6 +427,23 @@ def test_ids_are_those_of_tokenizers_and_tiktoken(bpe, tmp_path):
     trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
     learned = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     assert learned == [tuple(line.split(" ")) for line in bpe.to_dict()["merges"]]
+
+
+def test_merges_that_make_one_token_twice_share_its_id():
+    """Our trainer never learns such merges, but a file may hold them: the ids must not shift."""
+    a, b, c = b"a", b"b", b"c"
+    tokenizer = BPETokenizer([(a, b), (b, c), (a + b, c), (a, b + c), (c, c)])
+    assert tokenizer.vocab_size == 256 + 4 + 1
+    assert tokenizer.encode("abc") == [258] and tokenizer.encode("cc") == [259]
+    assert tokenizer.decode([258, 259, 260]) == "abccc<|endoftext|>"
+
+
+def test_bpe_learns_from_the_training_part_alone():
+    """A pair that is frequent in the last tenth only is not merged; characters come from all."""
+    text = "ab" * 450 + "xy" * 50
+    merged = [a + b for a, b in minigpt.make_tokenizer("bpe", text, 300).merges]
+    assert b"ab" in merged and b"xy" not in merged
+    assert minigpt.make_tokenizer("char", text, None).itos == ["a", "b", "x", "y"]
 
 
 def test_gpt2_vocabulary_comes_from_tiktoken_or_ends_in_one_line(monkeypatch):
