@@ -388,21 +388,23 @@ class CharTokenizer:
 # ---- Byte-pair encoding --------------------------------------------------------------------------
 #
 # Problem   Characters are safe but slow: "the" costs three steps of the model, and a context of 256
-#           is four lines of verse. Whole words are short but brittle: the next text has new ones.
+#           is half a dozen lines of verse. Whole words are short but brittle: the next text has new
+#           ones.
 # Answer    Begin with the 256 bytes, of which every text in UTF-8 is made. Find the pair of
 #           neighbours that is most frequent, make it a new token, and again, until the vocabulary
 #           is full [Sennrich et al. 2016, section 3.2; on bytes: Radford et al. 2019, section 2.2].
 #           Frequent words become one token, rare ones a few, and nothing is unknown.
 # Example   "aaabdaaabac" -> aa becomes X: "XabdXabac" -> ab becomes Y: "XYdXYac" -> XY becomes Z:
 #           "ZdZac". Eleven tokens have become five.
-# Ties      Among equally frequent pairs the one whose tokens are older wins, the first token first.
+# Ties      Among equally frequent pairs the one with the smaller ids wins, the first token first.
+#           Ids count the bytes in the order of BYTES, below, then the merges as they are learned.
 # Encoding  Apply the merges to a new text in the order in which they were learned.
 # Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare: the first merges are " t", "he",
 #           " a", "ou" and " s", and the 1.1 million characters become 460,000 tokens.
 #
 # Pieces    Merges never cross a boundary that GPT-2's pattern draws: between letters, digits and
 #           punctuation, with a space kept in front of what it precedes. So "dog." and "dog!" do not
-#           become two words, and each distinct piece must be worked on only once.
+#           become two words, and each distinct piece need be worked on only once.
 
 
 @functools.cache
@@ -429,7 +431,7 @@ def piece_pattern() -> re.Pattern:
 
 
 # The 256 bytes in GPT-2's order, and the printable character that stands for each in its files:
-# itself where it has a shape, one from U+0100 on where it is a space or a control character.
+# itself where it has a visible shape, one from U+0100 on where it has none.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
 SHOWN = [chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)]
@@ -447,16 +449,19 @@ def to_tokens(piece: str) -> str:
 
 def pairs_of(word: str):
     """The neighbours in a word: "abc" -> "ab", "bc"."""
-    return map(str.__add__, word, word[1:])
+    return [a + b for a, b in zip(word, word[1:])]
 
 
 def merge(word: str, pair: str, token: str) -> tuple[str, list[str], list[str]]:
     """Replaces pair by token in word. Also returns the neighbour pairs that went and that came.
 
+    The work lies where the merges are, not in the length of the word: "xabyab".split("ab") gives
+    the stretches "x", "y", "", and between two of them stands one merge.
+
     >>> merge("xabyab", "ab", "Z")
     ('xZyZ', ['xa', 'by', 'ya'], ['xZ', 'Zy', 'yZ'])
     """
-    (a, b), parts = pair, word.split(pair)
+    a, b, parts = pair[0], pair[1], word.split(pair)
     gone, born = [], []
     for i, part in enumerate(parts):
         if part and i > 0:  # something was merged just before this part
@@ -469,6 +474,19 @@ def merge(word: str, pair: str, token: str) -> tuple[str, list[str], list[str]]:
             gone.append(b + a)
             born.append(token + token)
     return token.join(parts), gone, born
+
+
+def valid(text: str) -> str:
+    """text without lone surrogates, halves of a character that UTF-8 cannot write: U+FFFD each."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def stream_utf8(pieces):
+    """Yields the text of pieces of bytes; a character comes with the last of its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
 
 
 class BPETokenizer:
@@ -484,7 +502,8 @@ class BPETokenizer:
     kind = "bpe"
 
     def __init__(self, merges: list[tuple[bytes, bytes]]):
-        """merges: pairs of tokens, in the order in which they were learned."""
+        """merges: pairs of tokens, in the order in which they were learned. The place of a merge in
+        this list, from 0 on, is its rank."""
         self.merges = merges
         # Subtle: in a file of other origin two merges may make one token (ab + c, a + bc).
         self.tokens = list(dict.fromkeys([bytes([byte]) for byte in BYTES]
@@ -504,7 +523,7 @@ class BPETokenizer:
 
         Each distinct piece is kept once, with its count. `counts` says how often a pair occurs,
         `where` in which pieces it may; a merge touches those pieces and no others. The heap hands
-        out the most frequent pair; an entry whose count has changed since is put back with it."""
+        out the most frequent pair; an entry whose count has changed goes back with the new one."""
         if vocab_size < 257:
             raise UserError(f"--vocab_size {vocab_size}: must be at least 257, for the 256 bytes "
                             f"and {END_OF_TEXT}")
@@ -578,10 +597,7 @@ class BPETokenizer:
 
     def stream(self, ids):
         """The same, id by id: a character comes out when the last of its bytes is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            yield decoder.decode(self.tokens[i])
-        yield decoder.decode(b"", final=True)
+        return stream_utf8(self.tokens[i] for i in ids)
 
     def shown(self, token: bytes) -> str:
         """A token as GPT-2's files write it: a space is Ġ, a line break Ċ."""
@@ -638,10 +654,7 @@ class GPT2Tokenizer:
         return self.encoding.decode(ids)
 
     def stream(self, ids):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            yield decoder.decode(self.encoding.decode_single_token_bytes(i))
-        yield decoder.decode(b"", final=True)
+        return stream_utf8(self.encoding.decode_single_token_bytes(i) for i in ids)
 
     def to_dict(self) -> dict:
         return {"kind": self.kind}
@@ -649,11 +662,6 @@ class GPT2Tokenizer:
     @classmethod
     def from_dict(cls, state: dict) -> "GPT2Tokenizer":
         return cls()
-
-
-def valid(text: str) -> str:
-    """text without lone surrogates, halves of a character that UTF-8 cannot write: U+FFFD each."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
@@ -793,9 +801,8 @@ class LayerNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-# The variant [option --norm rmsnorm]: centring turns out to matter little, so leave it out.
-#
-# Equation  y = x / sqrt(mean(x^2) + eps) * weight           [Zhang and Sennrich 2019, equation 4]
+# Options   --norm rmsnorm: centring turns out to matter little, so leave it out.
+#           y = x / sqrt(mean(x^2) + eps) * weight   [Zhang and Sennrich 2019, equation 4; plus eps]
 # Example   x = [3, 4]: mean square 12.5 -> [0.85, 1.13]
 
 
@@ -809,9 +816,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd)) if scale else 1.0
 
     def forward(self, x):
-        # Subtle: in 16 bits a mean of squares is too coarse, so it is taken in 32.
-        mean_square = x.float().square().mean(dim=-1, keepdim=True).to(x.dtype)  # (B, T, 1)
-        return x * torch.rsqrt(mean_square + self.eps) * self.weight
+        # Subtle: the stream is float32, but queries and keys may come in 16 bits, where squares
+        # are too coarse and may overflow.
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -863,9 +872,9 @@ def make_norm(config: GPTConfig) -> nn.Module:
 #           time there is no neighbour to read from.
 
 
-# Options   Two seams in `forward` do nothing unless asked for: queries and keys may be normalized
-#           (--qk_norm), which bounds the scores and keeps large learning rates from freezing the
-#           softmax [Henry et al. 2020]; and they may be rotated (--pos rope, under "Positions").
+# Options   One line of `forward` does nothing unless asked to: queries and keys may be normalized
+#           (--qk_norm, here by RMSNorm; the idea: [Henry et al. 2020]), which bounds the scores by
+#           sqrt(hs) times the gains; and they may be rotated (--pos rope, under "Positions").
 
 
 class CausalSelfAttention(nn.Module):
@@ -881,7 +890,8 @@ class CausalSelfAttention(nn.Module):
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
         hs = config.n_embd // config.n_head
-        self.q_norm, self.k_norm = (RMSNorm(hs) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm = RMSNorm(hs, config.norm_scale) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hs, config.norm_scale) if config.qk_norm else nn.Identity()
         self.rotate = Rotary(config.block_size, hs) if config.pos == "rope" else nn.Identity()
 
     def forward(self, x):
@@ -916,17 +926,19 @@ class CausalSelfAttention(nn.Module):
 #           [Radford et al. 2018, section 3.1]. That is one line of GPT.forward, in the next
 #           chapter. The price: there is no vector for place block_size, so the context is bounded.
 #
-# Two variants need nothing learned [option --pos]:
+# Options   Two variants need nothing learned (--pos). Their formulas go on for ever; here their
+#           tables end at block_size too.
 #
 # Sinusoid  The vector of place t holds sin(t w_i) and cos(t w_i), w_i = 10000^(-2i/C), for i below
 #           C/2 [Vaswani et al. 2017, section 3.5]: hands of clocks that run at different speeds. To
 #           move by s places is to turn each hand by s w_i, whatever t is. The paper multiplies the
-#           token vectors by sqrt(C) before it adds; dividing the table does the same to the sum,
-#           but for a factor that the first norm removes.
+#           token vectors by sqrt(C) before it adds (its section 3.4); we divide the table instead,
+#           so that the sum is theirs divided by sqrt(C).
 # RoPE      Add nothing. Turn the queries and keys themselves, as such hands: channels i and
-#           i + hs/2 of a head form a vector in the plane, turned by t w_i at place t. The dot
-#           product of a query at t with a key at s then depends on t - s alone
-#           [Su et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1: a mere renaming].
+#           i + hs/2 of a head form a vector in the plane, turned by t w_i at place t (with hs for
+#           C in w_i). The dot product of a query at t with a key at s then depends on
+#           t - s alone [Su et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1, which only
+#           renames them].
 # Example   hs = 2, w_0 = 1: a query (1, 0) at place 2 and a key (1, 0) at place 1 have the score
 #           cos(2 - 1) = 0.54. At places 12 and 11 it is 0.54 again.
 
@@ -949,6 +961,7 @@ class Rotary(nn.Module):
     def __init__(self, n_places: int, hs: int):
         super().__init__()
         a = angles(n_places, hs)  # (block_size, hs / 2)
+        # A buffer moves to the device with the model; it is not learned, and here not saved.
         self.register_buffer("cos", a.cos(), persistent=False)
         self.register_buffer("sin", a.sin(), persistent=False)
 
@@ -972,9 +985,9 @@ class Rotary(nn.Module):
 # Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
 # Shapes    (B, T, C) -> (B, T, mlp_ratio C) -> (B, T, C)
 # Options   --activation relu: max(0, x). relu2: its square [So et al. 2021]. swiglu: no longer one
-#           bend but a product, silu(x W) * (x V), in which one half gates the other
-#           [Shazeer 2020, section 2]. It needs two matrices going in, so the middle is 2/3 as wide,
-#           and the number of weights stays the same.
+#           bend but a product, silu(x W) * (x U), in which one half gates the other, with
+#           silu(z) = z sigmoid(z) [Shazeer 2020, section 2]. W and U lie side by side in `c_fc`; as
+#           there are two of them, the middle is 2/3 as wide, for nearly the same number of weights.
 
 
 def swiglu(x):
@@ -1022,9 +1035,9 @@ class MLP(nn.Module):
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-#           The first Transformer normalized on the main road, after each addition: "post-norm"
-#           [Vaswani et al. 2017, section 3.1; option --norm_position post]. What leaves a block is
-#           then normalized, ln_f has nothing left to do, and gradients pass through every norm.
+# Options   The first Transformer normalized on the main road, after each addition: "post-norm"
+#           (--norm_position post) [Vaswani et al. 2017, section 3.1]. What leaves a block is then
+#           normalized, ln_f has nothing left to do, and gradients pass through every norm.
 #
 #               x ----+------------------> (+) --> ln_1 --+------------> (+) --> ln_2 ---->
 #                     |                     ^             |               ^
@@ -1113,8 +1126,9 @@ class GPT(LanguageModel):
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.initialize()
-        if config.pos == "sinusoidal":
-            self.wpe.weight = nn.Parameter(sinusoids(config.block_size, config.n_embd), False)
+        if config.pos == "sinusoidal":  # after initialize(), which would overwrite the table
+            table = sinusoids(config.block_size, config.n_embd)
+            self.wpe.weight = nn.Parameter(table, requires_grad=False)
 
     def initialize(self):
         """GPT's start: normal with standard deviation 0.02 [Radford et al. 2018, section 4.1].
@@ -1123,7 +1137,7 @@ class GPT(LanguageModel):
         the residual stream (every c_proj) are smaller by sqrt(2 n_layer): the stream is a sum of
         2 n_layer contributions whose variances add up, and this keeps it from growing with depth
         [Radford et al. 2019, section 2.3]. Options: leave them as large as the rest (plain), or
-        start them at zero, so that at first every block passes its input on."""
+        start them at zero, so that at first every pre-norm block passes its input on."""
         factor = {"gpt2": 1 / math.sqrt(2 * len(self.h)), "plain": 1.0, "zero": 0.0}
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -2115,9 +2129,12 @@ def find_corpus(data: str | None) -> Path:
 #           corpus, in the time we have?
 # Answer    Change one thing at a time; give every variant the same steps, the same seeds and
 #           batches; score each on the full validation split; say how far the seeds spread, for a
-#           difference smaller than the spread is no difference.
-# Try it    `python minigpt.py --mode ablate --set pos` trains six small models one after the
-#           other, prints a table and draws the curves. After Ctrl-C, the same command goes on.
+#           difference smaller than the spread shows none. The score is that of a run's best
+#           checkpoint, "+-" the standard deviation over seeds. Two sets change more than one thing:
+#           `tokenizer` also how much text a step sees, `norm_position` also the depth.
+# Try it    `python minigpt.py --mode ablate --set pos` trains six models, three variants from two
+#           seeds, for 500 steps each unless you say otherwise, prints a table and draws the curves.
+#           After Ctrl-C, the same command goes on. What we measured stands in the README.
 # ==================================================================================================
 
 ABLATIONS = {
@@ -2152,16 +2169,22 @@ class AblateConfig:
             return self.set, ABLATIONS[self.set]
         name, _, values = self.vary.partition("=")
         name = name.strip().replace("-", "_")
-        known = {f.name: f.metadata["kind"] for c in (GPTConfig, TrainConfig) for f in fields(c)}
+        fixed = ("seed", "preset", "patience", "sample_tokens", "log_interval",
+                 "checkpoint_interval")
+        known = {f.name: f.metadata["kind"] for c in (GPTConfig, TrainConfig) for f in fields(c)
+                 if f.name not in fixed}
         if name not in known or not values:
             raise UserError(f"--vary {self.vary}: must be FIELD=A,B,C with a field that --help "
-                            "lists under the model or training")
+                            f"lists under the model or training, but none of {', '.join(fixed)}")
         kind = (lambda v: {"true": True, "false": False}[v.lower()]) if known[name] is bool \
             else known[name]
         try:
-            return name, [{name: kind(value.strip())} for value in values.split(",")]
+            variants = [{name: kind(value.strip())} for value in values.split(",")]
         except (ValueError, KeyError):
             raise UserError(f"--vary {self.vary}: {name} takes {known[name].__name__}s") from None
+        if len({variant[name] for variant in variants}) < len(variants):
+            raise UserError(f"--vary {self.vary}: names a value twice; leave one out")
+        return name, variants
 
 
 def run_variant(args, folder: Path, variant: dict, seed: int) -> dict:
@@ -2173,19 +2196,20 @@ def run_variant(args, folder: Path, variant: dict, seed: int) -> dict:
     typed = {**vars(args), **variant, "seed": seed}
     typed.setdefault("max_steps", 500)
     typed.setdefault("eval_interval", 50)
-    quiet = dict(sample_tokens=0, checkpoint_interval=0, log_interval=typed["eval_interval"])
+    quiet = dict(sample_tokens=0, checkpoint_interval=0, log_interval=typed["eval_interval"],
+                 patience=0)
     place = dict(mode="train", out_dir=str(out_dir), checkpoint=None, resume=False)
     apart = ("mode", "out_dir", "set", "vary", "seeds")
-    settings = {k: v for k, v in typed.items() if k not in apart}
+    settings = json.dumps({k: v for k, v in typed.items() if k not in apart}, sort_keys=True)
     make_folder(out_dir)
     notes, result = out_dir / "settings.json", out_dir / "result.json"
-    if notes.is_file() and notes.read_text(encoding="utf-8") == json.dumps(settings):
+    if notes.is_file() and notes.read_text(encoding="utf-8") == settings:
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
         place["resume"] = (out_dir / "latest.pt").is_file()
     else:
         result.unlink(missing_ok=True)
-        notes.write_text(json.dumps(settings), encoding="utf-8")
+        notes.write_text(settings, encoding="utf-8")
     say(f"---- {label}, seed {seed}")
     row = {"variant": label, "seed": seed, "loss": None, "bits": None, "seconds": None, "note": ""}
     try:
@@ -2251,6 +2275,10 @@ def run_ablate(args) -> None:
     """--mode ablate: the table goes to stdout, the same figures to results.csv."""
     config = AblateConfig(**given_settings(args, AblateConfig))
     name, variants = config.variants()
+    for variant in variants:  # a mistake should show before the first of them is trained
+        typed = argparse.Namespace(**{**vars(args), **variant})
+        model_settings, _ = fresh_configs(typed, find_device(args.device))
+        GPTConfig(**model_settings)
     folder = Path(args.out_dir) / f"ablate_{name}"
     first = getattr(args, "seed", TrainConfig.seed)
     rows = []
