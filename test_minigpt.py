@@ -1827,7 +1827,7 @@ def test_settings_that_may_change_on_resume_are_these():
     free = {f.name for config in (GPTConfig, TrainConfig) for f in fields(config)
             if f.metadata["resume"]}
     assert free == {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interval",
-                    "log_interval", "patience", "dtype", "compile"}
+                    "log_interval", "patience", "dtype", "compile", "wandb"}
 
 
 def test_loss_curve_is_drawn_where_matplotlib_is(tiny_run):
