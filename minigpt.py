@@ -86,7 +86,7 @@ import torch.nn.functional as F
 # Problem   A model is defined by a handful of sizes, a training run by a few more numbers. Each
 #           should exist in exactly one place, be checked before hours are spent on it, and travel
 #           with the weights it produced.
-# Answer    Three dataclasses: the model's shape, its training, its use. A field carries its
+# Answer    Dataclasses: the model's shape, its training, its use. A field carries its
 #           default, its meaning and its legal range; the command line is generated from them
 #           (`--n_layer 8` exists because `n_layer` does). Checkpoints hold the first two.
 # Reading   Skim it. Each number is explained in the chapter that uses it; for now, know where to
@@ -103,15 +103,15 @@ class UserError(ValueError):
     The message names the flag or file, the value, and what to do about it."""
 
 
-# The path of a setting, from the newcomer's keyboard to the file:
+class Diverged(UserError):
+    """The loss or the weights are no longer finite numbers."""
+
+
+# Where the value of a setting comes from, and where it goes:
 #
 #     dataclass default  <-  preset  <-  flag        what stands further right wins
 #             |
 #             +->  checked here  ->  used by its chapter  ->  stored in the checkpoint
-
-
-class Diverged(UserError):
-    """The loss or the weights are no longer finite numbers."""
 
 
 def setting(default, help, choices=None, low=None, high=None, above=None, kind=None, resume=False):

@@ -1,7 +1,7 @@
 """
 The laws of minigpt, chapter by chapter in the order of minigpt.py.
 
-    pytest -v                       everything; offline; about a minute on two cores
+    pytest -v                       everything; offline; a minute and a half on two cores
     pytest -v -k attention          one topic
 
 A test's name states a law; its docstring says why it holds and what change would break it. The
