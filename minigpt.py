@@ -408,17 +408,18 @@ class CharTokenizer:
 
 
 @functools.cache
-def piece_pattern() -> re.Pattern:
+def piece_pattern(ascii: bool = False) -> re.Pattern:
     r"""GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     Python's re knows no \p{L} (letter) and \p{N} (number), so the classes are spelled out from
-    the Unicode tables; and its \s holds four control characters more than GPT-2's.
+    the Unicode tables; and its \s holds four control characters more than GPT-2's. On a text that
+    is all ASCII, classes as short as [A-Za-z] do the same in half the time.
 
     >>> piece_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
     """
-    runs = {"L": "", "N": ""}
-    categories = (unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
+    runs, last = {"L": "", "N": ""}, 127 if ascii else sys.maxunicode
+    categories = (unicodedata.category(chr(code))[0] for code in range(last + 1))
     code = 0
     for kind, run in itertools.groupby(categories):
         first, code = code, code + sum(1 for _ in run)
@@ -428,6 +429,14 @@ def piece_pattern() -> re.Pattern:
     S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+"
                       rf"|[{S}]+(?![^{S}])|[{S}]+")
+
+
+def split_pieces(text: str):
+    """Yields the list of pieces of each part of a text; END_OF_TEXT stands between two parts.
+
+    Lone surrogates, halves of a character that UTF-8 cannot write, become U+FFFD each."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return map(piece_pattern(text.isascii()).findall, text.split(END_OF_TEXT))
 
 
 # The 256 bytes in GPT-2's order, and the printable character that stands for each in its files:
@@ -476,11 +485,6 @@ def merge(word: str, pair: str, token: str) -> tuple[str, list[str], list[str]]:
     return token.join(parts), gone, born
 
 
-def valid(text: str) -> str:
-    """text without lone surrogates, halves of a character that UTF-8 cannot write: U+FFFD each."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def stream_utf8(pieces):
     """Yields the text of pieces of bytes; a character comes with the last of its bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -527,8 +531,7 @@ class BPETokenizer:
         if vocab_size < 257:
             raise UserError(f"--vocab_size {vocab_size}: must be at least 257, for the 256 bytes "
                             f"and {END_OF_TEXT}")
-        pieces = collections.Counter(itertools.chain.from_iterable(
-            piece_pattern().findall(part) for part in valid(text).split(END_OF_TEXT)))
+        pieces = collections.Counter(itertools.chain.from_iterable(split_pieces(text)))
         words, freqs = [to_tokens(piece) for piece in pieces], list(pieces.values())
         counts, where = collections.Counter(), collections.defaultdict(set)
         for i, (word, freq) in enumerate(zip(words, freqs)):
@@ -582,13 +585,12 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         """Text to ids: any text. Each distinct piece is merged once and then remembered."""
         ids, cache = [], self.cache
-        for i, part in enumerate(valid(text).split(END_OF_TEXT)):
+        for i, pieces in enumerate(split_pieces(text)):
             if i > 0:
                 ids.append(self.end)
-            for piece in piece_pattern().findall(part):
-                if piece not in cache:
-                    cache[piece] = self.encode_piece(piece)
-                ids += cache[piece]
+            for piece in set(pieces).difference(cache):
+                cache[piece] = self.encode_piece(piece)
+            ids.extend(itertools.chain.from_iterable(map(cache.__getitem__, pieces)))
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -396,6 +396,8 @@ def test_pieces_are_those_of_the_reference_pattern():
     ours, characters = minigpt.piece_pattern(), assigned_characters()
     text = "".join(f"a{c}1{c}.{c} {c}\n" for c in characters)
     assert ours.findall(text) == pattern.findall(text)
+    text = "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c in characters[:128] for d in characters[:128])
+    assert minigpt.piece_pattern(ascii=True).findall(text) == pattern.findall(text)
     rng = random.Random(0)
     for _ in range(2000):
         text = random_text(rng, 30) + "".join(rng.choices(characters, k=9)) + random_text(rng, 5)
