@@ -1038,6 +1038,62 @@ def test_adamw_is_the_equation_in_the_text():
         assert_close(layer.weight.detach(), w)
 
 
+def test_orthogonalize_levels_the_singular_values_and_keeps_the_vectors():
+    """Of tall and wide matrices in a stack: U and V as they were, S near 1. Fails for a wrong
+    constant, a missing round or division, or if X X^T is taken where X^T X is meant."""
+    torch.manual_seed(0)
+    for shape in ((2, 6, 20), (2, 20, 6), (1, 8, 8)):
+        G = torch.randn(shape, dtype=torch.float64) * 50
+        U, S, V = torch.linalg.svd(G, full_matrices=False)
+        assert S.min() > 0.01 * S.norm(dim=1).max()
+        core = U.mT @ minigpt.orthogonalize(G) @ V.mT
+        levelled = core.diagonal(dim1=1, dim2=2)
+        assert 0.67 < levelled.min() and levelled.max() < 1.15
+        assert_close(core, torch.diag_embed(levelled))
+
+
+def test_muon_is_torchs_but_for_the_parts_of_c_attn():
+    """Three steps beside torch.optim.Muon with the same settings, on matrices of equal and of other
+    shapes; the q, k and v rows of c_attn are matrices of their own. Fails for a wrong factor or
+    momentum, for a decay that is not decoupled, or if stacked matrices change places."""
+    torch.manual_seed(0)
+    c = TrainConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.5, dtype="bfloat16")
+    model = GPT(small_config(bias=False, n_embd=16))
+    peers = []
+    for name, p in model.named_parameters():
+        if name.startswith("h.") and p.dim() == 2:
+            parts = p.detach().clone().split(16) if "c_attn" in name else [p.detach().clone()]
+            peers.append((p, [nn.Parameter(part) for part in parts]))
+    assert len(peers) == 8
+    theirs = torch.optim.Muon([part for _, parts in peers for part in parts], lr=0.1, momentum=0.95,
+                              weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    ours = make_optimizer(model, c, CPU.device)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for p, parts in peers:
+            for part, gradient in zip(parts, p.grad.split(16) if len(parts) == 3 else [p.grad]):
+                part.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+        for p, parts in peers:
+            assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """Each weight in one of them, at the one learning rate; embeddings and gains in AdamW."""
+    model, c = GPT(small_config()), TrainConfig(optimizer="muon", learning_rate=0.25)
+    muon, adamw = make_optimizer(model, c, CPU.device).optimizers
+    held = [p for g in muon.param_groups for p in g["params"]]
+    assert [(g["parts"], g["lr"]) for g in muon.param_groups] == [(3, 0.25), (1, 0.25)]
+    assert {id(p) for p in held} == {id(p) for n, p in model.named_parameters()
+                                     if n.startswith("h.") and p.dim() == 2}
+    held += [p for g in adamw.param_groups for p in g["params"]]
+    assert len(held) == len(list(model.parameters())) == len({id(p) for p in held})
+    optimizer = make_optimizer(minigpt.Bigram(small_config()), c, CPU.device)
+    assert isinstance(optimizer, torch.optim.AdamW)  # there are no blocks
+
+
 def test_schedule_at_named_points():
     """First step, peak, middle, floor, beyond. Fails for a warm-up off by one."""
     c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
@@ -1047,6 +1103,9 @@ def test_schedule_at_named_points():
     assert get_lr(24, c) == get_lr(1000, c) == 0.2
     rates = [get_lr(s, c) for s in range(4, 25)]
     assert all(a > b for a, b in itertools.pairwise(rates))
+    line = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24,
+                       schedule="linear")
+    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
     no_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=0, max_steps=10)
     assert get_lr(0, no_warmup) == 1.0
     only_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=10, max_steps=5)
@@ -1325,6 +1384,19 @@ def weights_of(path):
     return load_checkpoint(path)["model"]
 
 
+def assert_same(a, b):
+    """Two nested values, tensors among them, bit by bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
 def assert_same_weights(a, b):
     a, b = weights_of(a), weights_of(b)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -1414,25 +1486,26 @@ def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
     assert first != pytest.approx(losses[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_resumed_run_is_the_run_it_would_have_been(tiny_run, tmp_path, k):
+@pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
+def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
     """k steps, resume, the rest: bit-identical weights, optimizer, and logged losses, with dropout
     and accumulation on; 3 is right after an evaluation. Fails if any random state, the optimizer
     or the step is not restored, or if the evaluation is repeated and counted twice."""
-    folder, _ = tiny_run
-    train_tiny(tmp_path, "--checkpoint_interval", "1", "--max_steps", "6")
-    shutil.copy(tmp_path / f"step_00000{k}.pt", tmp_path / "k.pt")
-    (tmp_path / "latest.pt").unlink()
-    code, _, err = run_main("--mode", "train", "--out_dir", tmp_path, "--resume", "--checkpoint",
-                            tmp_path / "k.pt")
-    assert code == 0, err
-    assert_same_weights(folder / "latest.pt", tmp_path / "latest.pt")
-    assert step_losses(folder) == step_losses(tmp_path)
-    a, b = (load_checkpoint(f / "latest.pt") for f in (folder, tmp_path))
-    for p, states in a["optimizer"]["state"].items():
-        assert all(torch.equal(v, b["optimizer"]["state"][p][k]) for k, v in states.items())
-    assert all(torch.equal(v, b["random"][k]) for k, v in a["random"].items())
-    assert [r["step"] for r in metrics_of(tmp_path) if "val_loss" in r] == [0, 3, 6]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
+               tokenizer, *size)
+    for k in (2, 3, 4):
+        shutil.copytree(whole, parts, dirs_exist_ok=True)
+        (parts / "latest.pt").unlink()
+        code, _, err = run_main("--mode", "train", "--out_dir", parts, "--resume", "--checkpoint",
+                                parts / f"step_00000{k}.pt")
+        assert code == 0, err
+        assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
+        a, b = (load_checkpoint(folder / "latest.pt") for folder in (whole, parts))
+        for state in ("model", "optimizer", "random", "scaler"):
+            assert_same(a[state], b[state])
+        assert [r["step"] for r in metrics_of(parts) if "val_loss" in r] == [0, 3, 6]
 
 
 def test_resume_elsewhere_or_from_an_old_snapshot_spares_the_best(tmp_path):
