@@ -63,6 +63,7 @@ import math
 import netrc
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -170,8 +171,8 @@ class GPTConfig:
     init: str = setting("gpt2", "start of the projections onto the residual stream: smaller with "
                         "depth (gpt2), like the rest (plain), zero",
                         choices=("gpt2", "plain", "zero"))
-    attention: str = setting("fused", "attention as one kernel, or explicit: written out",
-                             choices=("fused", "explicit"))
+    attention: str = setting("fused", "attention and LayerNorm as one kernel each, or explicit: "
+                             "written out", choices=("fused", "explicit"))
     model: str = setting("gpt", "the GPT or the bigram baseline", choices=("gpt", "bigram"))
 
     def __post_init__(self):
@@ -277,9 +278,18 @@ PRESETS = {
         "the best model that a few minutes on two CPU cores can train",
         "about 3 minutes on 2 CPU cores that know bfloat16, 4 on others",
         # Explicit attention: on a CPU in bfloat16 the fused kernel has a slow backward pass.
-        dict(n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, bias=False,
-             attention="explicit", batch_size=32, grad_accum=1, max_steps=1800, learning_rate=4e-3,
-             min_lr=1e-4, log_interval=25),
+        dict(n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False,
+             norm="rmsnorm", norm_scale=False, pos="rope", qk_norm=True, activation="relu2",
+             init="zero", attention="explicit", batch_size=16, grad_accum=1, max_steps=1600,
+             optimizer="muon", learning_rate=4e-3, momentum=0.85, beta2=0.99, weight_decay=0.2,
+             schedule="linear", min_lr=0.0, warmup_steps=50, eval_batches=10, log_interval=25),
+    ),
+    "modern": Preset(
+        "the reference's size with what has been found since: RoPE, SwiGLU, Muon",
+        "a day on 2 CPU cores, by the rate of its first steps",
+        dict(bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu",
+             init="zero", optimizer="muon", learning_rate=3e-3, beta2=0.95, schedule="linear",
+             min_lr=0.0, grad_accum=1),
     ),
     "mini": Preset(
         "two wide layers, a step up from the laptop model",
@@ -810,18 +820,19 @@ class LayerNorm(nn.Module):
 
     eps = 1e-5  # keeps a constant input from dividing by zero
 
-    def __init__(self, n_embd: int, bias: bool = True, scale: bool = True):
+    def __init__(self, n_embd: int, bias: bool = True, scale: bool = True, fused: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else 1.0
+        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else None
         self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+        self.fused = fused
 
     def forward(self, x):
-        if not self.training:  # the same function as one kernel: seven calls fewer for each token
-            weight = self.weight if isinstance(self.weight, nn.Parameter) else None
-            return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
+        if self.fused:  # the same function as one kernel
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         x = x - x.mean(dim=-1, keepdim=True)
         var = x.square().mean(dim=-1, keepdim=True)  # (B, T, 1); divided by C, not by C - 1
-        y = x * torch.rsqrt(var + self.eps) * self.weight
+        y = x * torch.rsqrt(var + self.eps)
+        y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
 
 
@@ -837,14 +848,15 @@ class RMSNorm(nn.Module):
 
     def __init__(self, n_embd: int, scale: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else 1.0
+        self.weight = nn.Parameter(torch.ones(n_embd)) if scale else None
 
     def forward(self, x):
         # Subtle: the stream is float32, but queries and keys may come in 16 bits, where squares
         # are too coarse and may overflow.
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
+        mean_square = y.norm(dim=-1, keepdim=True).square() / y.shape[-1]  # |x|^2 is the sum of x^2
+        y = (y * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        return y if self.weight is None else y * self.weight
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -853,7 +865,7 @@ def make_norm(config: GPTConfig) -> nn.Module:
         return nn.Identity()
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_scale)
-    return LayerNorm(config.n_embd, config.bias, config.norm_scale)
+    return LayerNorm(config.n_embd, config.bias, config.norm_scale, config.attention == "fused")
 
 
 # ---- Causal self-attention -----------------------------------------------------------------------
@@ -2577,9 +2589,13 @@ class BenchConfig:
     """What to measure beside this program itself."""
 
     against: str | None = setting(None, "a checkout of nanoGPT to measure beside", kind=str)
+    bench_seconds: float = setting(4.0, "time for each figure", above=0.0)
+
+    def __post_init__(self):
+        check_settings(self)
 
 
-def timed(*functions, seconds: float = 4.0) -> list[float]:
+def timed(*functions, seconds: float) -> list[float]:
     """The median time of one call of each function, in seconds. They take turns, so that a change
     in the machine's speed meets all of them."""
     times = [[] for _ in functions]
@@ -2626,17 +2642,18 @@ def peak_memory(device: torch.device) -> int | None:
                                                                 else 1024)
 
 
-def nanogpt_step(folder: str, c: GPTConfig, config: TrainConfig, device):
+def nanogpt_step(folder: str, c: GPTConfig, device):
     """nanoGPT's model of the same shape, and one of its training steps in float32."""
-    sys.path.insert(0, folder)
     try:
-        from model import GPT as Peer
-        from model import GPTConfig as PeerConfig
-    except ImportError:
-        raise UserError(f"--against {folder}: holds no model.py of nanoGPT") from None
-    peer = Peer(PeerConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer,
-                           n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout, bias=c.bias))
-    optimizer = peer.to(device).configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
+        names = runpy.run_path(str(Path(folder) / "model.py"))
+    except OSError:
+        raise UserError(f"--against {folder}: holds no model.py; name a checkout of nanoGPT"
+                        ) from None
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        peer = names["GPT"](names["GPTConfig"](
+            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, dropout=c.dropout, bias=c.bias))
+        optimizer = peer.to(device).configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
 
     def step(x, y):
         peer(x, y)[1].backward()
@@ -2660,7 +2677,7 @@ def huggingface_writer(c: GPTConfig):
                                         do_sample=True, top_k=0, pad_token_id=0)
 
 
-def bench_training(rows: dict, model, config: TrainConfig, engine, against: str | None) -> None:
+def bench_training(rows: dict, model, config: TrainConfig, engine, bench: BenchConfig) -> None:
     """Tokens per second of training, and what part of the machine that uses."""
     c, device = model.config, engine.device
     config = replace(config, grad_accum=1)
@@ -2671,22 +2688,22 @@ def bench_training(rows: dict, model, config: TrainConfig, engine, against: str 
     a = torch.randn(n, n, device=device, dtype=engine.dtype)
     model.train()
     steps = [lambda: a @ a, lambda: train_step(model, optimizer, lambda: (x, y), config, engine)]
-    if against:
-        peer, peer_step = nanogpt_step(against, c, config, device)
+    if bench.against:
+        _, peer_step = nanogpt_step(bench.against, c, device)
         steps.append(lambda: peer_step(x, y))
-    times = timed(*steps)
+    times = timed(*steps, seconds=bench.bench_seconds)
     peak, tokens = 2 * n**3 / times[0], x.numel()
     rows["matrix products, GFLOP/s"] = peak / 1e9
     rows["training, tokens/s"] = tokens / times[1]
     rows["training, model-FLOPs utilization"] = flops_per_token(model) * tokens / times[1] / peak
-    if against:
+    if bench.against:
         rows["training, nanoGPT in float32, tokens/s"] = tokens / times[2]
         rows["training, times nanoGPT"] = times[2] / times[1]
     if memory := peak_memory(device):
         rows["peak memory, MiB"] = memory / 2**20
 
 
-def bench_generation(rows: dict, model, engine, n: int, against: str | None) -> None:
+def bench_generation(rows: dict, model, engine, n: int, bench: BenchConfig) -> None:
     """Tokens per second of writing n tokens from a prompt of one."""
     c, start = model.config, torch.zeros(1, 1, dtype=torch.long, device=engine.device)
     model.to(engine.dtype).eval()
@@ -2700,11 +2717,11 @@ def bench_generation(rows: dict, model, engine, n: int, against: str | None) -> 
     if peer := huggingface_writer(c):
         runs["Hugging Face in float32"] = (short, lambda: peer(start.cpu(), short))
         runs["as many tokens as it"] = (short, lambda: write(n=short))
-    if against:
-        nano = nanogpt_step(against, c, TrainConfig(), engine.device)[0].eval()
+    if bench.against:
+        nano = nanogpt_step(bench.against, c, engine.device)[0].eval()
         runs["nanoGPT in float32"] = (n, lambda: nano.generate(start, n))
     rates = {name: tokens / seconds for (name, (tokens, _)), seconds in zip(
-        runs.items(), timed(*(run for _, run in runs.values()), seconds=2.0))}
+        runs.items(), timed(*(run for _, run in runs.values()), seconds=bench.bench_seconds))}
     for name, rate in rates.items():
         rows[f"writing, {name}, tokens/s"] = rate
     cached = rates["with the cache"]
@@ -2713,11 +2730,11 @@ def bench_generation(rows: dict, model, engine, n: int, against: str | None) -> 
     if peer:
         rows["writing, times Hugging Face"] = (rates["as many tokens as it"]
                                                / rates["Hugging Face in float32"])
-    if against:
+    if bench.against:
         rows["writing, times nanoGPT"] = cached / rates["nanoGPT in float32"]
 
 
-def bench_tokenizers(rows: dict, text: str) -> None:
+def bench_tokenizers(rows: dict, text: str, bench: BenchConfig) -> None:
     """Characters per second."""
     char, bpe = CharTokenizer.train(text), BPETokenizer.train(text, 1024)
 
@@ -2726,7 +2743,7 @@ def bench_tokenizers(rows: dict, text: str) -> None:
         bpe.encode(text)
 
     times = timed(lambda: char.encode(text), lambda: BPETokenizer.train(text, 1024), encode_anew,
-                  seconds=2.0)
+                  seconds=bench.bench_seconds)
     rows["characters, encoding, million characters/s"] = len(text) / times[0] / 1e6
     rows["BPE, training 1,024 tokens, s"] = times[1]
     rows["BPE, encoding, million characters/s"] = len(text) / times[2] / 1e6
@@ -2742,10 +2759,10 @@ def run_bench(args) -> None:
     model = build_model(GPTConfig(**model_settings)).to(engine.device)
     rows = {f"parameters, {part}": count for part, count in count_parts(model).items()}
     rows["parameters"] = model.num_parameters()
-    bench_training(rows, model, train_config, engine, config.against)
-    bench_generation(rows, model, engine, n, config.against)
+    bench_training(rows, model, train_config, engine, config)
+    bench_generation(rows, model, engine, n, config)
     text = Text.survey(find_corpus(args.data))
-    bench_tokenizers(rows, "".join(text.chunks("train"))[: 10**6])
+    bench_tokenizers(rows, "".join(text.chunks("train"))[: 10**6], config)
     out_dir = Path(args.out_dir)
     make_folder(out_dir)
     machine = f"{engine.device}, {engine.dtype_name}, {torch.get_num_threads()} threads, PyTorch " \
@@ -2882,9 +2899,12 @@ def make_folder(path: Path) -> None:
                         "another folder") from None
 
 
-def set_aside(out_dir: Path) -> None:
+def set_aside(out_dir: Path, corpus: Corpus) -> None:
     """Moves the files of an earlier run to out_dir/earlier, in place of what was there before: so
-    a forgotten --resume loses nothing."""
+    a forgotten --resume loses nothing. Token files that are not of this corpus can be deleted."""
+    for path in out_dir.glob("tokens_*.bin"):
+        if path not in (corpus.train.path, corpus.val.path):
+            path.unlink()
     names = ("best.pt", "latest.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
     files = [path for name in names for path in out_dir.glob(name)]
     if not any(path.suffix == ".pt" for path in files):
@@ -2951,7 +2971,7 @@ def run_train(args) -> None:
         raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
                         f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
     if not state or holds_another_run(out_dir, state["progress"]["run"]):
-        set_aside(out_dir)
+        set_aside(out_dir, corpus)
     model.to(engine.device)
     say(f"corpus {corpus_path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")

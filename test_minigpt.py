@@ -2241,6 +2241,74 @@ def test_named_ablations_build_every_variant(name):
         assert minigpt.build_model(GPTConfig(**{"vocab_size": 65, **model})).num_parameters() > 0
 
 
+def test_flops_are_those_that_torch_counts():
+    """6 N + 12 n_layer C T, against the matrix products of a real pass. Fails if the head or the
+    attention is left out, or if the table of tokens, which is only looked up, is counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for changes in (dict(), dict(tie_weights=False, activation="swiglu", pos="rope")):
+        model = GPT(small_config(attention="explicit", n_layer=3, **changes))
+        ids = random_ids(2, 8)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, ids)[1].backward()
+        assert counter.get_total_flops() == minigpt.flops_per_token(model) * ids.numel()
+
+
+def test_parts_add_up_to_the_parameters():
+    model = GPT(small_config(tie_weights=False))
+    parts = minigpt.count_parts(model)
+    assert sum(parts.values()) == model.num_parameters() and len(parts) == 6
+    assert parts["wte"] == parts["lm_head"] == 11 * 8 and parts["norms"] == 5 * 16
+    assert parts["attn"] == 2 * (24 * 8 + 24 + 8 * 8 + 8)
+
+
+def test_timing_takes_turns_and_leaves_the_first_round_out():
+    """A first call that is slow, as while a kernel is built, does not count."""
+    calls = []
+
+    def wait(name, seconds):
+        time.sleep(seconds if calls.count(name) else 0.3)
+        calls.append(name)
+
+    a, b = minigpt.timed(lambda: wait("a", 0.002), lambda: wait("b", 0.02), seconds=0.2)
+    assert 0.002 <= a < 0.02 <= b < 0.3
+    assert calls == ["a", "b"] * (len(calls) // 2) and len(calls) >= 8
+
+
+def test_bench_measures_and_records(tmp_path):
+    """The table and the file say the same; a peer that is not there ends in one line; one that is
+    gives ratios of the rates beside them."""
+    pytest.importorskip("transformers")
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer" / "model.py").write_text(
+        "import minigpt\n"
+        "GPTConfig = minigpt.GPTConfig\n"
+        "class GPT(minigpt.GPT):\n"
+        "    def configure_optimizers(self, decay, lr, betas, device):\n"
+        "        print('something')\n"
+        "        return minigpt.torch.optim.AdamW(self.parameters())\n")
+    argv = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "16",
+            "--block_size", "16", "--batch_size", "2", "--data", SAMPLE, "--max_tokens", "20",
+            "--dtype", "float32", "--bench_seconds", "0.05", "--out_dir", tmp_path]
+    code, out, err = run_main(*argv, "--against", tmp_path / "peer")
+    assert code == 0, err
+    table = dict(re.findall(r"^\| (.*?) +\| +([\d,.e+-]+) \|$", out, re.M))
+    record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert record["model_config"]["n_embd"] == 16 and record["train_config"]["preset"] == "laptop"
+    rows = record["rows"]
+    assert list(table) == list(rows) and min(rows.values()) > 0 and "something" not in out
+    for ratio, above, below in (
+            ("training, times nanoGPT", "training, tokens/s",
+             "training, nanoGPT in float32, tokens/s"),
+            ("writing, times nanoGPT", "writing, with the cache, tokens/s",
+             "writing, nanoGPT in float32, tokens/s"),
+            ("writing, times Hugging Face", "writing, as many tokens as it, tokens/s",
+             "writing, Hugging Face in float32, tokens/s")):
+        assert rows[ratio] == pytest.approx(rows[above] / rows[below])
+    code, out, err = run_main(*argv, "--against", tmp_path / "nothing")
+    assert code == 2 and re.search("^error: --against .*nothing: ", err, re.M) and not out
+
+
 def test_zero_initialization_makes_every_block_pass_its_input_on():
     """And plain leaves the residual projections as large as the rest."""
     model, x = GPT(small_config(init="zero")), torch.randn(1, 8, 8)
