@@ -9,6 +9,7 @@ tokenizer, the Transformer, the training loop and the sampler, each explained, w
     pip install -r requirements.txt && python minigpt.py --mode train     # minutes on a laptop
     python minigpt.py --mode generate --prompt "ROMEO:"                   # write with the result
     python minigpt.py --mode eval                                         # the honest score
+    python minigpt.py --mode bench                                        # how fast this machine is
     python minigpt.py --help                                              # every setting
 
 PyTorch supplies tensors, automatic differentiation, Linear and Embedding layers, AdamW and fast
@@ -282,7 +283,8 @@ PRESETS = {
              norm="rmsnorm", norm_scale=False, pos="rope", qk_norm=True, activation="relu2",
              init="zero", attention="explicit", batch_size=16, grad_accum=1, max_steps=1600,
              optimizer="muon", learning_rate=4e-3, momentum=0.85, beta2=0.99, weight_decay=0.2,
-             schedule="linear", min_lr=0.0, warmup_steps=50, eval_batches=10, log_interval=25),
+             schedule="linear", min_lr=0.0, warmup_steps=50, eval_interval=400, eval_batches=10,
+             log_interval=25),
     ),
     "modern": Preset(
         "the reference's size with what has been found since: RoPE, SwiGLU, Muon",
@@ -1265,107 +1267,23 @@ def build_model(config: GPTConfig) -> LanguageModel:
 #           whatever the size of the gradient: that is why one learning rate serves all layers.
 # Decay     Pulling weights towards zero keeps matrices from growing without use. Vectors (biases,
 #           the norms' gains) are offsets and scales with no reason to be zero: they are spared.
-#
-# Options   --optimizer muon, for the matrices inside the blocks. To AdamW a matrix is a heap of
-#           unrelated numbers. But it acts on vectors, and its gradient has a few strong directions
-#           and many weak ones; a step hardly moves the weak ones.
-#           M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
-#           U S V^T = (1 - momentum) G + momentum M               its singular value decomposition
-#           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
-#           S, the strengths, is left out: the step is as long in every direction [Jordan
-#           2024]. The factor gives the numbers in a step about the size that AdamW's have, so one
-#           learning rate serves both [Liu et al. 2025, section 2.2].
-#           Token vectors, of which a step touches those that occurred, and gains stay with AdamW.
-
-
-def orthogonalize(G):
-    """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone.
-
-    X <- (a + b X X^T + c (X X^T)^2) X takes each singular value s of X to a s + b s^3 + c s^5 and
-    leaves U and V alone. With these constants a small s more than triples in a round and none gets
-    far above 1 [Jordan 2024]: after five rounds what was 0.01 or more is between 0.68 and 1.14."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G if G.shape[1] <= G.shape[2] else G.mT  # so that X X^T is the smaller of the two squares
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
-    for _ in range(5):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
-    return X if G.shape[1] <= G.shape[2] else X.mT
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized. Matrices of one shape go through as a stack: on two CPU cores that
-    takes two thirds of the time of torch.optim.Muon, which takes them one by one."""
-
-    def __init__(self, groups, lr: float, momentum: float, weight_decay: float, dtype):
-        """A group's "parts" is the number of matrices that stand on each other in one of its: 3 for
-        c_attn, whose q, k and v have nothing to do with each other."""
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype  # of the matrix products
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            alike = collections.defaultdict(list)
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])
-                parts = zip(p.chunk(group["parts"]), update.chunk(group["parts"]))
-                alike[p.shape].extend(parts)
-            for pairs in alike.values():
-                updates = orthogonalize(torch.stack([update for _, update in pairs]).to(self.dtype))
-                size = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
-                for (w, _), update in zip(pairs, updates):
-                    w.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
-
-
-class Together:
-    """Two optimizers of different weights that act as one."""
-
-    def __init__(self, *optimizers):
-        self.optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for o in self.optimizers for group in o.param_groups]
-
-    def step(self) -> None:
-        for o in self.optimizers:
-            o.step()
-
-    def zero_grad(self) -> None:
-        for o in self.optimizers:
-            o.zero_grad()
-
-    def state_dict(self) -> dict:
-        return {str(i): o.state_dict() for i, o in enumerate(self.optimizers)}
-
-    def load_state_dict(self, state: dict) -> None:
-        for i, o in enumerate(self.optimizers):
-            o.load_state_dict(state[str(i)])
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device):
-    """AdamW with weight decay on matrices only; or Muon for the blocks' matrices, AdamW beside."""
-    kinds = collections.defaultdict(list)
-    for name, p in model.named_parameters():  # a tied matrix appears once
-        if p.requires_grad:
-            kind = "vector" if p.dim() < 2 else "matrix"
-            if kind == "matrix" and name.startswith("h.") and config.optimizer == "muon":
-                kind = "c_attn" if "c_attn" in name else "block"
-            kinds[kind].append(p)
-    groups = [{"params": kinds[kind], "weight_decay": decay}
-              for kind, decay in (("matrix", config.weight_decay), ("vector", 0.0)) if kinds[kind]]
+    """AdamW with weight decay on matrices only; Options: --optimizer muon, see "Muon"."""
+    muon = make_muon(model, config) if config.optimizer == "muon" else None
+    taken = {id(p) for group in muon.param_groups for p in group["params"]} if muon else ()
+    parameters = [p for p in model.parameters()  # a tied matrix appears once
+                  if p.requires_grad and id(p) not in taken]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     fused = device.type in ("cuda", "mps", "cpu")  # one kernel over all weights
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused,
                               betas=(config.beta1, config.beta2))
-    if not kinds["block"]:
-        return adamw
-    groups = [{"params": kinds["c_attn"], "parts": 3}, {"params": kinds["block"], "parts": 1}]
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    return Together(Muon(groups, config.learning_rate, config.momentum, config.weight_decay, dtype),
-                    adamw)
+    return Together(muon, adamw) if muon else adamw
 
 
 # ---- The learning rate ---------------------------------------------------------------------------
@@ -1525,6 +1443,100 @@ def bits_per_character(nats_per_token: float, corpus: Corpus) -> float:
     """The validation loss in a unit that does not depend on the tokenizer: all bits over all
     characters. A loss per token cannot be compared between tokens of different length."""
     return nats_per_token * (len(corpus.val) - 1) / corpus.val_characters / math.log(2)
+
+
+# ---- Muon [optional reading] ---------------------------------------------------------------------
+#
+# Problem   To AdamW a matrix is a heap of unrelated numbers. But it acts on vectors, and its
+#           gradient has a few strong directions and many weak ones; a step hardly moves the weak
+#           ones.
+# Answer    Make all directions equally strong: --optimizer muon, for the matrices in the blocks.
+# Equation  M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
+#           U S V^T = (1 - momentum) G + momentum M               its singular value decomposition
+#           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
+#           S, the strengths, is left out [Jordan 2024]. The factor gives the numbers in a step
+#           about the size that AdamW's have, so one learning rate serves both [Liu et al. 2025,
+#           section 2.2]. Token vectors, of which a step touches those that occurred, and gains
+#           stay with AdamW.
+
+
+def orthogonalize(G):
+    """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone.
+
+    X <- (a + b X X^T + c (X X^T)^2) X takes each singular value s of X to a s + b s^3 + c s^5 and
+    leaves U and V alone. With these constants a small s more than triples in a round and none gets
+    far above 1 [Jordan 2024]: after five rounds what was 0.01 or more is between 0.68 and 1.14."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G if G.shape[1] <= G.shape[2] else G.mT  # so that X X^T is the smaller of the two squares
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
+    return X if G.shape[1] <= G.shape[2] else X.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Matrices of one shape go through orthogonalize as a stack: on two CPU cores a step takes two
+    thirds of the time of torch.optim.Muon, which treats them one by one."""
+
+    def __init__(self, groups, lr: float, momentum: float, weight_decay: float, dtype):
+        """groups: dicts with "params" and "parts", the number of matrices that one of them stacks:
+        3 for c_attn, since queries, keys and values have nothing to do with each other."""
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype  # of the matrix products
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike = collections.defaultdict(list)
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(mean, group["momentum"])
+                parts = zip(p.chunk(group["parts"]), update.chunk(group["parts"]))
+                alike[p.shape].extend(parts)
+            for pairs in alike.values():
+                updates = orthogonalize(torch.stack([update for _, update in pairs]).to(self.dtype))
+                size = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
+                for (w, _), update in zip(pairs, updates):
+                    w.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+
+
+def make_muon(model: nn.Module, config: TrainConfig) -> Muon | None:
+    """Muon for the matrices inside the blocks; None if there are no blocks."""
+    named = [(n, p) for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2]
+    if not named:
+        return None
+    groups = [{"params": [p for n, p in named if "c_attn" in n], "parts": 3},
+              {"params": [p for n, p in named if "c_attn" not in n], "parts": 1}]
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    return Muon(groups, config.learning_rate, config.momentum, config.weight_decay, dtype)
+
+
+class Together:
+    """Two optimizers of different weights that act as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for o in self.optimizers for group in o.param_groups]
+
+    def step(self) -> None:
+        for o in self.optimizers:
+            o.step()
+
+    def zero_grad(self) -> None:
+        for o in self.optimizers:
+            o.zero_grad()
+
+    def state_dict(self) -> dict:
+        return {str(i): o.state_dict() for i, o in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for i, o in enumerate(self.optimizers):
+            o.load_state_dict(state[str(i)])
 
 
 # ==================================================================================================
@@ -2420,6 +2432,10 @@ ABLATIONS = {
     "tokenizer": [dict(tokenizer="char")] + [dict(tokenizer="bpe", vocab_size=size)
                                              for size in (512, 1024, 4096)],
     "init": [dict(init=start) for start in ("gpt2", "plain", "zero")],
+    # The laptop preset, and each of its choices undone alone.
+    "recipe": [dict(), dict(optimizer="adamw"), dict(momentum=0.95), dict(schedule="cosine"),
+               dict(weight_decay=0.0), dict(init="gpt2"), dict(pos="learned"), dict(n_head=4),
+               dict(qk_norm=False), dict(norm="layernorm"), dict(activation="gelu")],
 }
 
 
@@ -2465,7 +2481,7 @@ def run_variant(args, folder: Path, variant: dict, seed: int) -> dict:
     """Trains one variant, or goes on with it, or reads its result if it is there already.
 
     A result counts only for the very same settings: they are kept beside it."""
-    label = " ".join(f"{k}={v}" for k, v in variant.items())
+    label = " ".join(f"{k}={v}" for k, v in variant.items()) or "as it is"
     out_dir = folder / f"{label} seed={seed}".replace(" ", "_")
     typed = {**vars(args), **variant, "seed": seed}
     typed.setdefault("max_steps", 500)

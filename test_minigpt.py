@@ -534,6 +534,33 @@ def test_a_corpus_read_in_chunks_has_the_tokens_of_the_whole(tmp_path, monkeypat
     assert len(tokenizer.merges) > 20
     corpus = encode_corpus(text, tokenizer, 4, tmp_path)
     assert [corpus.train[:].tolist(), corpus.val[:].tolist()] == list(map(tokenizer.encode, parts))
+    characters = encode_corpus(text, CharTokenizer(text.alphabet), 4, tmp_path)
+    assert [len(characters.train), len(characters.val)] == list(map(len, parts))  # and not those
+    assert characters.val_characters == len(parts[1]) - 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ru_maxrss")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Batches from all over a file of 64 MB, in a process of its own. Fails if the file is read as
+    a whole, or if the pages that were touched stay mapped."""
+    script = """
+import resource, sys, torch, minigpt
+from pathlib import Path
+tokens = minigpt.MappedTokens(Path(sys.argv[1]), 65)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+minigpt.get_batch(tokens, 64, 16)
+before = peak()
+for _ in range(400):
+    minigpt.get_batch(tokens, 64, 64)
+print(len(tokens), (peak() - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+    with open(tmp_path / "t.bin", "wb") as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "t.bin"], cwd=HERE, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    n, grown = map(int, done.stdout.split())
+    assert n == 2**26 and grown < 2**24
 
 
 @pytest.mark.parametrize("vocab_size, width", [(256, 1), (257, 2), (32768, 2), (32769, 4)])
@@ -554,11 +581,12 @@ def test_tokens_in_a_file_are_those_that_were_written(tmp_path, vocab_size, widt
 # ==================================================================================================
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_layernorm_equals_torch_in_value_and_gradient(bias):
-    """Fails for a variance over C - 1, a missing eps, a forgotten gain or bias."""
+@pytest.mark.parametrize("bias, fused", [(True, False), (False, False), (True, True)])
+def test_layernorm_equals_torch_in_value_and_gradient(bias, fused):
+    """Fails for a variance over C - 1, a missing eps, a forgotten gain or bias; in both its forms,
+    written out and as one kernel."""
     torch.manual_seed(0)
-    ours, theirs = LayerNorm(6, bias).double(), nn.LayerNorm(6, bias=bias).double()
+    ours, theirs = LayerNorm(6, bias, fused=fused).double(), nn.LayerNorm(6, bias=bias).double()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         nn.init.normal_(p)
         q.data.copy_(p.data)
@@ -704,6 +732,8 @@ def test_the_norm_that_is_asked_for_is_the_norm_that_is_built():
     assert not list(GPT(small_config(norm="rmsnorm", norm_scale=False)).ln_f.parameters())
     assert [n for n, _ in GPT(small_config(norm_scale=False)).ln_f.named_parameters()] == ["bias"]
     assert [n for n, _ in GPT(small_config(bias=False)).ln_f.named_parameters()] == ["weight"]
+    for attention in ("fused", "explicit"):
+        assert GPT(small_config(attention=attention)).ln_f.fused == (attention == "fused")
 
 
 def test_rope_scores_depend_only_on_distance():
@@ -1618,6 +1648,20 @@ def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
     assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 1
 
 
+def test_token_files_are_used_again_and_go_with_their_corpus(tmp_path):
+    """Same text and tokenizer, same file; another of either, other files, and the old ones leave
+    with the run that they belonged to."""
+    train_tiny(tmp_path, "--max_steps", "1")
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens_*")}
+    train_tiny(tmp_path, "--max_steps", "1")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens_*")} == first
+    assert len(first) == 2
+    train_tiny(tmp_path, "--max_steps", "1", "--tokenizer", "bpe", "--vocab_size", "300")
+    second = set(tmp_path.glob("tokens_*"))
+    assert len(second) == 2 and not second & set(first)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     """With a vanishing learning rate the first evaluation stays the best one: two more are one too
     many for a patience of two. The best checkpoint is that of the first."""
@@ -1879,6 +1923,8 @@ def test_only_the_text_goes_to_stdout(tiny_run):
     assert "best.pt" in err
     assert run_main(*generate)[1] == out
     assert run_main(*generate, "--seed", "2")[1] != out
+    assert run_main(*generate, "--dtype", "float32", "--no_cache")[1] == run_main(
+        *generate, "--dtype", "float32")[1]
     assert len(run_main(*generate, "--max_tokens", "0")[1]) == 4
     assert run_main("--mode", "generate", "--out_dir", folder)[1][0] == "\n"  # without a prompt
 
