@@ -1416,7 +1416,7 @@ def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
     return means
 
 
-def evaluate(model, tokens: torch.Tensor, device="cpu", batch_size: int = 32) -> float:
+def evaluate(model, tokens: torch.Tensor, device="cpu", batch_size: int = 16) -> float:
     """The mean loss in nats over every token of tokens (N,) but the first, in float32.
 
     The split is cut into windows of block_size that do not overlap; a shorter last one takes the
@@ -2703,7 +2703,8 @@ def bench_training(rows: dict, model, config: TrainConfig, engine, bench: BenchC
     n = 4096 if device.type != "cpu" else 2048
     a = torch.randn(n, n, device=device, dtype=engine.dtype)
     model.train()
-    steps = [lambda: a @ a, lambda: train_step(model, optimizer, lambda: (x, y), config, engine)]
+    runner = compile_model(model, config, engine, lambda: (x, y), torch.Generator())
+    steps = [lambda: a @ a, lambda: train_step(runner, optimizer, lambda: (x, y), config, engine)]
     if bench.against:
         _, peer_step = nanogpt_step(bench.against, c, device)
         steps.append(lambda: peer_step(x, y))
@@ -2715,7 +2716,7 @@ def bench_training(rows: dict, model, config: TrainConfig, engine, bench: BenchC
     if bench.against:
         rows["training, nanoGPT in float32, tokens/s"] = tokens / times[2]
         rows["training, times nanoGPT"] = times[2] / times[1]
-    if memory := peak_memory(device):
+    elif memory := peak_memory(device):  # of this model alone
         rows["peak memory, MiB"] = memory / 2**20
 
 
