@@ -1499,7 +1499,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([update for _, update in pairs]).to(self.dtype))
                 size = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
                 for (w, _), update in zip(pairs, updates):
-                    w.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+                    w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * size)
 
 
 def make_muon(model: nn.Module, config: TrainConfig) -> Muon | None:
@@ -2277,9 +2277,11 @@ def plot_losses(out_dir: Path) -> None:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    steps = [r["step"] for r in records]
-    axes.plot(steps, [r["train_loss"] for r in records], label="training")
-    axes.plot(steps, [r["val_loss"] for r in records], label="validation")
+    steps, logged = [r["step"] for r in records], [r for r in read_metrics(out_dir) if "loss" in r]
+    axes.plot([r["step"] for r in logged], [r["loss"] for r in logged], color="C0", alpha=0.4,
+              linewidth=1, label="training, of single steps")
+    axes.plot(steps, [r["train_loss"] for r in records], ".-", color="C0", label="training")
+    axes.plot(steps, [r["val_loss"] for r in records], ".-", color="C1", label="validation")
     loss, step = min((r["val_loss"], r["step"]) for r in records)
     axes.plot(step, loss, "o", color="black")
     axes.annotate(f"{loss:.3f} at step {step}", (step, loss), xytext=(0, 12),
