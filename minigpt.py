@@ -33,7 +33,9 @@ where there are such:
     The command line    flags in, functions called                           [optional reading]
 
 On a first reading, skip what is marked optional, "Byte-pair encoding", every `Options` paragraph
-(variations the field argues about, each switched by a flag), and what opens with `Subtle:`.
+(variations the field argues about, each switched by a flag), and what opens with `Subtle:`. What is
+left is the model of the preset `gpt`. The preset `laptop`, which is what a CPU trains by default,
+is made of options: on a second reading, look up those that it sets.
 Where an experiment ("Try it") states an outcome, it was run on two CPU cores with seed 1337.
 
 The letters used for shapes, everywhere:
@@ -288,7 +290,7 @@ PRESETS = {
     ),
     "modern": Preset(
         "the reference's size with what has been found since: RoPE, SwiGLU, Muon",
-        "a day on 2 CPU cores, by the rate of its first steps",
+        "never tried to its end; the status line tells",
         dict(bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu",
              init="zero", optimizer="muon", learning_rate=3e-3, beta2=0.95, schedule="linear",
              min_lr=0.0, grad_accum=1),
@@ -425,6 +427,9 @@ class CharTokenizer:
 #           become two words, and each distinct piece need be worked on only once.
 
 
+END_OF_TEXT = "<|endoftext|>"  # one token of its own; where it is drawn, the writing ends
+
+
 @functools.cache
 def piece_pattern(ascii: bool = False) -> re.Pattern:
     r"""GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -450,7 +455,7 @@ def piece_pattern(ascii: bool = False) -> re.Pattern:
 
 
 def split_pieces(text: str):
-    """Yields the list of pieces of each part of a text; END_OF_TEXT stands between two parts.
+    """Yields lists of pieces, one for each stretch of text between two END_OF_TEXT.
 
     Lone surrogates, halves of a character that UTF-8 cannot write, become U+FFFD each."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -462,7 +467,6 @@ def split_pieces(text: str):
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
 SHOWN = [chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(BYTES)]
-END_OF_TEXT = "<|endoftext|>"
 
 # While we merge, a piece is a str in a private alphabet: the character chr(i) is token i. So one
 # merge is one str.replace, at the speed of C, and a pair of tokens is a str of two characters.
@@ -708,8 +712,10 @@ TOKENIZERS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 
 def make_tokenizer(kind: str, text: "Text", vocab_size: int | None):
-    """A new tokenizer for a text. BPE learns from the training part alone, so that the validation
-    text has no say in it; characters are taken from the whole, since none may be missing."""
+    """A new tokenizer for a text (`Text`, of "Engine room", is a file that is read in chunks).
+
+    BPE learns from the training part alone, so that the validation text has no say in it;
+    characters are taken from the whole, since none may be missing."""
     if kind == "bpe":
         return BPETokenizer.train(text.chunks("train"), vocab_size or 1024)
     return CharTokenizer(text.alphabet) if kind == "char" else GPT2Tokenizer()
@@ -752,8 +758,8 @@ class Corpus:
     learned and not what was memorized. Splitting by position, and not by shuffling lines, keeps
     neighbours of a validation line out of the training split."""
 
-    train: torch.Tensor  # (N,) integers
-    val: torch.Tensor  # (N,) integers
+    train: "MappedTokens"  # (N,) integers in a file, used like a tensor
+    val: "MappedTokens"
     val_characters: int  # that the tokens of val stand for, but for the first token
     sha256: str  # of the text, to notice if a run is resumed or scored on another one
     path: str | None = None  # the file, if the user named one
@@ -904,18 +910,18 @@ def make_norm(config: GPTConfig) -> nn.Module:
 #           [section 3.2.2].
 # Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> (B, nh, T, hs)
 #           -> (B, T, C)
-# Try it    Delete the line of `attend` that applies the mask and train the laptop preset with
+# Try it    Delete the line of `attend` that adds the mask and train the laptop preset with
 #           --max_steps 250: from step 150 on the loss is below 0.1, since every position can read
 #           its answer off its neighbour. The samples are empty, nothing but line breaks: at writing
 #           time there is no neighbour to read from.
 
 
-# Options   Two lines of `forward` do nothing unless asked to: queries and keys may be normalized
-#           (--qk_norm, here by RMSNorm; the idea: [Henry et al. 2020]), which bounds the scores by
-#           sqrt(hs) times the gains; and they may be rotated (--pos rope, under "Positions"). As
-#           both get the same treatment, they stay side by side in one tensor until it is done: on
-#           two CPU cores, that and the order of the factors in `attend` make a step of the laptop
-#           preset 1.1 times as fast. The `cache` is for writing: see "Generation".
+# Options   The line of `forward` that makes `qk` does nothing more unless asked to: queries and
+#           keys may be normalized (--qk_norm, here by RMSNorm; the idea: [Henry et al. 2020]),
+#           which bounds the scores by sqrt(hs) times the gains; and they may be rotated (--pos
+#           rope, under "Positions"). As both get the same treatment, they stay side by side in one
+#           tensor until it is done: that makes fewer passes over memory, which is what a small
+#           model on a CPU waits for. The `cache` is for writing: see "Generation".
 
 
 class CausalSelfAttention(nn.Module):
@@ -945,7 +951,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs): of all S tokens so far
-        if self.explicit:
+        if self.explicit or 1 < T < k.shape[2]:
             y = self.attend(q, k, v)
         else:  # the same function as one kernel, which need not store the (T, T) matrix
             dropout = self.attn_dropout.p if self.training else 0.0
@@ -958,9 +964,9 @@ class CausalSelfAttention(nn.Module):
 
         With a cache there are S >= T keys and values, and the queries are of the last T places."""
         T, S, hs = q.shape[-2], k.shape[-2], q.shape[-1]
+        scores = (q / math.sqrt(hs)) @ k.transpose(-2, -1)  # (B, nh, T, S): row asks, column tells
         mask = torch.full((T, S), float("-inf"), device=q.device).triu(diagonal=1 + S - T)
-        # (B, nh, T, S): the row asks, the column answers
-        scores = (q / math.sqrt(hs)) @ k.transpose(-2, -1) + mask.to(q.dtype)
+        scores = scores + mask.to(q.dtype)
         weights = torch.softmax(scores, dim=-1)  # each row sums to 1
         return self.attn_dropout(weights) @ v
 
@@ -1416,7 +1422,7 @@ def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
     return means
 
 
-def evaluate(model, tokens: torch.Tensor, device="cpu", batch_size: int = 16) -> float:
+def evaluate(model, tokens, device="cpu", batch_size: int = 16) -> float:
     """The mean loss in nats over every token of tokens (N,) but the first, in float32.
 
     The split is cut into windows of block_size that do not overlap; a shorter last one takes the
@@ -1447,17 +1453,20 @@ def bits_per_character(nats_per_token: float, corpus: Corpus) -> float:
 
 # ---- Muon [optional reading] ---------------------------------------------------------------------
 #
-# Problem   To AdamW a matrix is a heap of unrelated numbers. But it acts on vectors, and its
-#           gradient has a few strong directions and many weak ones; a step hardly moves the weak
-#           ones.
+# Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors: it
+#           takes each of a set of orthogonal input directions (the columns of V) to an output
+#           direction (of U), stretched by a singular value (in S). The gradient, taken apart like
+#           this, has a few large singular values and many small ones, and a step along it moves
+#           hardly anything in most directions.
 # Answer    Make all directions equally strong: --optimizer muon, for the matrices in the blocks.
 # Equation  M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
-#           U S V^T = (1 - momentum) G + momentum M               its singular value decomposition
+#           N = (1 - momentum) G + momentum M       a look ahead, with the new M
+#           U S V^T = N                             its singular value decomposition
 #           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
-#           S, the strengths, is left out [Jordan 2024]. The factor gives the numbers in a step
+#           S is left out [Jordan 2024]. The factor gives the numbers in a step
 #           about the size that AdamW's have, so one learning rate serves both [Liu et al. 2025,
-#           section 2.2]. Token vectors, of which a step touches those that occurred, and gains
-#           stay with AdamW.
+#           section 2.2]. Tables of vectors and gains, which map no vector to another, stay with
+#           AdamW.
 
 
 def orthogonalize(G):
@@ -1490,7 +1499,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = collections.defaultdict(list)
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])
                 parts = zip(p.chunk(group["parts"]), update.chunk(group["parts"]))
@@ -1611,7 +1622,7 @@ def model_from_checkpoint(state: dict) -> tuple:
         model = build_model(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
         tokenizer = TOKENIZERS[state["tokenizer"]["kind"]].from_dict(state["tokenizer"])
-        Progress(**state["progress"])
+        TrainConfig(**state["train_config"]), Progress(**state["progress"])  # only to check them
     except (KeyError, TypeError, RuntimeError):
         raise UserError("--checkpoint: its parts do not fit together, as if another version of "
                         "minigpt had written it; use another one") from None
@@ -1653,8 +1664,9 @@ def restore_random_states(states: dict, batches: torch.Generator, device: torch.
 # Problem   Put it together, so that one can watch it learn, stop it, and go on with it.
 # The loop  evaluate and save at fixed steps -> set the learning rate -> one step -> report.
 #           Everything before this chapter is in these lines. `Run`, below them, is the book-keeper:
-#           it evaluates, reports and saves. Two names come from "Engine room": compile_model may be
-#           read as `model`, and stop_signals as a flag that Ctrl-C sets.
+#           it evaluates, reports and saves. Some names come from "Engine room": compile_model may
+#           be read as `model`, stop_signals as a flag that Ctrl-C sets, and the others print, log
+#           or draw.
 # Try it    Train the laptop preset for 100 steps with --batch_size 8 --grad_accum 4, and again with
 #           --batch_size 32 --grad_accum 1: the losses of the steps agree to three digits, since
 #           both see the same 32 windows a step and the same mean gradient.
@@ -1935,7 +1947,7 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 #           moves to the front and is read anew. Subtle: to drop one token at a time would move all
 #           others by one place, and with them every key of learned positions; and what deeper
 #           layers kept had seen the dropped tokens. Without a cache the window moves the same way,
-#           so both ways write the same text.
+#           so both ways write the same text, up to rounding.
 
 
 class KeyValueCache:
@@ -2325,7 +2337,7 @@ def find_corpus(data: str | None) -> Path:
 #
 # Problem   A text of a gigabyte is 8 GB as int64 tokens, and more as a Python list.
 # Answer    Never hold it: read it in chunks, encode each, and append the tokens to a file, in as
-#           few bytes as the vocabulary allows. A batch then maps the file into memory: it looks
+#           1, 2 or 4 bytes each. A batch then maps the file into memory: it looks
 #           like a tensor, and the operating system reads the pages that are touched.
 
 
@@ -2588,7 +2600,7 @@ def run_ablate(args) -> None:
 # ---- Benchmark -----------------------------------------------------------------------------------
 #
 # Problem   "Fast" means nothing without the machine it was measured on. `--mode bench` measures
-#           this one, and puts what the model makes of it in relation to what it could.
+#           this one, and compares the rate that the model reaches with what the machine allows.
 # FLOPs     A weight costs one multiplication and one addition for each token in the forward pass,
 #           and twice that in the backward pass: 6 N in all [Kaplan et al. 2020, section 2.1]. N
 #           counts the matrices that multiply: those of the blocks and the head. Scores and weighted
@@ -2596,9 +2608,9 @@ def run_ablate(args) -> None:
 # MFU       Model-FLOPs utilization: FLOPs per token times tokens per second, over the rate at which
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
-#           has no v). What the backward pass needs of each layer comes on top, B T times some 34
-#           numbers a channel and, without the fused kernel, 2 nh T scores a token [Korthikanti et
-#           al. 2022, section 4.1].
+#           has no v). What the backward pass needs of each layer comes on top: in 16 bits some 34 C
+#           bytes a token and, without the fused kernel, 5 nh T more [Korthikanti et al. 2022,
+#           section 4.1].
 # Try it    --mode bench --dtype float32, and again with bfloat16.
 
 
@@ -2622,8 +2634,9 @@ def timed(*functions, seconds: float) -> list[float]:
         for function, taken in zip(functions, times):
             begin = time.perf_counter()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for kind in (torch.cuda, torch.mps):  # whose work goes on after the call
+                if kind.is_available():
+                    kind.synchronize()
             taken.append(time.perf_counter() - begin)
         if end is None:  # the first round warms up
             times, end = [[] for _ in functions], time.perf_counter() + seconds * len(functions)
@@ -2682,7 +2695,7 @@ def nanogpt_step(folder: str, c: GPTConfig, device):
     return peer, step
 
 
-def huggingface_writer(c: GPTConfig):
+def huggingface_writer(c: GPTConfig, device):
     """A function that has Hugging Face's GPT-2 of the same shape write n tokens; or None."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -2690,7 +2703,7 @@ def huggingface_writer(c: GPTConfig):
         return None
     peer = GPT2LMHeadModel(GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, bos_token_id=None, eos_token_id=None)).eval()
+        n_head=c.n_head, bos_token_id=None, eos_token_id=None)).eval().to(device)
     return lambda idx, n: peer.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
                                         do_sample=True, top_k=0, pad_token_id=0)
 
@@ -2733,8 +2746,8 @@ def bench_generation(rows: dict, model, engine, n: int, bench: BenchConfig) -> N
 
     runs = {"with the cache": (n, write), "without it": (n, lambda: write(use_cache=False)),
             "8 samples at once": (8 * n, lambda: write(8))}
-    if peer := huggingface_writer(c):
-        runs["Hugging Face in float32"] = (short, lambda: peer(start.cpu(), short))
+    if peer := huggingface_writer(c, engine.device):
+        runs["Hugging Face in float32"] = (short, lambda: peer(start, short))
         runs["as many tokens as it"] = (short, lambda: write(n=short))
     if bench.against:
         nano = nanogpt_step(bench.against, c, engine.device)[0].eval()
@@ -2774,6 +2787,7 @@ def run_bench(args) -> None:
     n = GenerateConfig(**given_settings(args, GenerateConfig)).max_tokens
     model_settings, train_config = fresh_configs(args, find_device(args.device))
     engine = make_engine(args.device, train_config.dtype)
+    train_config = replace(train_config, dtype=engine.dtype_name)
     torch.manual_seed(train_config.seed)
     model = build_model(GPTConfig(**model_settings)).to(engine.device)
     rows = {f"parameters, {part}": count for part, count in count_parts(model).items()}
@@ -2781,7 +2795,7 @@ def run_bench(args) -> None:
     bench_training(rows, model, train_config, engine, config)
     bench_generation(rows, model, engine, n, config)
     text = Text.survey(find_corpus(args.data))
-    bench_tokenizers(rows, "".join(text.chunks("train"))[: 10**6], config)
+    bench_tokenizers(rows, next(text.chunks("train")), config)
     out_dir = Path(args.out_dir)
     make_folder(out_dir)
     machine = f"{engine.device}, {engine.dtype_name}, {torch.get_num_threads()} threads, PyTorch " \
@@ -2889,7 +2903,7 @@ def fresh_configs(args, device) -> tuple[dict, TrainConfig]:
     return model, TrainConfig(**{k: v for k, v in chosen.items() if k not in names})
 
 
-def resumed_configs(args, state: dict, path: Path) -> tuple[GPTConfig, TrainConfig]:
+def resumed_config(args, state: dict, path: Path) -> TrainConfig:
     """The settings of a run to go on with: the checkpoint's, and what may change of the typed."""
     model_config = GPTConfig(**state["model_config"])
     train_config = TrainConfig(**state["train_config"])
@@ -2903,7 +2917,7 @@ def resumed_configs(args, state: dict, path: Path) -> tuple[GPTConfig, TrainConf
                 raise UserError(f"--{f.name} {new}: cannot change on --resume, {path} was trained "
                                 f"with {old}; leave the flag out, or start a new run")
             changes[f.name] = new
-    return model_config, replace(train_config, **changes)
+    return replace(train_config, **changes)
 
 
 def make_folder(path: Path) -> None:
@@ -2960,7 +2974,8 @@ def run_train(args) -> None:
     if args.resume:
         path = Path(args.checkpoint) if args.checkpoint else out_dir / "latest.pt"
         state = load_checkpoint(path)
-        model_config, config = resumed_configs(args, state, path)
+        model, tokenizer = model_from_checkpoint(state)
+        config = resumed_config(args, state, path)
         engine = make_engine(args.device, config.dtype)
     elif args.checkpoint:
         raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
@@ -2978,9 +2993,7 @@ def run_train(args) -> None:
     if corpus_path != DATA / "input.txt":
         data = str(corpus_path)  # a later --resume or eval goes to the same text
     text = Text.survey(corpus_path)
-    if state:
-        model, tokenizer = model_from_checkpoint(state)
-    else:
+    if not state:
         tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
         torch.manual_seed(config.seed)
         model_settings["vocab_size"] = tokenizer.vocab_size
@@ -3066,7 +3079,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # our reader has left: enough text for `generate | head`
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 0 if "generate" in argv else 141
+        return 0 if any("generate" in a for a in argv) else 141
     except OSError as problem:
         say(f"error: {problem.filename or '--out_dir'}: {problem.strerror}; free some space, or "
             "choose another --out_dir")
