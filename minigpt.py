@@ -1259,8 +1259,8 @@ def build_model(config: GPTConfig) -> LanguageModel:
 #           gradient. AdamW decides how far, with a step size that rises, then falls; gradients
 #           that explode are cut; and the loss that counts is measured on text never trained on.
 # Try it    Train the laptop preset with --max_steps 400 --learning_rate 0.1, 25 times its own: the
-#           score is 1.77, where its own gives 1.67. Muon, which the preset uses, forgives much; with
-#           --optimizer adamw as well, 0.1 ends at 2.12.
+#           score is 1.77, where its own gives 1.67. Muon, which the preset uses, forgives much:
+#           with --optimizer adamw as well, 0.1 ends at 2.12.
 # ==================================================================================================
 
 # ---- The optimizer -------------------------------------------------------------------------------
@@ -1887,8 +1887,8 @@ class Run:
 #           alone reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Try it    After training the laptop preset, --prompt ROMEO: --temperature 0 goes round in circles
-#           ("And then the strong of the strong of the strong"): always the likeliest token does not make
-#           a typical text. --temperature 2 writes hardly a word of English.
+#           ("And then the strong of the strong of the strong"): always the likeliest token does not
+#           make a typical text. --temperature 2 writes hardly a word of English.
 # ==================================================================================================
 
 
@@ -1939,11 +1939,11 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 #               decode                  _    1 in,                    7 kept, ...
 #
 # Cost      Without the cache, a pass over up to block_size tokens for each new one; with it, over
-#           one. The arithmetic then hardly counts: what takes the time is to fetch each weight from
-#           memory once for each token. So it pays to store weights in 16 bits, and to write several
-#           samples side by side, for which they are fetched once.
-# Try it    `--mode bench`, which writes with and without the cache, and eight samples at once. On two
-#           CPU cores the preset gpt writes 28 tokens/s without it in float32, 152 with it, and 671
+#           one. The arithmetic then hardly counts: what takes the time is to fetch each weight
+#           from memory once for each token. So it pays to store weights in 16 bits, and to write
+#           several samples side by side, for which they are fetched once.
+# Try it    `--mode bench` writes with and without the cache, and eight samples at once. On two CPU
+#           cores, in float32, the preset gpt writes 28 tokens/s without it, 152 with it, and 671
 #           as eight samples.
 # Memory    2 n_layer n_embd numbers for each token in the window.
 # Window    When the window of block_size tokens is full, its older half is dropped; the newer half
