@@ -60,6 +60,7 @@ import difflib
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import math
@@ -1559,7 +1560,8 @@ class Together:
 # Answer    One dictionary of tensors and plain values with everything in it: weights, optimizer,
 #           both configs, tokenizer, step, random states. It is written beside its final name,
 #           synced, and renamed: a rename is all or nothing, so a crash leaves the old file or the
-#           new one.
+#           new one. A checksum at its end tells a file that the disk has changed since, and the
+#           latest.pt before the last one is kept for that case.
 # Safety    torch.load(weights_only=True) builds tensors and plain values and runs no code. A plain
 #           pickle could run anything: never load a stranger's checkpoint without that flag.
 # Try it    Press Ctrl-C during training, then run the same command with --resume: the losses go on
@@ -1567,6 +1569,7 @@ class Together:
 # ==================================================================================================
 
 CHECKPOINT_FORMAT = "minigpt-1"
+PREVIOUS = "latest_previous.pt"
 
 
 @contextlib.contextmanager
@@ -1591,18 +1594,48 @@ def replacing(path: Path):
             partial.unlink(missing_ok=True)
 
 
+class Digesting:
+    """A file to write to, that knows the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes a checkpoint. Raises UserError, and leaves the old one, when the disk refuses."""
+    """Writes a checkpoint. Raises UserError, and leaves the old one, when the disk refuses.
+
+    PyTorch's files are zip archives. Such an archive ends in a comment after its length in two
+    bytes: the checksum of all before is put there, so the file stays one that PyTorch reads."""
     with replacing(path) as file:
-        torch.save(state, file)
+        digesting = Digesting(file)
+        torch.save(state, digesting)
+        seal = digesting.digest.hexdigest().encode()
+        file.seek(-2, os.SEEK_END)
+        file.write(len(seal).to_bytes(2, "little") + seal)
+
+
+def sealed(data: bytes) -> bool:
+    """Whether the content of a checkpoint is as it was written, to the bit."""
+    length = 64  # of a SHA-256 in hexadecimal digits
+    body, seal = data[: -2 - length] + bytes(2), data[-length:]
+    return data[-2 - length : -length] == length.to_bytes(2, "little") and (
+        hashlib.sha256(body).hexdigest().encode() == seal)
 
 
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint to the CPU. Raises UserError if it is missing, torn or not one of ours."""
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        data = Path(path).read_bytes()
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--checkpoint {path}: no such file; train first (--mode train), or name a "
                         "checkpoint with --checkpoint, or a run's folder with --out_dir") from None
@@ -1614,7 +1647,33 @@ def load_checkpoint(path: Path) -> dict:
                         "one, for example best.pt or latest.pt of the same run") from None
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"--checkpoint {path}: a PyTorch file, but not a checkpoint of minigpt's")
+    if not sealed(data):
+        raise UserError(f"--checkpoint {path}: damaged, its checksum does not fit; use another one, "
+                        "for example best.pt or latest.pt of the same run")
     return state
+
+
+def keep_previous(path: Path) -> None:
+    """Lets the checkpoint at path be found under another name, too, before it is replaced."""
+    if path.exists():
+        previous = path.with_name(PREVIOUS)
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # not every file system lets a file have two names
+            shutil.copyfile(path, previous)
+
+
+def load_latest(out_dir: Path) -> tuple[dict, Path]:
+    """latest.pt, or the one before it, loudly, where it is damaged. Raises UserError for both."""
+    path, previous = out_dir / "latest.pt", out_dir / PREVIOUS
+    try:
+        return load_checkpoint(path), path
+    except UserError as problem:
+        if not previous.exists():
+            raise
+        say(f"warning: {problem}\ngoing on from {previous}, which was saved before it")
+        return load_checkpoint(previous), previous
 
 
 def model_from_checkpoint(state: dict) -> tuple:
@@ -1838,6 +1897,8 @@ class Run:
         """Writes out_dir/name with everything that resuming or generating needs."""
         self.check_finite()
         self.progress.seconds = time.perf_counter() - self.started
+        if name == "latest.pt":
+            keep_previous(self.out_dir / name)
         save_checkpoint(self.out_dir / name, {
             "format": CHECKPOINT_FORMAT,
             "model": self.model.state_dict(),
@@ -2941,7 +3002,7 @@ def set_aside(out_dir: Path, corpus: Corpus) -> None:
     for path in out_dir.glob("tokens_*.bin"):
         if path not in (corpus.train.path, corpus.val.path):
             path.unlink()
-    names = ("best.pt", "latest.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
+    names = ("best.pt", "latest.pt", PREVIOUS, "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
     files = [path for name in names for path in out_dir.glob(name)]
     if not any(path.suffix == ".pt" for path in files):
         return
@@ -2975,8 +3036,8 @@ def run_train(args) -> None:
     out_dir = Path(args.out_dir)
     state = None
     if args.resume:
-        path = Path(args.checkpoint) if args.checkpoint else out_dir / "latest.pt"
-        state = load_checkpoint(path)
+        path = Path(args.checkpoint) if args.checkpoint else None
+        state, path = (load_checkpoint(path), path) if path else load_latest(out_dir)
         model, tokenizer = model_from_checkpoint(state)
         config = resumed_config(args, state, path)
         engine = make_engine(args.device, config.dtype)

@@ -1299,10 +1299,54 @@ def test_truncated_or_foreign_checkpoint_is_refused(tmp_path):
         path.write_bytes(foreign)
         with pytest.raises(UserError, match="a.pt"):
             load_checkpoint(path)
+    torch.save({"format": minigpt.CHECKPOINT_FORMAT}, path)  # without a checksum
+    with pytest.raises(UserError, match="checksum"):
+        load_checkpoint(path)
     for other in ({"format": "other"}, [1, 2], {}):
         torch.save(other, path)
         with pytest.raises(UserError, match="not a checkpoint"):
             load_checkpoint(path)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+    """Every byte of the file in turn: the checksum covers all, the tensors above all, in which a
+    flip would go unnoticed. And the file is one that PyTorch reads as it is."""
+    path, state = tmp_path / "a.pt", {"format": minigpt.CHECKPOINT_FORMAT, "w": torch.randn(50)}
+    save_checkpoint(path, state)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], state["w"])
+    assert_same(load_checkpoint(path), state)
+    whole = path.read_bytes()
+    for i in range(len(whole)):
+        assert not minigpt.sealed(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+    middle = len(whole) // 3
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(UserError, match="a.pt"):
+        load_checkpoint(path)
+
+
+def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(tmp_path):
+    """Named, and the run that goes on from there is the run it would have been; a checkpoint that
+    was asked for by name is not replaced by another."""
+    train_tiny(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    latest, previous = tmp_path / "b" / "latest.pt", tmp_path / "b" / minigpt.PREVIOUS
+    assert load_checkpoint(previous)["progress"]["step"] == 3
+    whole = latest.read_bytes()
+    for damaged in (whole[:-1000], whole[:5000] + b"?" + whole[5001:], None):
+        latest.unlink(missing_ok=True)
+        if damaged:
+            latest.write_bytes(damaged)
+        code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")
+        assert code == 0 and "latest.pt: " in err and minigpt.PREVIOUS in err, err
+        assert "at step 3" in err
+        assert_same_weights(tmp_path / "a" / "latest.pt", latest)
+        shutil.copy(tmp_path / "a" / minigpt.PREVIOUS, previous)
+    latest.write_bytes(whole[:-1])
+    code, _, err = run_main("--mode", "train", "--resume", "--checkpoint", latest, "--out_dir",
+                            tmp_path / "b")
+    assert code == 2 and err.count("\n") == 1
+    previous.unlink()
+    assert run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")[0] == 2
 
 
 def test_malicious_checkpoint_runs_nothing(tmp_path):
@@ -1458,9 +1502,8 @@ def test_a_run_writes_what_it_promises(tiny_run):
     """best, latest and snapshots named after completed steps; metrics and config; the score."""
     folder, err = tiny_run
     assert {re.sub("_[0-9a-f]{12}", "", p.name) for p in folder.iterdir()} - {"loss.png"} == {
-        "tokens_train.bin", "tokens_val.bin",
-        "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
-        "metrics.jsonl", "config.json"}
+        "tokens_train.bin", "tokens_val.bin", "best.pt", "latest.pt", minigpt.PREVIOUS,
+        "step_000002.pt", "step_000004.pt", "step_000006.pt", "metrics.jsonl", "config.json"}
     for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
         assert load_checkpoint(folder / f"{name}.pt")["progress"]["step"] == step
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -1661,7 +1704,7 @@ def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
     train_tiny(tmp_path, "--max_steps", "1")
     assert (tmp_path / "earlier" / "best.pt").read_bytes() == old
     moved = {p.name for p in (tmp_path / "earlier").iterdir()} - {"loss.png"}
-    assert moved == {"best.pt", "latest.pt", "metrics.jsonl", "config.json"}
+    assert moved == {"best.pt", "latest.pt", minigpt.PREVIOUS, "metrics.jsonl", "config.json"}
     assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 1
 
 
