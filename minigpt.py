@@ -1648,8 +1648,8 @@ def load_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"--checkpoint {path}: a PyTorch file, but not a checkpoint of minigpt's")
     if not sealed(data):
-        raise UserError(f"--checkpoint {path}: damaged, its checksum does not fit; use another one, "
-                        "for example best.pt or latest.pt of the same run")
+        raise UserError(f"--checkpoint {path}: damaged, its checksum does not fit; use another "
+                        "one, for example best.pt or latest.pt of the same run")
     return state
 
 
@@ -3002,7 +3002,8 @@ def set_aside(out_dir: Path, corpus: Corpus) -> None:
     for path in out_dir.glob("tokens_*.bin"):
         if path not in (corpus.train.path, corpus.val.path):
             path.unlink()
-    names = ("best.pt", "latest.pt", PREVIOUS, "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
+    names = ("best.pt", "latest.pt", PREVIOUS, "step_*.pt", "metrics.jsonl", "config.json",
+             "loss.png")
     files = [path for name in names for path in out_dir.glob(name)]
     if not any(path.suffix == ".pt" for path in files):
         return
