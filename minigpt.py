@@ -1404,8 +1404,9 @@ def evaluating(model: nn.Module):
             model.train()
 
 
-def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
-    """The mean loss over eval_batches random batches of each split: {"train": .., "val": ..}.
+def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine, stopped=lambda: False):
+    """The mean loss over eval_batches random batches of each split: {"train": .., "val": ..}; None
+    if stopped() becomes true on the way.
 
     Subtle: the batches are drawn from a generator made here, and with dropout off nothing else
     draws. So the training's random state does not move: evaluated often or never, the same weights
@@ -1416,6 +1417,8 @@ def estimate_loss(model, corpus: Corpus, config: TrainConfig, engine) -> dict:
             generator = torch.Generator().manual_seed(0)
             total = 0.0
             for _ in range(config.eval_batches):
+                if stopped():
+                    return None
                 x, y = get_batch(tokens, model.config.block_size, config.batch_size, generator,
                                  engine.device)
                 with engine.autocast():
@@ -1759,6 +1762,7 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
     runner = compile_model(model, config, engine, next_batch, batches)  # trains `model`'s weights
     model.train()
     with stop_signals() as stop:
+        run.stopped = lambda: stop.signal != 0
         while True:
             if run.evaluation_due():
                 run.evaluate_and_save()
@@ -1788,6 +1792,7 @@ class Run:
         self.batches, self.progress = batches, progress
         self.latest = 0.0, 0.0  # loss and gradient norm of the latest step
         self.first_step = progress.step
+        self.stopped = lambda: False  # true after a stop signal
         if resumed:
             self.check_best()
         self.metrics = MetricsLog(out_dir, progress, resumed, start_wandb(config, out_dir))
@@ -1863,9 +1868,12 @@ class Run:
             self.restart_clock()
 
     def evaluate_and_save(self) -> None:
-        """Estimates both losses, shows a sample, saves latest.pt and a new best as best.pt."""
+        """Estimates both losses, shows a sample, saves latest.pt and a new best as best.pt. After
+        a stop signal it leaves that to the run that goes on."""
         p = self.progress
-        losses = estimate_loss(self.model, self.corpus, self.config, self.engine)
+        losses = estimate_loss(self.model, self.corpus, self.config, self.engine, self.stopped)
+        if losses is None:
+            return
         self.check_finite(*losses.values())
         p.evaluated_at, p.seconds = p.step, time.perf_counter() - self.started
         p.stale += 1
@@ -1889,8 +1897,10 @@ class Run:
         dice = torch.Generator(self.engine.device).manual_seed(0)
         start = torch.tensor([start_ids(self.tokenizer)], device=self.engine.device)
         with self.engine.autocast():
-            ids = self.model.generate(start, self.config.sample_tokens, 0.8, generator=dice)
-        text = self.tokenizer.decode(ids[0, start.shape[1] :].tolist()).strip("\n")
+            drawn = stream_tokens(self.model, start, self.config.sample_tokens, 0.8, generator=dice)
+            drawn = itertools.takewhile(lambda _: not self.stopped(), drawn)
+            ids = [token.item() for token in drawn]
+        text = self.tokenizer.decode(ids).strip("\n")
         say("".join(f"    | {line}\n" for line in text.split("\n")))
 
     def save(self, name: str) -> None:

@@ -1,7 +1,8 @@
 """
 The laws of minigpt, chapter by chapter in the order of minigpt.py.
 
-    pytest -v                       everything; offline; a minute and a half on two cores
+    pytest -v                       offline; a minute and a half on two cores
+    pytest -v -m slow               the rest: what trains, waits or compiles for longer
     pytest -v -k attention          one topic
 
 A test's name states a law; its docstring says why it holds and what change would break it. The
@@ -539,6 +540,7 @@ def test_a_corpus_read_in_chunks_has_the_tokens_of_the_whole(tmp_path, monkeypat
     assert characters.val_characters == len(parts[1]) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ru_maxrss")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Batches from all over a file of 64 MB, in a process of its own. Fails if the file is read as
@@ -1324,6 +1326,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(tmp_path):
     """Named, and the run that goes on from there is the run it would have been; a checkpoint that
     was asked for by name is not replaced by another."""
@@ -1787,6 +1790,28 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code):
     assert code == 0 and f"resuming {tmp_path / 'latest.pt'} at step {step}" in err
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("phase, seen, evaluated", [
+    ("--eval_batches", "model gpt", -1), ("--sample_tokens", "step 0: train loss", 0)])
+def test_a_signal_is_heard_while_evaluating_and_sampling(tmp_path, phase, seen, evaluated):
+    """Both would go on for hours here. An evaluation that was cut short is not counted, and the
+    run that goes on begins with it; a sample cut short costs nothing but its end."""
+    command = [sys.executable, HERE / "minigpt.py", *TINY, phase, "100000000"]
+    process = subprocess.Popen([*command, "--out_dir", tmp_path], stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8")
+    for line in process.stderr:
+        if line.startswith(seen):
+            while not (tmp_path / "metrics.jsonl").exists():  # the run has not begun yet
+                time.sleep(0.1)
+            time.sleep(1.0)
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    progress = load_checkpoint(tmp_path / "latest.pt")["progress"]
+    assert (progress["step"], progress["evaluated_at"]) == (0, evaluated)
+    assert (tmp_path / "best.pt").exists() == (evaluated == 0)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals of POSIX")
 def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(tiny_run, tmp_path):
     """On a terminal the line is rewritten after a carriage return; in a file there are none."""
@@ -2060,6 +2085,7 @@ def test_compilation_that_fails_falls_back_with_one_warning(tmp_path):
     assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
 
 
+@pytest.mark.slow
 def test_compiled_model_is_used_where_compilation_works():
     """With a backend that needs no compiler: the runner is the compiled model, no gradient is left
     over from the trial, and no random state has moved."""
@@ -2255,6 +2281,7 @@ def no_wandb_account(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_account, monkeypatch):
     """The real package, offline: a run's records are on disk. Without an account, or with
     --no_wandb, it is not even started; and there is never a question."""
@@ -2315,6 +2342,7 @@ def test_ablation_is_the_runs_it_stands_for(tmp_path):
     assert float(rows[1]["loss"]) == pytest.approx(losses[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_interrupted_ablation_goes_on_where_it_stopped(tmp_path):
     """A finished run is not trained again, an unfinished one is resumed, and other settings start
     anew: nothing old is taken for the result of something else."""
@@ -2388,6 +2416,7 @@ def test_timing_takes_turns_and_leaves_the_first_round_out():
     assert calls == ["a", "b"] * 4  # three rounds, after the one that warms up
 
 
+@pytest.mark.slow
 def test_bench_measures_and_records(tmp_path):
     """The table and the file say the same; a peer that is not there ends in one line; one that is
     gives ratios of the rates beside them."""
