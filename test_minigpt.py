@@ -2069,6 +2069,7 @@ def test_device_and_precision_are_found():
         minigpt.find_device("cuda:99")
 
 
+@pytest.mark.slow
 def test_compilation_that_fails_falls_back_with_one_warning(tmp_path):
     """Without a C++ compiler torch.compile cannot work on a CPU: one warning, and the run is the
     same as without it."""
@@ -2502,7 +2503,7 @@ MISTAKES = {
     "empty data": (["--mode", "train", "--data", "{tmp}/empty.txt"], "empty"),
     "data is a folder": (["--mode", "train", "--data", "{tmp}"], "{tmp}"),
     "data is not UTF-8": (["--mode", "train", "--data", "{tmp}/latin.txt"], "UTF-8"),
-    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 64"),
+    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 128"),
     "heads do not divide": (["--mode", "train", "--n_head", "3"], "--n_head 3"),
     "zero layers": (["--mode", "train", "--n_layer", "0"], "--n_layer 0"),
     "negative batch": (["--mode", "train", "--batch_size", "-4"], "--batch_size -4"),
