@@ -552,8 +552,8 @@ tokens = minigpt.MappedTokens(Path(sys.argv[1]), 65)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 minigpt.get_batch(tokens, 64, 16)
 before = peak()
-for _ in range(400):
-    minigpt.get_batch(tokens, 64, 64)
+for _ in range(4000):
+    minigpt.get_batch(tokens, 64, 4)
 print(len(tokens), (peak() - before) * (1 if sys.platform == "darwin" else 1024))
 """
     with open(tmp_path / "t.bin", "wb") as file:
@@ -1800,12 +1800,15 @@ def test_a_signal_is_heard_while_evaluating_and_sampling(tmp_path, phase, seen, 
     command = [sys.executable, HERE / "minigpt.py", *TINY, phase, "100000000"]
     process = subprocess.Popen([*command, "--out_dir", tmp_path], stderr=subprocess.PIPE, text=True,
                                encoding="utf-8")
+    killer = threading.Timer(50, process.kill)  # should it be deaf
+    killer.start()
     for line in process.stderr:
         if line.startswith(seen):
             while not (tmp_path / "metrics.jsonl").exists():  # the run has not begun yet
                 time.sleep(0.1)
             time.sleep(1.0)
             process.send_signal(signal.SIGTERM)
+    killer.cancel()
     assert process.wait(60) == 143
     progress = load_checkpoint(tmp_path / "latest.pt")["progress"]
     assert (progress["step"], progress["evaluated_at"]) == (0, evaluated)
