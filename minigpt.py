@@ -1468,10 +1468,9 @@ def bits_per_character(nats_per_token: float, corpus: Corpus) -> float:
 #           N = (1 - momentum) G + momentum M       a look ahead, with the new M
 #           U S V^T = N                             its singular value decomposition
 #           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
-#           S is left out [Jordan 2024]. The factor gives the numbers in a step
-#           about the size that AdamW's have, so one learning rate serves both [Liu et al. 2025,
-#           section 2.2]. Tables of vectors and gains, which map no vector to another, stay with
-#           AdamW.
+#           S is left out [Jordan 2024]. The factor gives the numbers in a step about the size that
+#           AdamW's have, so one learning rate serves both [Liu et al. 2025, section 2.2]. Tables of
+#           vectors and gains, which map no vector to another, stay with AdamW.
 
 
 def orthogonalize(G):
@@ -2410,9 +2409,9 @@ def find_corpus(data: str | None) -> Path:
 # ---- Large corpora -------------------------------------------------------------------------------
 #
 # Problem   A text of a gigabyte is 8 GB as int64 tokens, and more as a Python list.
-# Answer    Never hold it: read it in chunks, encode each, and append the tokens to a file, in as
-#           1, 2 or 4 bytes each. A batch then maps the file into memory: it looks
-#           like a tensor, and the operating system reads the pages that are touched.
+# Answer    Never hold it: read it in chunks, encode each, and append the tokens to a file, in 1, 2
+#           or 4 bytes each. A batch then maps the file into memory: it looks like a tensor, and the
+#           operating system reads the pages that are touched.
 
 
 @dataclass
