@@ -1667,15 +1667,20 @@ def keep_previous(path: Path) -> None:
 
 
 def load_latest(out_dir: Path) -> tuple[dict, Path]:
-    """latest.pt, or the one before it, loudly, where it is damaged. Raises UserError for both."""
+    """latest.pt, or the one before it, loudly, where it is damaged. Raises UserError for both.
+
+    Subtle: the damaged one gets another name, or the next save would keep it as the previous."""
     path, previous = out_dir / "latest.pt", out_dir / PREVIOUS
     try:
         return load_checkpoint(path), path
     except UserError as problem:
         if not previous.exists():
             raise
+        state = load_checkpoint(previous)
         say(f"warning: {problem}\ngoing on from {previous}, which was saved before it")
-        return load_checkpoint(previous), previous
+        if path.exists():
+            path.replace(out_dir / "latest_damaged.pt")
+        return state, previous
 
 
 def model_from_checkpoint(state: dict) -> tuple:

@@ -1343,6 +1343,9 @@ def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(tmp_path):
         assert code == 0 and "latest.pt: " in err and minigpt.PREVIOUS in err, err
         assert "at step 3" in err
         assert_same_weights(tmp_path / "a" / "latest.pt", latest)
+        assert load_checkpoint(previous)["progress"]["step"] == 3  # not the damaged one
+        if damaged:
+            assert (tmp_path / "b" / "latest_damaged.pt").read_bytes() == damaged
         shutil.copy(tmp_path / "a" / minigpt.PREVIOUS, previous)
     latest.write_bytes(whole[:-1])
     code, _, err = run_main("--mode", "train", "--resume", "--checkpoint", latest, "--out_dir",
