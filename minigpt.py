@@ -28,7 +28,7 @@ where there are such:
     Checkpoints         a run on disk, safe against crashes
     The training loop   all of it together: batch in, loss out, step
     Generation          from next-token probabilities to text
-    Engine room         devices, precision, compilation, logs, finding data  [optional reading]
+    Engine room         devices, precision, several processes, logs, data    [optional reading]
     Experiments         one change at a time: which variation helps?         [optional reading]
     The command line    flags in, functions called                           [optional reading]
 
@@ -56,6 +56,7 @@ import codecs
 import collections
 import contextlib
 import csv
+import datetime
 import difflib
 import functools
 import hashlib
@@ -1361,6 +1362,7 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 # Precision `engine` knows the device, and the number format of the matrix products. autocast() and
 #           the scaler serve 16-bit formats (see "Engine room"). In float32 autocast() does nothing,
 #           and the scaler's four lines mean: loss.backward(), nothing, optimizer.step(), nothing.
+#           In a single process, `averaging` does nothing.
 
 
 def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
@@ -1368,9 +1370,9 @@ def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
 
     Returns two scalar tensors: the mean loss over all micro-steps, and the gradient's norm."""
     loss_sum = torch.zeros((), device=engine.device)
-    for _ in range(config.grad_accum):
+    for i in range(config.grad_accum):
         x, y = next_batch()
-        with engine.autocast():
+        with engine.autocast(), engine.team.averaging(model, now=i == config.grad_accum - 1):
             _, loss = model(x, y)
         loss = loss / config.grad_accum
         engine.scaler.scale(loss).backward()
@@ -1733,7 +1735,7 @@ def restore_random_states(states: dict, batches: torch.Generator, device: torch.
 #           Everything before this chapter is in these lines. `Run`, below them, is the book-keeper:
 #           it evaluates, reports and saves. Some names come from "Engine room": compile_model may
 #           be read as `model`, stop_signals as a flag that Ctrl-C sets, and the others print, log
-#           or draw.
+#           or draw. `team` is there for several processes; with one, its lines do nothing.
 # Try it    Train the laptop preset with --max_steps 100, as it is and with --batch_size 4
 #           --grad_accum 4: the losses of the steps differ by a thousandth, since both see the same
 #           16 windows a step and the same mean gradient.
@@ -1749,21 +1751,27 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
     the loss is no longer finite; Stopped after a signal, once everything is saved."""
     optimizer = make_optimizer(model, config, engine.device)
     batches = torch.Generator().manual_seed(config.seed)
-    progress = Progress(run=uuid.uuid4().hex)
+    progress = Progress(run=run_name())
     if resume_from:
         progress = Progress(**resume_from["progress"])
         optimizer.load_state_dict(resume_from["optimizer"])
         if resume_from["scaler"]:  # empty unless that run was in float16
             engine.scaler.load_state_dict(resume_from["scaler"])
         restore_random_states(resume_from["random"], batches, engine.device)
-    run = Run(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress,
-              resumed=resume_from is not None)
-    block_size = model.config.block_size
+    team = engine.team
+    run = (Run if team.rank == 0 else Follower)(
+        model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress,
+        resumed=resume_from is not None)
+    mine = replace(config, grad_accum=config.grad_accum // team.size)
 
     def next_batch():
-        return get_batch(corpus.train, block_size, config.batch_size, batches, engine.device)
+        turns = [get_batch(corpus.train, model.config.block_size, config.batch_size, batches,
+                           engine.device) for _ in range(team.size)]
+        return turns[team.rank]
 
-    runner = compile_model(model, config, engine, next_batch, batches)  # trains `model`'s weights
+    # The runner trains the weights of `model`.
+    runner = compile_model(model, config, engine, next_batch, batches)
+    runner = team.spread(runner, engine.device)
     model.train()
     with stop_signals() as stop:
         run.stopped = lambda: stop.signal != 0
@@ -1772,15 +1780,18 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
                 run.evaluate_and_save()
             if run.snapshot_due():
                 run.save(f"step_{progress.step:06d}.pt")
-            if stop.signal or run.finished():
+            stop.signal, finished = team.largest(stop.signal, run.finished())
+            if stop.signal or finished:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(progress.step, config)
-            loss, norm = train_step(runner, optimizer, next_batch, config, engine)
+            team.roll(config.seed, progress.step)
+            loss, norm = train_step(runner, optimizer, next_batch, mine, engine)
             progress.step += 1
             run.report(loss, norm)
     if stop.signal:
         run.save("latest.pt")
+        team.wait()
         raise Stopped(stop.signal)
     run.finish()
     return progress
@@ -1797,11 +1808,16 @@ class Run:
         self.latest = 0.0, 0.0  # loss and gradient norm of the latest step
         self.first_step = progress.step
         self.stopped = lambda: False  # true after a stop signal
-        if resumed:
-            self.check_best()
-        self.metrics = MetricsLog(out_dir, progress, resumed, start_wandb(config, out_dir))
+        self.open(resumed)
         self.started = time.perf_counter() - progress.seconds
         self.restart_clock()
+
+    def open(self, resumed: bool) -> None:
+        """Finds the files of a run that goes on, or begins new ones."""
+        if resumed:
+            self.check_best()
+        self.metrics = MetricsLog(self.out_dir, self.progress, resumed,
+                                  start_wandb(self.config, self.out_dir))
 
     def check_best(self) -> None:
         """Subtle: best.pt need not be the one this progress speaks of: a run may be resumed in an
@@ -1855,21 +1871,26 @@ class Run:
                 "--dtype float32")
 
     def report(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """After each step; where they are due, a status line and a metrics record."""
+        """After each step; where one is due, a check and a log entry."""
         c, p = self.config, self.progress
         self.latest = loss, norm  # still on the device: reading them every step would slow it down
         if p.step % c.log_interval == 0 or p.step >= c.max_steps:
+            self.latest = self.engine.team.mean(loss), norm
             self.check_finite()
             now = time.perf_counter()
             tokens = c.batch_size * c.grad_accum * self.model.config.block_size
             rate = (p.step - self.clock_step) * tokens / (now - self.clock)
-            left = (c.max_steps - p.step) * (now - self.started) / p.step
-            lr = self.optimizer.param_groups[0]["lr"]
-            self.metrics.write(step=p.step, loss=loss.item(), lr=lr, grad_norm=norm.item(),
-                               tokens_per_second=round(rate))
-            show_status(f"step {p.step}/{c.max_steps} | loss {loss.item():.4f} | lr {lr:.2e} | "
-                        f"{rate:,.0f} tokens/s | {duration(left)} left")
+            self.log(*(float(value) for value in self.latest), rate,
+                     left=(c.max_steps - p.step) * (now - self.started) / p.step)
             self.restart_clock()
+
+    def log(self, loss: float, norm: float, rate: float, left: float) -> None:
+        """A status line and a metrics record."""
+        step, lr = self.progress.step, self.optimizer.param_groups[0]["lr"]
+        self.metrics.write(step=step, loss=loss, lr=lr, grad_norm=norm,
+                           tokens_per_second=round(rate))
+        show_status(f"step {step}/{self.config.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
+                    f"{rate:,.0f} tokens/s | {duration(left)} left")
 
     def evaluate_and_save(self) -> None:
         """Estimates both losses, shows a sample, saves latest.pt and a new best as best.pt. After
@@ -1941,6 +1962,15 @@ class Run:
         plot_losses(self.out_dir)
         say(f"trained in {duration(p.seconds)}; the best model is of step {p.best_step}: {best}")
         say(score_line(nats, self.corpus))
+
+
+class Follower(Run):
+    """What Run is in all processes but the first: it leaves files and screen to that one."""
+
+    def leave(self, *_, **__) -> None:
+        """To the first process."""
+
+    open = evaluate_and_save = save = log = finish = leave
 
 
 # ==================================================================================================
@@ -2124,8 +2154,8 @@ def write_text(model, tokenizer, config: GenerateConfig, engine, seed: int, out)
 # ==================================================================================================
 # Engine room [optional reading]
 #
-# Nothing here is about language: the device and its number formats, compilation, signals, what is
-# printed and logged, and where the corpus comes from.
+# Nothing here is about language: the device and its number formats, compilation, several processes,
+# signals, what is printed and logged, and where the corpus comes from.
 # ==================================================================================================
 
 # ---- Devices and precision -----------------------------------------------------------------------
@@ -2149,6 +2179,7 @@ class Engine:
 
     device: torch.device
     dtype: torch.dtype
+    team: "Team" = field(default_factory=lambda: Team())  # see "Several processes"
 
     def __post_init__(self):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -2165,24 +2196,28 @@ class Engine:
 
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-               "cpu": True}
+    several = torchrun("WORLD_SIZE", 1) > 1
+    present = {"cuda": torch.cuda.is_available(), "cpu": True,
+               "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":
-        return torch.device(next(kind for kind in present if present[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
     choices = "auto, " + ", ".join(kind for kind in present if present[kind])
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; this machine has {choices}") from None
+    if device.type == "cuda" and several:
+        device = torch.device("cuda", torchrun("LOCAL_RANK"))
     in_range = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
     if not present.get(device.type) or not in_range:
-        raise UserError(f"--device {name}: not found here; this machine has {choices}")
+        raise UserError(f"--device {name}: not found here ({device}); this machine has {choices}"
+                        + ", and a GPU is needed for each process" * several)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def make_engine(device_name: str = "auto", dtype_name: str = "auto") -> Engine:
+def make_engine(device_name: str = "auto", dtype_name: str = "auto", team=None) -> Engine:
     """auto picks the fastest format that needs no care and that the device has in hardware."""
     device = find_device(device_name)
     if dtype_name == "auto":
@@ -2194,7 +2229,7 @@ def make_engine(device_name: str = "auto", dtype_name: str = "auto") -> Engine:
             able = getattr(torch.cpu, "get_capabilities", dict)()
             if able.get("avx512_bf16") or able.get("amx_bf16"):
                 dtype_name = "bfloat16"
-    return Engine(device, getattr(torch, dtype_name))
+    return Engine(device, getattr(torch, dtype_name), team or Team())
 
 
 # ---- Compilation ---------------------------------------------------------------------------------
@@ -2226,6 +2261,137 @@ def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch
         restore_random_states(before, batches, engine.device)
 
 
+# ---- Several processes ---------------------------------------------------------------------------
+#
+# Problem   One device is too slow, and there are more of them, here or in other machines.
+# Answer    Data parallelism: every process holds the whole model and computes the gradients of its
+#           share of a step's windows. Before the step the gradients are averaged over them, so all
+#           take the same step, and as they began alike, they stay alike. PyTorch's
+#           DistributedDataParallel does the averaging, piece by piece while backward() still runs
+#           [Li et al. 2020, section 3.2], by the library gloo on CPUs, by nccl on GPUs.
+# Shares    --grad_accum counts the micro-steps of all. With N processes the first takes micro-steps
+#           0, N, 2N ..., the second 1, N + 1 ...: a step sees the windows that it would see in one
+#           process, and without dropout gives the same weights, up to rounding.
+# Order     `torchrun` starts the processes and numbers them (`rank`). Number 0 evaluates, writes
+#           and prints; the others wait for it where they next need it.
+# Try it    `torchrun --nproc_per_node=2 minigpt.py --mode train --max_steps 100` prints the losses
+#           of `python minigpt.py --mode train --max_steps 100 --batch_size 8 --grad_accum 2`.
+
+
+def torchrun(name: str, otherwise: int = 0) -> int:
+    """RANK, WORLD_SIZE and the like, which torchrun tells its processes; `otherwise` without it."""
+    return int(os.environ.get(name, otherwise)) if "TORCHELASTIC_RUN_ID" in os.environ \
+        else otherwise
+
+
+@dataclass
+class Team:
+    """The processes that train together, as one of them sees them. Alone, by default: then nothing
+    below does anything, so that no caller needs an `if`."""
+
+    rank: int = 0  # the number of this one
+    size: int = 1
+    local_rank: int = 0  # its number on its machine
+
+    def wait(self) -> None:
+        """Goes on when all have come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def share(self, make):
+        """What make() gives in the first process, for all of them."""
+        box = [make() if self.rank == 0 else None]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each over the processes: so that all of them take the same decision."""
+        numbers = torch.tensor(numbers)
+        if self.size > 1:
+            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return numbers.tolist()
+
+    def mean(self, number: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes."""
+        if self.size > 1:
+            torch.distributed.all_reduce(number)
+        return number / self.size
+
+    @contextlib.contextmanager
+    def first_on_each_machine(self):
+        """One process of each machine goes first; the others find its files when they follow."""
+        if self.local_rank > 0:
+            self.wait()
+        yield
+        if self.local_rank == 0:
+            self.wait()
+
+    def spread(self, model, device: torch.device):
+        """The model, with its gradients averaged over the processes at the end of backward()."""
+        if self.size == 1:
+            return model
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def averaging(self, model, now: bool):
+        """A context for a forward pass: only if `now` are the gradients averaged in its backward
+        pass. Of several micro-steps the last one's will do, since the sums are averaged then."""
+        return contextlib.nullcontext() if self.size == 1 or now else model.no_sync()
+
+    def roll(self, seed: int, step: int) -> None:
+        """Dropout needs other dice in each process. As they follow from seed and step, they need
+        not be saved."""
+        if self.size > 1:
+            torch.manual_seed((seed * 2**24 + step * self.size + self.rank) % 2**63)
+
+
+def setup_distributed() -> Team:
+    """Joins the other processes if torchrun started this one."""
+    team = Team(torchrun("RANK"), torchrun("WORLD_SIZE", 1), torchrun("LOCAL_RANK"))
+    if team.size > 1 and not torch.distributed.is_initialized():
+        # The others may have to wait while the first one encodes or evaluates a large corpus.
+        patience = datetime.timedelta(hours=12)
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=patience))
+        if torchrun("GROUP_WORLD_SIZE", 1) == 1:
+            # Subtle: torchrun's table of addresses outlives a crash; after a restart the old ones
+            # would still be found in it. (On several machines the README tells what to do.)
+            attempt = str(torchrun("TORCHELASTIC_RESTART_COUNT"))
+            store = torch.distributed.PrefixStore(attempt, store)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience,
+            store=store, rank=team.rank, world_size=team.size)
+    return team
+
+
+def leave_distributed() -> None:
+    """Takes leave of the other processes, if there were any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def share_steps(config: TrainConfig, n: int, may_change: bool) -> TrainConfig:
+    """The settings, with as many micro-steps as n processes can share equally. Raises UserError if
+    they cannot; if they may change, they become more and smaller ones, of the same windows."""
+    if config.grad_accum % n == 0:
+        return config
+    windows = config.grad_accum * config.batch_size
+    if windows % n or not may_change:
+        raise UserError(f"--grad_accum {config.grad_accum}: must be divisible by the number of "
+                        f"processes, {n}, which share the micro-steps; "
+                        f"{math.ceil(config.grad_accum / n) * n} would do")
+    shared = replace(config, grad_accum=n, batch_size=windows // n)
+    say(f"{n} processes: --grad_accum {shared.grad_accum} --batch_size "
+        f"{shared.batch_size} instead of {config.grad_accum} and {config.batch_size}, the same "
+        f"{windows} windows in a step")
+    return shared
+
+
+def run_name() -> str:
+    """A name for a new run; under torchrun it is the same after each of its restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or uuid.uuid4().hex
+
+
 # ---- Signals -------------------------------------------------------------------------------------
 #
 # Problem   Ctrl-C may arrive in the middle of a step or of a write. Nothing is done then but to
@@ -2247,7 +2413,8 @@ def stop_signals():
         for s in previous:
             signal.signal(s, signal.SIG_DFL)
         # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        if not torchrun("RANK"):
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     with contextlib.suppress(ValueError):  # only the main thread may listen for signals
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -2267,8 +2434,11 @@ _status_width = 0  # of the status line that stands on the terminal, 0 if none d
 
 
 def say(text: str = "") -> None:
-    """A line to stderr, where everything goes but generated text and scores."""
+    """A line to stderr, where everything goes but generated text and scores. Of several processes
+    the first one speaks."""
     global _status_width
+    if torchrun("RANK"):
+        return
     if _status_width:
         print("\r" + " " * _status_width + "\r", end="", file=sys.stderr)
         _status_width = 0
@@ -2278,7 +2448,7 @@ def say(text: str = "") -> None:
 def show_status(text: str) -> None:
     """Progress: rewritten in place on a terminal, a line of its own in a pipe or a file."""
     global _status_width
-    if not sys.stderr.isatty():
+    if torchrun("RANK") or not sys.stderr.isatty():
         return say(text)
     text = text[: shutil.get_terminal_size().columns - 1]
     print("\r" + text.ljust(_status_width), end="", file=sys.stderr, flush=True)
@@ -3045,51 +3215,66 @@ def chosen_data(args, state: dict | None) -> str | None:
     return state["corpus"] if state else None
 
 
+def state_to_resume(args, out_dir: Path) -> tuple[dict | None, Path | None]:
+    """The checkpoint to train on from, if --resume asks for one, or if torchrun starts the run
+    again after a crash."""
+    if args.resume and args.checkpoint:
+        return load_checkpoint(Path(args.checkpoint)), Path(args.checkpoint)
+    if args.resume:
+        return load_latest(out_dir)
+    if args.checkpoint:
+        raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
+    if torchrun("TORCHELASTIC_RESTART_COUNT") and (out_dir / "latest.pt").exists():
+        state, path = load_latest(out_dir)
+        if state["progress"]["run"] == run_name():
+            return state, path
+    return None, None
+
+
 def run_train(args) -> None:
     """--mode train"""
-    out_dir = Path(args.out_dir)
-    state = None
-    if args.resume:
-        path = Path(args.checkpoint) if args.checkpoint else None
-        state, path = (load_checkpoint(path), path) if path else load_latest(out_dir)
+    out_dir, team = Path(args.out_dir), setup_distributed()
+    state, path = team.share(lambda: state_to_resume(args, out_dir))
+    if state:
         model, tokenizer = model_from_checkpoint(state)
-        config = resumed_config(args, state, path)
-        engine = make_engine(args.device, config.dtype)
-    elif args.checkpoint:
-        raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
+        config = share_steps(resumed_config(args, state, path), team.size, may_change=False)
     else:
         model_settings, config = fresh_configs(args, find_device(args.device))
+        typed = {"batch_size", "grad_accum"} & vars(args).keys()
+        config = share_steps(config, team.size, may_change=not typed)
         GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
         if "vocab_size" in model_settings and config.tokenizer != "bpe":
             raise UserError(f"--vocab_size {model_settings['vocab_size']}: goes with --tokenizer "
                             f"bpe only; the vocabulary of {config.tokenizer} is what it is")
-        engine = make_engine(args.device, config.dtype)
-    make_folder(out_dir)
+    engine = make_engine(args.device, config.dtype, team)
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
     data = chosen_data(args, state)
-    corpus_path = find_corpus(data)
-    if corpus_path != DATA / "input.txt":
-        data = str(corpus_path)  # a later --resume or eval goes to the same text
-    text = Text.survey(corpus_path)
-    if not state:
-        tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
-        torch.manual_seed(config.seed)
-        model_settings["vocab_size"] = tokenizer.vocab_size
-        model = build_model(GPTConfig(**model_settings))
-    corpus = encode_corpus(text, tokenizer, model.config.block_size, out_dir, data)
+    with team.first_on_each_machine():
+        make_folder(out_dir)
+        corpus_path = find_corpus(data)
+        if corpus_path != DATA / "input.txt":
+            data = str(corpus_path)  # a later --resume or eval goes to the same text
+        text = Text.survey(corpus_path)
+        if not state:
+            tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
+            torch.manual_seed(config.seed)
+            model_settings["vocab_size"] = tokenizer.vocab_size
+            model = build_model(GPTConfig(**model_settings))
+        corpus = encode_corpus(text, tokenizer, model.config.block_size, out_dir, data)
     if state and corpus.sha256 != state["corpus_sha256"]:
         raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
                         f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
-    if not state or holds_another_run(out_dir, state["progress"]["run"]):
-        set_aside(out_dir, corpus)
+    settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
+    if team.rank == 0:
+        if not state or holds_another_run(out_dir, state["progress"]["run"]):
+            set_aside(out_dir, corpus)
+        (out_dir / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     model.to(engine.device)
     say(f"corpus {corpus_path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
     say(f"model {model.config.model}: {model.num_parameters():,} parameters "
         f"({model.num_parameters() / 1e6:.1f}M); device {engine.device}, {engine.dtype_name}, "
-        f"{torch.get_num_threads()} threads")
-    settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
-    (out_dir / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        f"{torch.get_num_threads()} threads" + f", {team.size} processes" * (team.size > 1))
     if state:
         say(f"resuming {path} at step {state['progress']['step']}")
     train(model, tokenizer, corpus, config, engine, out_dir, state)
@@ -3143,6 +3328,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.mode is None:
             raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
+        if torchrun("WORLD_SIZE", 1) > 1 and args.mode != "train":
+            raise UserError(f"--mode {args.mode}: runs in one process; start it with python, not "
+                            "with torchrun")
         MODES[args.mode](args)
         return 0
     except UserError as problem:
@@ -3163,11 +3351,18 @@ def main(argv: list[str] | None = None) -> int:
             "choose another --out_dir")
         return 2
     except (MemoryError, RuntimeError) as problem:  # torch has no one class for a lack of memory
-        if not re.search("memory|alloc|overflow", f"{type(problem).__name__} {problem}", re.I):
+        reason = f"{type(problem).__name__} {problem}"
+        if torchrun("WORLD_SIZE", 1) > 1 and re.search("gloo|nccl|connection|Dist", reason):
+            say("error: another process of this run has ended; what was saved is intact: go on "
+                "with --resume")
+            return 1
+        if not re.search("memory|alloc|overflow", reason, re.I):
             raise
         say("error: out of memory; lower --batch_size (and raise --grad_accum), --block_size, "
             "--n_embd or --num_samples")
         return 2
+    finally:
+        leave_distributed()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1840,6 +1841,120 @@ def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(tin
     assert not any(b"tokens/s |" in line for line in screen)  # each was wiped before real text
 
 
+# ---- Attacks -------------------------------------------------------------------------------------
+
+OFTEN = ["--eval_interval", "1", "--checkpoint_interval", "20", "--sample_tokens", "0",
+         "--max_steps", "100000", "--eval_batches", "1"]
+
+
+def main_in_a_process(argv, log):
+    with open(log, "a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stderr(file):
+        sys.exit(main([str(a) for a in argv]))
+
+
+@pytest.fixture(scope="module")
+def start_main():
+    """Starts the command in a new process without its seconds of importing: the processes are
+    forked from a server that has imported what they need."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minigpt", "torch._dynamo", "matplotlib.figure"])
+
+    def start(argv, log):
+        process = context.Process(target=main_in_a_process, args=(argv, log))
+        process.start()
+        return process
+
+    return start
+
+
+def last_step(log):
+    """The latest step in a status line of a log."""
+    steps = re.findall(r"^step (\d+)/", log.read_text(encoding="utf-8"), re.M)
+    return int(steps[-1]) if steps else 0
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_costs_no_completed_save(tmp_path, start_main):
+    """25 kills at random moments of a run that saves three files after each step. Whenever it dies,
+    latest.pt is whole and of the last step whose save was complete, and the run that goes on is the
+    run that was never killed. Fails if a checkpoint is written in place, or latest.pt is absent
+    for a moment between its old and its new content."""
+    killed, spared = tmp_path / "killed", tmp_path / "spared"
+    dice, log, caught = random.Random(2), tmp_path / "log", 0
+    for round in range(25):
+        begun = last_step(log) if round else 0
+        resume = ["--resume"] if (killed / "latest.pt").exists() else []
+        process = start_main([*TINY, *OFTEN, "--out_dir", killed, *resume], log)
+        while process.is_alive() and last_step(log) <= begun + 1 if log.exists() else True:
+            time.sleep(0.01)  # until it trains
+        time.sleep(dice.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text(encoding="utf-8")
+        caught += any(p.suffix == ".partial" for p in killed.iterdir())
+        # A step is reported only after the save before it.
+        assert load_checkpoint(killed / "latest.pt")["progress"]["step"] >= last_step(log) - 1
+        load_checkpoint(killed / minigpt.PREVIOUS), load_checkpoint(killed / "best.pt")
+    assert caught >= 3  # the kills did hit saves
+    assert "warning" not in log.read_text(encoding="utf-8")
+    snapshot = sorted(killed.glob("step_*.pt"))[-1]
+    process = start_main([*TINY, *OFTEN, "--out_dir", spared], tmp_path / "log2")
+    while process.is_alive() and not (spared / snapshot.name).exists():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    a, b = load_checkpoint(snapshot), load_checkpoint(spared / snapshot.name)
+    for state in ("model", "optimizer", "random"):
+        assert_same(a[state], b[state])
+    upto = int(snapshot.stem.removeprefix("step_"))
+    assert step_losses(killed)[:upto] == step_losses(spared)[:upto]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
+    """Not even a byte of the files that were complete changes. Here the disk is a limit on the
+    size of a file, which a checkpoint hits in its middle."""
+    import resource
+
+    train_tiny(tmp_path)
+    names = ("best.pt", "latest.pt")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (2000, len(before["latest.pt"]) // 2, len(before["latest.pt"]) - 1):
+        # The curves may be longer than that: the limit comes when all but the run is there.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path,
+                                    "--max_steps", "9", "--wandb")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
+        assert err.splitlines()[-1].startswith("error: ") and str(tmp_path) in err
+        assert {name: (tmp_path / name).read_bytes() for name in names} == before
+        assert not list(tmp_path.glob("*.partial"))
+    code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path, "--max_steps", 9)
+    assert code == 0, err
+    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number):
+    """After the first it would finish an evaluation batch, which takes many seconds here."""
+    deep = ["--n_layer", "500", "--batch_size", "1500", "--out_dir", tmp_path / "out"]
+    process = start_main([*TINY, *deep], tmp_path / "log")
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    for _ in range(2):
+        time.sleep(1)
+        assert process.is_alive()
+        os.kill(process.pid, number)
+    process.join(3)
+    assert process.exitcode == -number
+
+
 # ==================================================================================================
 # Generation
 # ==================================================================================================
@@ -2312,6 +2427,162 @@ def test_wandb_that_fails_never_ends_a_run(tmp_path, no_wandb_account, monkeypat
     monkeypatch.setenv("WANDB_MODE", "offline")
     err = train_tiny(tmp_path / "out", "--max_steps", "1")
     assert err.count("no Weights & Biases: RuntimeError; --no_wandb") == 1
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+
+def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
+    """n processes on this machine; one thread each, so that sums are added up in one order."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *options,
+               script, *argv]
+    process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", stdout=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+ONE_STEP = """
+import sys
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from minigpt import *
+
+team = setup_distributed()
+engine = Engine(torch.device("cpu"), torch.float32, team)
+torch.manual_seed(0)
+config = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
+model = build_model(config).double()
+if team.rank:  # the first process's weights are the ones that count
+    torch.nn.init.zeros_(model.wte.weight)
+batches, tokens = torch.Generator().manual_seed(5), torch.arange(500) % 11
+settings = TrainConfig(batch_size=3, grad_accum=4 // team.size, learning_rate=0.1, min_lr=0.0)
+calls = []
+runner = team.spread(model, engine.device)
+if team.size > 1:
+    def count(state, bucket):
+        calls.append(bucket.index())
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+    runner.register_comm_hook(None, count)
+
+def next_batch():
+    return [get_batch(tokens, 8, 3, batches) for _ in range(team.size)][team.rank]
+
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer.register_step_pre_hook(lambda o, *_: grads.extend(p.grad.clone() for p in
+                                                            model.parameters()))
+for step in range(2):
+    grads = []
+    loss, norm = train_step(runner, optimizer, next_batch, settings, engine)
+    loss = team.mean(loss)
+assert team.largest(3 + team.rank, 7 - team.rank) == [2 + team.size, 7]
+torch.save({"grads": grads, "loss": loss, "calls": len(calls)}, f"{sys.argv[1]}.{team.rank}")
+leave_distributed()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    """In float64, over two steps of four micro-steps: the second step shows that the weights stayed
+    alike. Gradients travel once in a step (all of this model's fit into one bucket), not once in
+    each micro-step. Fails if windows are shared wrongly, or sums are taken for means."""
+    script = tmp_path / "one_step.py"
+    script.write_text(ONE_STEP, encoding="utf-8")
+    for n in (1, 2):
+        code, _, err = run_torchrun(n, tmp_path / f"{n}", script=script)
+        assert code == 0, err
+    one = torch.load(tmp_path / "1.0")
+    for rank in range(2):
+        two = torch.load(tmp_path / f"2.{rank}")
+        assert_close(two["grads"], one["grads"], 1e-12)
+        assert_close(two["loss"], one["loss"], 1e-12)
+        assert two["calls"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
+    """The same losses and weights, up to rounding; one of them prints, and the files are those of
+    a single process. --grad_accum that cannot be shared is refused."""
+    exact = [*TINY, "--dropout", "0", "--sample_tokens", "20"]
+    code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
+    assert code == 0 and out == "", err
+    assert len(re.findall("^step 6/6 ", err, re.M)) == 1 and err.count("full validation split") == 1
+    assert "2 processes" in err and "Traceback" not in err
+    train_tiny(tmp_path / "one", *exact)
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+    for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    a, b = weights_of(tmp_path / "one" / "latest.pt"), weights_of(tmp_path / "two" / "latest.pt")
+    for key in a:
+        assert_close(a[key], b[key], 1e-4)
+    code, _, err = run_torchrun(2, *TINY, "--grad_accum", "3", "--out_dir", tmp_path / "odd")
+    assert code != 0 and err.count("error: --grad_accum 3: must be divisible by") == 1
+
+
+def test_micro_steps_are_shared_equally_or_not_at_all():
+    """A preset's may be cut smaller, so that plain `torchrun minigpt.py --mode train` works; what
+    was typed, or belongs to a run that goes on, may not."""
+    config = TrainConfig(batch_size=12, grad_accum=2)
+    assert minigpt.share_steps(config, 1, False) is config
+    assert minigpt.share_steps(config, 2, False) is config
+    shared = minigpt.share_steps(config, 8, True)
+    assert (shared.batch_size, shared.grad_accum) == (3, 8)
+    for n, may_change in ((3, False), (5, True)):
+        with pytest.raises(UserError, match=f"--grad_accum 2: .* {n}, .*; {n} would do"):
+            minigpt.share_steps(config, n, may_change)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_processes_that_are_stopped_go_on_exactly(tmp_path):
+    """With dropout, whose dice differ between the processes. The signal goes to torchrun, which
+    hands it to both; they agree on the step after which they stop."""
+    argv = [*TINY, "--max_steps", "60", "--eval_interval", "20", "--dropout", "0.2"]
+    assert run_torchrun(2, *argv, "--out_dir", tmp_path / "whole")[0] == 0
+    process = run_torchrun(2, *argv, "--out_dir", tmp_path / "parts", wait=False)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert "saved; go on with --resume\n" in lines, "".join(lines)
+    assert 5 <= load_checkpoint(tmp_path / "parts" / "latest.pt")["progress"]["step"] < 60
+    code, _, err = run_torchrun(2, "--mode", "train", "--resume", "--out_dir", tmp_path / "parts")
+    assert code == 0, err
+    assert_same_weights(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
+    assert step_losses(tmp_path / "whole") == step_losses(tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, victim):
+    """By torchrun --max_restarts, without --resume: the latest checkpoint is this run's own, and
+    not that of the run before it in the same folder. The result is that of an unharmed run."""
+    argv = [*TINY, "--max_steps", "60", "--eval_interval", "5", "--out_dir", tmp_path]
+    train_tiny(tmp_path, "--seed", "1")
+    process = run_torchrun(2, *argv, options=["--max_restarts=2"], wait=False)
+    lines, killed = [], False
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 12/") and not killed:
+            children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True,
+                                      capture_output=True).stdout.split()
+            os.kill(int(sorted(children, key=int)[victim]), signal.SIGKILL)
+            killed = True
+    assert killed and process.wait(60) == 0, "".join(lines)
+    text = "".join(lines)
+    assert re.search(r"^resuming .*latest.pt at step \d+$", text, re.M), text
+    assert text.count("full validation split") == 1
+    assert [step for step, *_ in step_losses(tmp_path)] == [*range(1, 61)]
+    code, _, err = run_torchrun(2, *argv, "--out_dir", tmp_path / "unharmed")
+    assert code == 0, err
+    assert_same_weights(tmp_path / "latest.pt", tmp_path / "unharmed" / "latest.pt")
 
 
 # ==================================================================================================
