@@ -468,6 +468,36 @@ def test_gpt2_vocabulary_comes_from_tiktoken_or_ends_in_one_line(monkeypatch):
         assert "".join(tokenizer.stream(tokenizer.encode("né🎭"))) == "né🎭"
 
 
+@pytest.mark.slow
+def test_any_unicode_comes_back_unharmed():
+    """Random texts of every kind through both tokenizers, whole and token by token; the fast
+    encoder and the plain one agree on each. Only halves of characters (surrogates), which UTF-8
+    cannot write, become U+FFFD in BPE."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    learned = BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
+    words = st.sampled_from(["the ", " 's", "\r\n", "\x1c", "ﬁ", "İ", "\U0001f469\u200d\U0001f467",
+                             "<|endoftext|>", "<|endof"])
+    anything = st.characters(codec=None)
+    texts = st.lists(st.one_of(st.text(anything), words), max_size=8).map("".join)
+
+    @hypothesis.settings(max_examples=400, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(texts)
+    def law(text):
+        char = CharTokenizer.train(text)
+        assert char.decode(char.encode(text)) == text == "".join(char.stream(char.encode(text)))
+        for bpe in (learned, BPETokenizer.train(text, 300)):
+            ids = bpe.encode(text)
+            pairs = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            assert bpe.decode(ids) == pairs == "".join(bpe.stream(ids))
+            assert all(0 <= i < bpe.vocab_size for i in ids)
+            again = BPETokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
+            assert again.encode(text) == ids
+
+    law()
+
+
 # ==================================================================================================
 # Batches
 # ==================================================================================================
@@ -1939,6 +1969,7 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number):
@@ -2874,6 +2905,61 @@ def test_mistakes_end_the_real_process_alike(mistaken):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for name, done in zip(kinds, pool.map(lambda n: run_command(*mistaken(n)[0]), kinds)):
             check_mistake(done.returncode, done.stdout, done.stderr, mistaken(name)[1])
+
+
+@pytest.mark.slow
+def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path):
+    """Flags of every kind with values of every kind: exit code 0, or 2 with a single `error:` line,
+    the last one; never a traceback. What is huge here is too huge for any memory; what lies between
+    would only take long."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    run, _ = tiny_run
+    odd = ["", " ", "-", "--", "é", "\0", "nan", "inf", "-inf", "1e400", "1e300", "None", "0x10",
+           "1_0", "2.0", "-1", "9" * 30]
+    files = [str(path) for path in (tmp_path, run / "best.pt", run / "latest.pt", SAMPLE)]
+    values = {int: ["0", "1", "2", "3", "4", "8", "400"], str: ["a", "ROMEO:", *files],
+              float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
+
+    def value(kind, choices=None):
+        sound = st.sampled_from([*(choices or values[kind])])
+        return st.one_of(*[sound] * 9, st.sampled_from(odd)).map(lambda value: [value])
+
+    flags = {"resume": st.just([]), "nonsense": st.just([]), "checkpoint": value(str),
+             "data": value(str), "device": value(str, ["cpu", "cpu:9", "tpu", "cuda:9", "meta"])}
+    configs = (GPTConfig, TrainConfig, GenerateConfig, minigpt.AblateConfig)
+    for f in itertools.chain.from_iterable(fields(c) for c in configs):
+        if f.metadata["kind"] is bool:
+            flags |= {f.name: st.just([]), f"no_{f.name}": st.just([])}
+        else:
+            flags[f.name] = value(f.metadata["kind"], f.metadata["choices"])
+    for slow in ("compile", "vary", "wandb", "seeds"):
+        del flags[slow]
+    typed = st.lists(st.sampled_from(sorted(flags)).flatmap(
+        lambda name: flags[name].map(lambda value: [f"--{name}", *value])), max_size=4)
+    modes = st.sampled_from(["train", "train", "generate", "eval", "ablate"])
+    small = [*TINY[2:], "--max_steps", "2", "--sample_tokens", "3", "--no_wandb",
+             "--max_tokens", "4"]
+    seen = collections.Counter()
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(modes, typed)
+    def law(mode, typed):
+        folder = run if mode in ("generate", "eval") else tmp_path / "out"
+        argv = ["--mode", mode, *small, "--out_dir", folder]
+        argv += ["--vary", "init=zero", "--seeds", "1"] if mode == "ablate" else []
+        code, _, err = run_main(*argv, *itertools.chain.from_iterable(typed))
+        assert code in (0, 2), err
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == (code == 2) and "Traceback" not in err, err
+        if code == 2:
+            assert err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, err
+        seen[mode, code] += 1
+
+    law()
+    assert all(seen[mode, code] for mode in ("train", "generate", "eval") for code in (0, 2)), seen
 
 
 def test_dashes_and_equals_signs_are_understood(tmp_path):
