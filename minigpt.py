@@ -1661,12 +1661,14 @@ def load_checkpoint(path: Path) -> dict:
 def keep_previous(path: Path) -> None:
     """Lets the checkpoint at path be found under another name, too, before it is replaced."""
     if path.exists():
-        previous = path.with_name(PREVIOUS)
-        previous.unlink(missing_ok=True)
+        second = path.with_name(f"{PREVIOUS}.0.partial")
+        second.unlink(missing_ok=True)
         try:
-            os.link(path, previous)
+            os.link(path, second)
         except OSError:  # not every file system lets a file have two names
-            shutil.copyfile(path, previous)
+            shutil.copyfile(path, second)
+        second.replace(path.with_name(PREVIOUS))
+        second.unlink(missing_ok=True)  # it is still there if the two were one file already
 
 
 def load_latest(out_dir: Path) -> tuple[dict, Path]:
@@ -1763,15 +1765,13 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
     run = (Run if team.rank == 0 else Follower)(
         model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress,
         resumed=resume_from is not None)
-    mine = replace(config, grad_accum=config.grad_accum // team.size)
+    mine = replace(config, grad_accum=config.grad_accum // team.size)  # its share of a step
 
     def next_batch():
-        turns = [get_batch(corpus.train, model.config.block_size, config.batch_size, batches,
-                           engine.device) for _ in range(team.size)]
-        return turns[team.rank]
+        return team.turn(lambda: get_batch(corpus.train, model.config.block_size,
+                                           config.batch_size, batches, engine.device))
 
-    # The runner trains the weights of `model`.
-    runner = compile_model(model, config, engine, next_batch, batches)
+    runner = compile_model(model, config, engine, next_batch, batches)  # trains `model`'s weights
     runner = team.spread(runner, engine.device)
     model.train()
     with stop_signals() as stop:
@@ -1781,8 +1781,8 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
                 run.evaluate_and_save()
             if run.snapshot_due():
                 run.save(f"step_{progress.step:06d}.pt")
-            stop.signal, finished = team.largest(stop.signal, run.finished())
-            if stop.signal or finished:
+            signal_number, finished = team.largest(stop.signal, run.finished())
+            if signal_number or finished:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(progress.step, config)
@@ -1790,10 +1790,10 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
             loss, norm = train_step(runner, optimizer, next_batch, mine, engine)
             progress.step += 1
             run.report(loss, norm)
-    if stop.signal:
+    if signal_number:
         run.save("latest.pt")
         team.wait()
-        raise Stopped(stop.signal)
+        raise Stopped(signal_number)
     run.finish()
     return progress
 
@@ -1815,6 +1815,8 @@ class Run:
 
     def open(self, resumed: bool) -> None:
         """Finds the files of a run that goes on, or begins new ones."""
+        for leftover in self.out_dir.glob("*.pt.*.partial"):  # of a run that was killed
+            leftover.unlink()
         if resumed:
             self.check_best()
         self.metrics = MetricsLog(self.out_dir, self.progress, resumed,
@@ -2297,8 +2299,7 @@ class Team:
 
     def wait(self) -> None:
         """Goes on when all have come here."""
-        if self.size > 1:
-            torch.distributed.barrier()
+        self.largest(0)
 
     def share(self, make):
         """What make() gives in the first process, for all of them."""
@@ -2306,6 +2307,11 @@ class Team:
         if self.size > 1:
             torch.distributed.broadcast_object_list(box)
         return box[0]
+
+    def turn(self, draw):
+        """One of `size` results of draw(). Each process draws for all of them and takes its own, so
+        their random generators stay alike, and one saved state serves them all."""
+        return [draw() for _ in range(self.size)][self.rank]
 
     def largest(self, *numbers: int) -> list[int]:
         """The largest of each over the processes: so that all of them take the same decision."""
@@ -3257,15 +3263,15 @@ def run_train(args) -> None:
         if corpus_path != DATA / "input.txt":
             data = str(corpus_path)  # a later --resume or eval goes to the same text
         text = Text.survey(corpus_path)
+        if state and text.sha256 != state["corpus_sha256"]:
+            raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
+                            f"{text.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
         if not state:
             tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
             torch.manual_seed(config.seed)
             model_settings["vocab_size"] = tokenizer.vocab_size
             model = build_model(GPTConfig(**model_settings))
         corpus = encode_corpus(text, tokenizer, model.config.block_size, out_dir, data)
-    if state and corpus.sha256 != state["corpus_sha256"]:
-        raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
-                        f"{corpus.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
     settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
     if team.rank == 0:
         if not state or names_of_runs(out_dir) - {state["progress"]["run"]}:

@@ -2,7 +2,7 @@
 The laws of minigpt, chapter by chapter in the order of minigpt.py.
 
     pytest -v                       offline; a minute and a half on two cores
-    pytest -v -m slow               the rest: what trains, waits or compiles for longer
+    pytest -v -m slow               the rest: what trains, waits, kills or compiles for longer
     pytest -v -k attention          one topic
 
 A test's name states a law; its docstring says why it holds and what change would break it. The
@@ -1319,11 +1319,11 @@ def test_checkpoint_is_tensors_and_plain_values(tmp_path):
 
 
 def test_truncated_or_foreign_checkpoint_is_refused(tmp_path):
-    """At any length: an error that names the file, never a crash or a half-read model."""
+    """Cut short at any length: an error that names the file, never a crash or a half-read model."""
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"format": minigpt.CHECKPOINT_FORMAT, "w": torch.randn(100)})
     whole = path.read_bytes()
-    for length in (0, 1, 2, 10, 100, len(whole) // 2, len(whole) - 1):
+    for length in (*range(0, len(whole), 23), len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="a.pt"):
             load_checkpoint(path)
@@ -1724,7 +1724,7 @@ def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
         last = err.strip().split("\n")[-1]
         assert code == 2 and last.startswith(f"error: --{flag} {new}: ") and f"{old}" in last
     other = tmp_path / "other.txt"
-    other.write_text(SAMPLE.read_text(encoding="utf-8")[:-1], encoding="utf-8")
+    other.write_text(SAMPLE.read_text(encoding="utf-8")[:-1] + "λ", encoding="utf-8")
     code, _, err = run_main(*resume, "--data", other)
     assert code == 2 and "other.txt: cannot change on --resume; its sha256" in err
     assert (tmp_path / "latest.pt").read_bytes() == before
@@ -1917,7 +1917,7 @@ def test_sigkill_at_any_moment_costs_no_completed_save(tmp_path, start_main):
         begun = last_step(log) if round else 0
         resume = ["--resume"] if (killed / "latest.pt").exists() else []
         process = start_main([*TINY, *OFTEN, "--out_dir", killed, *resume], log)
-        while process.is_alive() and last_step(log) <= begun + 1 if log.exists() else True:
+        while process.is_alive() and (not log.exists() or last_step(log) <= begun + 1):
             time.sleep(0.01)  # until it trains
         time.sleep(dice.uniform(0, 0.5))
         process.kill()
@@ -1942,6 +1942,23 @@ def test_sigkill_at_any_moment_costs_no_completed_save(tmp_path, start_main):
     assert step_losses(killed)[:upto] == step_losses(spared)[:upto]
 
 
+@pytest.mark.slow
+def test_a_signal_at_any_moment_saves_the_last_step(tmp_path, start_main):
+    """Ten SIGTERM, most of them in the midst of a save: each ends the run with its code when all
+    completed steps are on disk. Fails if a save is cut short, or a step is lost."""
+    dice, log, out_dir = random.Random(3), tmp_path / "log", tmp_path / "out"
+    for round in range(10):
+        begun = last_step(log) if round else 0
+        process = start_main([*TINY, *OFTEN, "--out_dir", out_dir, *["--resume"][:round]], log)
+        while process.is_alive() and (not log.exists() or last_step(log) <= begun + 1):
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.2))
+        process.terminate()
+        process.join(20)
+        assert process.exitcode == 143, log.read_text(encoding="utf-8")
+        assert load_checkpoint(out_dir / "latest.pt")["progress"]["step"] == last_step(log)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     """Not even a byte of the files that were complete changes. Here the disk is a limit on the
@@ -1953,20 +1970,21 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in names}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (2000, len(before["latest.pt"]) // 2, len(before["latest.pt"]) - 1):
-        # The curves may be longer than that: the limit comes when all but the run is there.
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
             code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path,
-                                    "--max_steps", "9", "--wandb")
+                                    "--max_steps", "9")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
         assert err.splitlines()[-1].startswith("error: ") and str(tmp_path) in err
         assert {name: (tmp_path / name).read_bytes() for name in names} == before
         assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "best.pt.0.partial").touch()  # as a crash would leave it
     code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path, "--max_steps", 9)
     assert code == 0, err
     assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 9
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.slow
@@ -2277,11 +2295,15 @@ def test_metrics_are_strict_json(tmp_path):
 
 
 def test_settings_that_may_change_on_resume_are_these():
-    """How long to go on and what to report. What gave the earlier steps their meaning stays."""
+    """How long to go on and what to report, as the README lists them. What gave the earlier steps
+    their meaning stays."""
     free = {f.name for config in (GPTConfig, TrainConfig) for f in fields(config)
             if f.metadata["resume"]}
     assert free == {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interval",
                     "log_interval", "patience", "dtype", "compile", "wandb"}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == free
 
 
 def test_loss_curve_is_drawn_where_matplotlib_is(tiny_run):
@@ -2500,7 +2522,7 @@ if team.size > 1:
     runner.register_comm_hook(None, count)
 
 def next_batch():
-    return [get_batch(tokens, 8, 3, batches) for _ in range(team.size)][team.rank]
+    return team.turn(lambda: get_batch(tokens, 8, 3, batches))
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optimizer.register_step_pre_hook(lambda o, *_: grads.extend(p.grad.clone() for p in
@@ -2510,7 +2532,13 @@ for step in range(2):
     loss, norm = train_step(runner, optimizer, next_batch, settings, engine)
     loss = team.mean(loss)
 assert team.largest(3 + team.rank, 7 - team.rank) == [2 + team.size, 7]
-torch.save({"grads": grads, "loss": loss, "calls": len(calls)}, f"{sys.argv[1]}.{team.rank}")
+assert team.share(lambda: [team.rank, "é"]) == [0, "é"]
+dice = []
+for step in (7, 8, 7):
+    team.roll(1, step)
+    dice.append(torch.rand(1).item())
+torch.save({"grads": grads, "loss": loss, "calls": len(calls), "dice": dice},
+           f"{sys.argv[1]}.{team.rank}")
 leave_distributed()
 """
 
@@ -2519,18 +2547,20 @@ leave_distributed()
 def test_two_processes_compute_the_gradients_of_one(tmp_path):
     """In float64, over two steps of four micro-steps: the second step shows that the weights stayed
     alike. Gradients travel once in a step (all of this model's fit into one bucket), not once in
-    each micro-step. Fails if windows are shared wrongly, or sums are taken for means."""
+    each micro-step. Fails if windows are shared wrongly, or sums are taken for means. The dice of
+    dropout are others in each process and step, and the same for the same step."""
     script = tmp_path / "one_step.py"
     script.write_text(ONE_STEP, encoding="utf-8")
     for n in (1, 2):
         code, _, err = run_torchrun(n, tmp_path / f"{n}", script=script)
         assert code == 0, err
-    one = torch.load(tmp_path / "1.0")
-    for rank in range(2):
-        two = torch.load(tmp_path / f"2.{rank}")
-        assert_close(two["grads"], one["grads"], 1e-12)
-        assert_close(two["loss"], one["loss"], 1e-12)
-        assert two["calls"] == 2
+    one, *two = (torch.load(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
+    for of_rank in two:
+        assert_close(of_rank["grads"], one["grads"], 1e-12)
+        assert_close(of_rank["loss"], one["loss"], 1e-12)
+        assert of_rank["calls"] == 2
+        assert of_rank["dice"][0] == of_rank["dice"][2]
+    assert len({*two[0]["dice"], *two[1]["dice"]}) == 4
 
 
 @pytest.mark.slow
@@ -2552,6 +2582,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
         assert_close(a[key], b[key], 1e-4)
     code, _, err = run_torchrun(2, *TINY, "--grad_accum", "3", "--out_dir", tmp_path / "odd")
     assert code != 0 and err.count("error: --grad_accum 3: must be divisible by") == 1
+    code, _, err = run_torchrun(2, "--mode", "eval", "--out_dir", tmp_path / "one")
+    assert code != 0 and err.count("error: --mode eval: runs in one process") == 1
 
 
 def test_micro_steps_are_shared_equally_or_not_at_all():
@@ -2812,6 +2844,8 @@ MISTAKES = {
     "data is a folder": (["--mode", "train", "--data", "{tmp}"], "{tmp}"),
     "data is not UTF-8": (["--mode", "train", "--data", "{tmp}/latin.txt"], "UTF-8"),
     "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 128"),
+    "more layers than can be": (["--mode", "train", "--n_layer", "9" * 30], "--n_layer 999"),
+    "a wide MLP": (["--mode", "train", "--mlp_ratio", "1e300"], "--mlp_ratio 1e+300: must be at"),
     "heads do not divide": (["--mode", "train", "--n_head", "3"], "--n_head 3"),
     "zero layers": (["--mode", "train", "--n_layer", "0"], "--n_layer 0"),
     "negative batch": (["--mode", "train", "--batch_size", "-4"], "--batch_size -4"),
