@@ -157,7 +157,8 @@ def check_settings(config) -> None:
 class GPTConfig:
     """The shape of a model: all that is needed to build it, apart from its weights."""
 
-    vocab_size: int = setting(65, "distinct tokens; to be set for --tokenizer bpe only", low=1)
+    vocab_size: int = setting(65, "distinct tokens; to be set for --tokenizer bpe only, which "
+                              "has 1024 without it", low=1)
     block_size: int = setting(256, "context: the most tokens the model sees at once", low=1)
     n_layer: int = setting(6, "blocks stacked on each other", low=1)
     n_head: int = setting(6, "attention heads in each block", low=1)
@@ -1363,19 +1364,21 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 # Precision `engine` knows the device, and the number format of the matrix products. autocast() and
 #           the scaler serve 16-bit formats (see "Engine room"). In float32 autocast() does nothing,
 #           and the scaler's four lines mean: loss.backward(), nothing, optimizer.step(), nothing.
-#           In a single process, `averaging` does nothing.
+# Processes Of several, each takes its share, and averaging() joins their gradients. One alone has
+#           all micro-steps, and averaging() does nothing.
 
 
 def train_step(model, optimizer, next_batch, config: TrainConfig, engine):
     """One update of the weights. next_batch() -> x, y is called once for each micro-step.
 
-    Returns two scalar tensors: the mean loss over all micro-steps, and the gradient's norm."""
+    Returns two scalar tensors: the mean loss over its micro-steps, and the gradient's norm."""
+    n = config.grad_accum // engine.team.size  # the micro-steps of this process
     loss_sum = torch.zeros((), device=engine.device)
-    for i in range(config.grad_accum):
+    for i in range(n):
         x, y = next_batch()
-        with engine.autocast(), engine.team.averaging(model, now=i == config.grad_accum - 1):
+        with engine.autocast(), engine.team.averaging(model, now=i == n - 1):
             _, loss = model(x, y)
-        loss = loss / config.grad_accum
+        loss = loss / n
         engine.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     engine.scaler.unscale_(optimizer)
@@ -1565,8 +1568,8 @@ class Together:
 # Answer    One dictionary of tensors and plain values with everything in it: weights, optimizer,
 #           both configs, tokenizer, step, random states. It is written beside its final name,
 #           synced, and renamed: a rename is all or nothing, so a crash leaves the old file or the
-#           new one. A checksum at its end tells a file that the disk has changed since, and the
-#           latest.pt before the last one is kept for that case.
+#           new one. A checksum at its end shows whether the disk has changed it since; for that
+#           case the save before the last one is kept as latest_previous.pt.
 # Safety    torch.load(weights_only=True) builds tensors and plain values and runs no code. A plain
 #           pickle could run anything: never load a stranger's checkpoint without that flag.
 # Try it    Press Ctrl-C during training, then run the same command with --resume: the losses go on
@@ -1580,10 +1583,11 @@ PREVIOUS = "latest_previous.pt"
 @contextlib.contextmanager
 def replacing(path: Path):
     """A binary file to write to, that takes the place of `path` when it is complete: `path` is at
-    every moment absent, old or new, and never torn.
+    every moment absent, old or new, and never torn. Of several processes, which may share a folder,
+    each has its own partial file.
 
     Raises UserError, and leaves the old file, when the disk refuses."""
-    partial = path.with_name(f"{path.name}.{torchrun('RANK')}.partial")  # they may share a folder
+    partial = path.with_name(f"{path.name}.{from_torchrun('RANK')}.partial")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -1616,8 +1620,9 @@ class Digesting:
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes a checkpoint. Raises UserError, and leaves the old one, when the disk refuses.
 
-    PyTorch's files are zip archives. Such an archive ends in a comment after its length in two
-    bytes: the checksum of all before is put there, so the file stays one that PyTorch reads."""
+    PyTorch's files are zip archives. Such a file ends with a comment, and before it the comment's
+    length in two bytes. torch.save writes no comment, so these two are zeros; here the checksum of
+    the whole file becomes the comment, and PyTorch still reads it."""
     with replacing(path) as file:
         digesting = Digesting(file)
         torch.save(state, digesting)
@@ -1629,7 +1634,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def sealed(data: bytes) -> bool:
     """Whether the content of a checkpoint is as it was written, to the bit."""
     length = 64  # of a SHA-256 in hexadecimal digits
-    body, seal = data[: -2 - length] + bytes(2), data[-length:]
+    body, seal = data[: -2 - length] + bytes(2), data[-length:]  # the two zeros as they were
     return data[-2 - length : -length] == length.to_bytes(2, "little") and (
         hashlib.sha256(body).hexdigest().encode() == seal)
 
@@ -1706,6 +1711,7 @@ class Progress:
     """How far a run has come: what a checkpoint holds beside weights and random states."""
 
     run: str = ""  # a name drawn when the run began, to tell it from others with the same settings
+    launch: str = ""  # the torchrun that wrote this, so that its restarts find it
     step: int = 0  # completed steps
     evaluated_at: int = -1  # the step of the latest evaluation
     best_val: float = math.inf
@@ -1738,7 +1744,8 @@ def restore_random_states(states: dict, batches: torch.Generator, device: torch.
 #           Everything before this chapter is in these lines. `Run`, below them, is the book-keeper:
 #           it evaluates, reports and saves. Some names come from "Engine room": compile_model may
 #           be read as `model`, stop_signals as a flag that Ctrl-C sets, and the others print, log
-#           or draw. `team` is there for several processes; with one, its lines do nothing.
+#           or draw. `team` is for several processes; with one, `team.turn(f)` is `f()`,
+#           `team.spread(m)` is `m`, `team.largest(a, b)` is `a, b`, and its other lines do nothing.
 # Try it    Train the laptop preset with --max_steps 100, as it is and with --batch_size 4
 #           --grad_accum 4: the losses of the steps differ by a thousandth, since both see the same
 #           16 windows a step and the same mean gradient.
@@ -1747,32 +1754,33 @@ def restore_random_states(states: dict, batches: torch.Generator, device: torch.
 
 def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir: Path,
           resume_from: dict | None = None) -> Progress:
-    """Trains a model until max_steps, until patience ends, or until a stop signal.
+    """Trains a model, which is on engine.device, until max_steps, until patience runs out, or until
+    a stop signal; in the end it has the weights of best.pt (in the first process).
 
-    Writes best.pt, latest.pt, snapshots, metrics.jsonl, config.json and loss.png to out_dir.
-    resume_from is a loaded checkpoint, whose weights the model already has. Raises UserError if
-    the loss is no longer finite; Stopped after a signal, once everything is saved."""
+    Writes best.pt, latest.pt, snapshots, metrics.jsonl and loss.png to out_dir, which exists.
+    config.grad_accum counts the micro-steps of all processes. resume_from is a loaded checkpoint,
+    whose weights the model already has. Raises Diverged if the loss is no longer finite; Stopped
+    after a signal, once everything is saved."""
     optimizer = make_optimizer(model, config, engine.device)
     batches = torch.Generator().manual_seed(config.seed)
-    progress = Progress(run=run_name())
+    progress = Progress(run=uuid.uuid4().hex)
     if resume_from:
         progress = Progress(**resume_from["progress"])
         optimizer.load_state_dict(resume_from["optimizer"])
         if resume_from["scaler"]:  # empty unless that run was in float16
             engine.scaler.load_state_dict(resume_from["scaler"])
         restore_random_states(resume_from["random"], batches, engine.device)
-    team = engine.team
-    run = (Run if team.rank == 0 else Follower)(
-        model, tokenizer, corpus, config, engine, out_dir, optimizer, batches, progress,
-        resumed=resume_from is not None)
-    mine = replace(config, grad_accum=config.grad_accum // team.size)  # its share of a step
+    team, progress.launch = engine.team, launch_name()
+    book_keeper = Run if team.rank == 0 else Follower
+    run = book_keeper(model, tokenizer, corpus, config, engine, out_dir, optimizer, batches,
+                      progress, resumed=resume_from is not None)
 
     def next_batch():
         return team.turn(lambda: get_batch(corpus.train, model.config.block_size,
                                            config.batch_size, batches, engine.device))
 
-    runner = compile_model(model, config, engine, next_batch, batches)  # trains `model`'s weights
-    runner = team.spread(runner, engine.device)
+    # The runner shares the model's weights.
+    runner = team.spread(compile_model(model, config, engine, next_batch, batches), engine.device)
     model.train()
     with stop_signals() as stop:
         run.stopped = lambda: stop.signal != 0
@@ -1780,14 +1788,14 @@ def train(model, tokenizer, corpus: Corpus, config: TrainConfig, engine, out_dir
             if run.evaluation_due():
                 run.evaluate_and_save()
             if run.snapshot_due():
-                run.save(f"step_{progress.step:06d}.pt")
+                run.save_snapshot()
             signal_number, finished = team.largest(stop.signal, run.finished())
             if signal_number or finished:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(progress.step, config)
-            team.roll(config.seed, progress.step)
-            loss, norm = train_step(runner, optimizer, next_batch, mine, engine)
+            team.reseed_dropout(config.seed, progress.step)
+            loss, norm = train_step(runner, optimizer, next_batch, config, engine)
             progress.step += 1
             run.report(loss, norm)
     if signal_number:
@@ -1834,7 +1842,7 @@ class Run:
         if best.exists():
             kept = self.out_dir / f"best_{step:06d}.pt"
             best.replace(kept)
-            say(f"the best.pt that was here is not of this run's past: it is {kept} now")
+            say(f"the best.pt that was here is damaged or not of this run's past: it is {kept} now")
         p.best_val, p.best_step, p.stale, p.evaluated_at = math.inf, 0, 0, -1
 
     def restart_clock(self) -> None:
@@ -1853,10 +1861,14 @@ class Run:
         return due and p.evaluated_at != p.step
 
     def snapshot_due(self) -> bool:
-        """At every checkpoint_interval, but not where the run began."""
+        """At every checkpoint_interval, but not again where a run goes on."""
         c, p = self.config, self.progress
-        return (c.checkpoint_interval > 0 and p.step > self.first_step
-                and p.step % c.checkpoint_interval == 0)
+        due = c.checkpoint_interval > 0 and p.step > 0 and p.step % c.checkpoint_interval == 0
+        return due and (p.step > self.first_step or not self.snapshot.exists())
+
+    @property
+    def snapshot(self) -> Path:
+        return self.out_dir / f"step_{self.progress.step:06d}.pt"
 
     def check_finite(self, *losses: float) -> None:
         """Raises UserError if the latest loss or gradient, one of `losses`, or a weight is not a
@@ -1931,6 +1943,12 @@ class Run:
         text = self.tokenizer.decode(ids).strip("\n")
         say("".join(f"    | {line}\n" for line in text.split("\n")))
 
+    def save_snapshot(self) -> None:
+        """Saves a file to keep, and latest.pt, unless an evaluation has just done that."""
+        self.save(self.snapshot.name)
+        if self.progress.evaluated_at != self.progress.step:
+            self.save("latest.pt")
+
     def save(self, name: str) -> None:
         """Writes out_dir/name with everything that resuming or generating needs."""
         self.check_finite()
@@ -1971,10 +1989,10 @@ class Run:
 class Follower(Run):
     """What Run is in all processes but the first: it leaves files and screen to that one."""
 
-    def leave(self, *_, **__) -> None:
-        """To the first process."""
+    def nothing(self, *_, **__) -> None:
+        """The first process does it."""
 
-    open = evaluate_and_save = save = log = finish = leave
+    open = evaluate_and_save = save = log = finish = nothing
 
 
 # ==================================================================================================
@@ -1996,8 +2014,8 @@ class Follower(Run):
 #           alone reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Try it    After training the laptop preset, --prompt ROMEO: --temperature 0 goes round in circles
-#           ("And then the strong of the strong of the strong"): always the likeliest token does not
-#           make a typical text. --temperature 2 writes hardly a word of English.
+#           ("And then the state that the state that the state"): always the likeliest token does
+#           not make a typical text. --temperature 2 writes hardly a word of English.
 # ==================================================================================================
 
 
@@ -2200,7 +2218,7 @@ class Engine:
 
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
-    several = torchrun("WORLD_SIZE", 1) > 1
+    several = from_torchrun("WORLD_SIZE", 1) > 1
     present = {"cuda": torch.cuda.is_available(), "cpu": True,
                "mps": torch.backends.mps.is_available() and not several}
     if name == "auto":
@@ -2211,7 +2229,7 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name}: unknown; this machine has {choices}") from None
     if device.type == "cuda" and several:
-        device = torch.device("cuda", torchrun("LOCAL_RANK"))
+        device = torch.device("cuda", from_torchrun("LOCAL_RANK"))
     in_range = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
     if not present.get(device.type) or not in_range:
         raise UserError(f"--device {name}: not found here ({device}); this machine has {choices}"
@@ -2277,21 +2295,22 @@ def compile_model(model, config: TrainConfig, engine, next_batch, batches: torch
 #           0, N, 2N ..., the second 1, N + 1 ...: a step sees the windows that it would see in one
 #           process, and without dropout gives the same weights, up to rounding.
 # Order     `torchrun` starts the processes and numbers them (`rank`). Number 0 evaluates, writes
-#           and prints; the others wait for it where they next need it.
+#           and prints; the others wait for it at the next `largest` of the training loop.
 # Try it    `torchrun --nproc_per_node=2 minigpt.py --mode train --max_steps 100` prints the losses
 #           of `python minigpt.py --mode train --max_steps 100 --batch_size 8 --grad_accum 2`.
 
 
-def torchrun(name: str, otherwise: int = 0) -> int:
+def from_torchrun(name: str, otherwise: int = 0) -> int:
     """RANK, WORLD_SIZE and the like, which torchrun tells its processes; `otherwise` without it."""
-    return int(os.environ.get(name, otherwise)) if "TORCHELASTIC_RUN_ID" in os.environ \
-        else otherwise
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return otherwise
+    return int(os.environ.get(name, otherwise))
 
 
 @dataclass
 class Team:
-    """The processes that train together, as one of them sees them. Alone, by default: then nothing
-    below does anything, so that no caller needs an `if`."""
+    """The processes that train together, as one of them sees them. Alone, by default: then each of
+    these functions gives back what it got, so that no caller needs an `if`."""
 
     rank: int = 0  # the number of this one
     size: int = 1
@@ -2347,24 +2366,24 @@ class Team:
         pass. Of several micro-steps the last one's will do, since the sums are averaged then."""
         return contextlib.nullcontext() if self.size == 1 or now else model.no_sync()
 
-    def roll(self, seed: int, step: int) -> None:
-        """Dropout needs other dice in each process. As they follow from seed and step, they need
-        not be saved."""
+    def reseed_dropout(self, seed: int, step: int) -> None:
+        """Dropout must differ between the processes. As it follows from seed and step, its state
+        need not be saved."""
         if self.size > 1:
             torch.manual_seed((seed * 2**24 + step * self.size + self.rank) % 2**63)
 
 
 def setup_distributed() -> Team:
     """Joins the other processes if torchrun started this one."""
-    team = Team(torchrun("RANK"), torchrun("WORLD_SIZE", 1), torchrun("LOCAL_RANK"))
+    team = Team(from_torchrun("RANK"), from_torchrun("WORLD_SIZE", 1), from_torchrun("LOCAL_RANK"))
     if team.size > 1 and not torch.distributed.is_initialized():
         # The others may have to wait while the first one encodes or evaluates a large corpus.
-        patience = datetime.timedelta(hours=12)
+        patience = datetime.timedelta(hours=2)
         store, _, _ = next(torch.distributed.rendezvous("env://", timeout=patience))
-        if torchrun("GROUP_WORLD_SIZE", 1) == 1:
+        if from_torchrun("GROUP_WORLD_SIZE", 1) == 1:
             # Subtle: torchrun's table of addresses outlives a crash; after a restart the old ones
             # would still be found in it. (On several machines the README tells what to do.)
-            attempt = str(torchrun("TORCHELASTIC_RESTART_COUNT"))
+            attempt = str(from_torchrun("TORCHELASTIC_RESTART_COUNT"))
             store = torch.distributed.PrefixStore(attempt, store)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience,
@@ -2379,15 +2398,16 @@ def leave_distributed() -> None:
 
 
 def share_steps(config: TrainConfig, n: int, may_change: bool) -> TrainConfig:
-    """The settings, with as many micro-steps as n processes can share equally. Raises UserError if
-    they cannot; if they may change, they become more and smaller ones, of the same windows."""
+    """The settings, with a number of micro-steps that n processes can share equally. Where this
+    takes a change, and may_change, a step becomes n smaller micro-steps with the same windows in
+    all; otherwise it raises UserError."""
     if config.grad_accum % n == 0:
         return config
     windows = config.grad_accum * config.batch_size
     if windows % n or not may_change:
         raise UserError(f"--grad_accum {config.grad_accum}: must be divisible by the number of "
-                        f"processes, {n}, which share the micro-steps; "
-                        f"{math.ceil(config.grad_accum / n) * n} would do")
+                        f"processes, {n}, which share the micro-steps; start fewer, or a new run "
+                        f"with --grad_accum {math.ceil(config.grad_accum / n) * n}")
     shared = replace(config, grad_accum=n, batch_size=windows // n)
     say(f"{n} processes: --grad_accum {shared.grad_accum} --batch_size "
         f"{shared.batch_size} instead of {config.grad_accum} and {config.batch_size}, the same "
@@ -2395,11 +2415,11 @@ def share_steps(config: TrainConfig, n: int, may_change: bool) -> TrainConfig:
     return shared
 
 
-def run_name() -> str:
-    """A name for a new run; under torchrun it is the same after each of its restarts, and tells
-    them from new runs. (Its count of restarts is kept by each machine for itself.)"""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", uuid.uuid4().hex)
-    return name if name != "none" else f"torchrun-{os.getppid()}"  # "none": it has no name for it
+def launch_name() -> str:
+    """The name of this torchrun: the same after each of its restarts, and another one for each new
+    run. (Its count of restarts would not do alone: each machine keeps its own.)"""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return name if name != "none" else f"process {os.getppid()}"  # it was given no name
 
 
 # ---- Signals -------------------------------------------------------------------------------------
@@ -2423,7 +2443,7 @@ def stop_signals():
         for s in previous:
             signal.signal(s, signal.SIG_DFL)
         # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
-        if not torchrun("RANK"):
+        if not from_torchrun("RANK"):
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     with contextlib.suppress(ValueError):  # only the main thread may listen for signals
@@ -2447,7 +2467,7 @@ def say(text: str = "") -> None:
     """A line to stderr, where everything goes but generated text and scores. Of several processes
     the first one speaks."""
     global _status_width
-    if torchrun("RANK"):
+    if from_torchrun("RANK"):
         return
     if _status_width:
         print("\r" + " " * _status_width + "\r", end="", file=sys.stderr)
@@ -2455,10 +2475,19 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def complain(text: str) -> None:
+    """An error. One that all processes find before they join is told by the first; after that it
+    may be the error of one machine alone."""
+    rank = from_torchrun("RANK")
+    say(text)
+    if rank and torch.distributed.is_initialized():
+        print(f"process {rank}: {text}", file=sys.stderr, flush=True)
+
+
 def show_status(text: str) -> None:
     """Progress: rewritten in place on a terminal, a line of its own in a pipe or a file."""
     global _status_width
-    if torchrun("RANK") or not sys.stderr.isatty():
+    if from_torchrun("RANK") or not sys.stderr.isatty():
         return say(text)
     text = text[: shutil.get_terminal_size().columns - 1]
     print("\r" + text.ljust(_status_width), end="", file=sys.stderr, flush=True)
@@ -2509,7 +2538,8 @@ class MetricsLog:
         last = p.step if p.evaluated_at == p.step else p.step - 1  # evaluations up to here stay
         kept = [r for r in read_metrics(out_dir) if resumed and "full_val_loss" not in r
                 and r["step"] <= (last if "val_loss" in r else p.step)]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        with replacing(self.path) as file:
+            file.write("".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def write(self, **record) -> None:
         # JSON has no infinity and no NaN: null stands for them.
@@ -2781,7 +2811,8 @@ def run_variant(args, folder: Path, variant: dict, seed: int) -> dict:
     except Diverged as problem:
         row["note"] = str(problem).partition(";")[0]
         say(row["note"])
-    result.write_text(json.dumps(row), encoding="utf-8")
+    with replacing(result) as file:
+        file.write(json.dumps(row).encode())
     return row
 
 
@@ -3191,22 +3222,22 @@ def make_folder(path: Path) -> None:
 
 
 def set_aside(out_dir: Path, corpus: Corpus) -> None:
-    """Moves the files of an earlier run to out_dir/earlier, in place of what was there before: so
-    a forgotten --resume loses nothing. Token files that are not of this corpus can be deleted."""
-    for path in out_dir.glob("tokens_*.bin"):
+    """Moves the files of an earlier run to a folder in out_dir of their own, so that a forgotten
+    --resume loses nothing. Token files that are not of this corpus can be deleted."""
+    for path in [*out_dir.glob("tokens_*.bin"), *out_dir.glob("tokens_*.partial")]:
         if path not in (corpus.train.path, corpus.val.path):
             path.unlink()
-    names = ("best.pt", "latest*.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
+    names = ("best*.pt", "latest*.pt", "step_*.pt", "metrics.jsonl", "config.json", "loss.png")
     files = [path for name in names for path in out_dir.glob(name)]
     if not any(path.suffix == ".pt" for path in files):
         return
-    earlier = out_dir / "earlier"
-    shutil.rmtree(earlier, ignore_errors=True)
-    earlier.mkdir(exist_ok=True)
+    folders = (out_dir / f"earlier_{n}" for n in itertools.count(1))
+    earlier = next(path for path in folders if not path.exists())
+    earlier.mkdir()
     for path in files:
         path.replace(earlier / path.name)
-    say(f"{out_dir} held an earlier run: it is in {earlier} until the next new one (--resume goes "
-        "on with a run)")
+    say(f"{out_dir} held an earlier run: it is in {earlier} now; delete it if it is no longer "
+        f"needed, or go on with it by --resume --out_dir {earlier}")
 
 
 def names_of_runs(out_dir: Path) -> set[str]:
@@ -3214,7 +3245,7 @@ def names_of_runs(out_dir: Path) -> set[str]:
     names = set()
     for name in ("best.pt", "latest.pt", PREVIOUS):
         with contextlib.suppress(UserError):  # missing, or damaged
-            names.add(load_checkpoint(out_dir / name)["progress"]["run"])
+            names.add(load_checkpoint(out_dir / name)["progress"].get("run"))
     return names
 
 
@@ -3226,17 +3257,19 @@ def chosen_data(args, state: dict | None) -> str | None:
 
 
 def state_to_resume(args, out_dir: Path) -> tuple[dict | None, Path | None]:
-    """The checkpoint to train on from, if --resume asks for one, or if torchrun starts the run
-    again after a crash."""
+    """The checkpoint to train on from: the latest of this very run if torchrun started it again
+    after a crash, or else the one that --resume asks for."""
+    nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"
+    if launch_name() and (not nameless or from_torchrun("TORCHELASTIC_RESTART_COUNT")):
+        with contextlib.suppress(UserError):  # there is none yet
+            state, path = load_latest(out_dir)
+            if state["progress"].get("launch") == launch_name():
+                return state, path
     if args.resume and args.checkpoint:
         return load_checkpoint(Path(args.checkpoint)), Path(args.checkpoint)
-    if args.resume:
-        return load_latest(out_dir)
     if args.checkpoint:
         raise UserError(f"--checkpoint {args.checkpoint}: add --resume to train on from it")
-    if "TORCHELASTIC_RUN_ID" in os.environ and run_name() in names_of_runs(out_dir):
-        return load_latest(out_dir)
-    return None, None
+    return load_latest(out_dir) if args.resume else (None, None)
 
 
 def run_train(args) -> None:
@@ -3273,6 +3306,9 @@ def run_train(args) -> None:
             model = build_model(GPTConfig(**model_settings))
         corpus = encode_corpus(text, tokenizer, model.config.block_size, out_dir, data)
     settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
+    if team.share(lambda: (settings, text.sha256)) != (settings, text.sha256):
+        raise UserError(f"--data {corpus_path}: this text, or the settings, are not those of the "
+                        "first process; give all the same command and the same file")
     if team.rank == 0:
         if not state or names_of_runs(out_dir) - {state["progress"]["run"]}:
             set_aside(out_dir, corpus)
@@ -3336,13 +3372,13 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.mode is None:
             raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
-        if torchrun("WORLD_SIZE", 1) > 1 and args.mode != "train":
+        if from_torchrun("WORLD_SIZE", 1) > 1 and args.mode != "train":
             raise UserError(f"--mode {args.mode}: runs in one process; start it with python, not "
                             "with torchrun")
         MODES[args.mode](args)
         return 0
     except UserError as problem:
-        say(f"error: {problem}")
+        complain(f"error: {problem}")
         return 2
     except Stopped as stopped:
         say("saved; go on with --resume")
@@ -3355,19 +3391,19 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0 if any("generate" in a for a in argv) else 141
     except OSError as problem:
-        say(f"error: {problem.filename or '--out_dir'}: {problem.strerror}; free some space, or "
-            "choose another --out_dir")
+        complain(f"error: {problem.filename or '--out_dir'}: {problem.strerror}; free some space, "
+                 "or choose another --out_dir")
         return 2
     except (MemoryError, RuntimeError) as problem:  # torch has no one class for a lack of memory
         reason = f"{type(problem).__name__} {problem}"
-        if torchrun("WORLD_SIZE", 1) > 1 and re.search("gloo|nccl|connection|Dist", reason):
+        if from_torchrun("WORLD_SIZE", 1) > 1 and re.search("gloo|nccl|connection|Dist", reason):
             say("error: another process of this run has ended; what was saved is intact: go on "
                 "with --resume")
             return 1
         if not re.search("memory|alloc|overflow", reason, re.I):
             raise
-        say("error: out of memory; lower --batch_size (and raise --grad_accum), --block_size, "
-            "--n_embd or --num_samples")
+        complain("error: out of memory; lower --batch_size (and raise --grad_accum), --block_size, "
+                 "--n_embd or --num_samples")
         return 2
     finally:
         leave_distributed()
