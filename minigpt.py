@@ -3272,49 +3272,63 @@ def state_to_resume(args, out_dir: Path) -> tuple[dict | None, Path | None]:
     return load_latest(out_dir) if args.resume else (None, None)
 
 
+def new_settings(args, team: Team) -> tuple[dict, TrainConfig]:
+    """The settings of a new run. Mistakes among them show before a corpus is fetched."""
+    model_settings, config = fresh_configs(args, find_device(args.device))
+    GPTConfig(**model_settings)
+    if "vocab_size" in model_settings and config.tokenizer != "bpe":
+        raise UserError(f"--vocab_size {model_settings['vocab_size']}: goes with --tokenizer "
+                        f"bpe only; the vocabulary of {config.tokenizer} is what it is")
+    typed = {"batch_size", "grad_accum"} & vars(args).keys()
+    return model_settings, share_steps(config, team.size, may_change=not typed)
+
+
+def new_model(settings: dict, config: TrainConfig, text: Text) -> tuple:
+    """A tokenizer for a text, and a model for its tokens. Its weights depend on the seed alone."""
+    tokenizer = make_tokenizer(config.tokenizer, text, settings.get("vocab_size"))
+    torch.manual_seed(config.seed)
+    return build_model(GPTConfig(**{**settings, "vocab_size": tokenizer.vocab_size})), tokenizer
+
+
+def find_text(args, state: dict | None) -> tuple[Text, str | None]:
+    """The corpus; and its path as a checkpoint keeps it, so that a later --resume or eval goes to
+    the same text: None for the usual one. Raises UserError if a resumed run had another text."""
+    data = chosen_data(args, state)
+    path = find_corpus(data)
+    text = Text.survey(path)
+    if state and text.sha256 != state["corpus_sha256"]:
+        raise UserError(f"--data {path}: cannot change on --resume; its sha256 is "
+                        f"{text.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
+    return text, data if path == DATA / "input.txt" else str(path)
+
+
 def run_train(args) -> None:
-    """--mode train"""
+    """--mode train: first the settings, then the corpus and the model, then the loop."""
     out_dir, team = Path(args.out_dir), setup_distributed()
     state, path = team.share(lambda: state_to_resume(args, out_dir))
     if state:
         model, tokenizer = model_from_checkpoint(state)
         config = share_steps(resumed_config(args, state, path), team.size, may_change=False)
     else:
-        model_settings, config = fresh_configs(args, find_device(args.device))
-        typed = {"batch_size", "grad_accum"} & vars(args).keys()
-        config = share_steps(config, team.size, may_change=not typed)
-        GPTConfig(**model_settings)  # a mistake should show before the corpus is fetched
-        if "vocab_size" in model_settings and config.tokenizer != "bpe":
-            raise UserError(f"--vocab_size {model_settings['vocab_size']}: goes with --tokenizer "
-                            f"bpe only; the vocabulary of {config.tokenizer} is what it is")
+        model_settings, config = new_settings(args, team)
     engine = make_engine(args.device, config.dtype, team)
     config = replace(config, dtype=engine.dtype_name)  # what auto has become, so a resume keeps it
-    data = chosen_data(args, state)
     with team.first_on_each_machine():
         make_folder(out_dir)
-        corpus_path = find_corpus(data)
-        if corpus_path != DATA / "input.txt":
-            data = str(corpus_path)  # a later --resume or eval goes to the same text
-        text = Text.survey(corpus_path)
-        if state and text.sha256 != state["corpus_sha256"]:
-            raise UserError(f"--data {corpus_path}: cannot change on --resume; its sha256 is "
-                            f"{text.sha256[:12]}, the run's is {state['corpus_sha256'][:12]}")
+        text, data = find_text(args, state)
         if not state:
-            tokenizer = make_tokenizer(config.tokenizer, text, model_settings.get("vocab_size"))
-            torch.manual_seed(config.seed)
-            model_settings["vocab_size"] = tokenizer.vocab_size
-            model = build_model(GPTConfig(**model_settings))
+            model, tokenizer = new_model(model_settings, config, text)
         corpus = encode_corpus(text, tokenizer, model.config.block_size, out_dir, data)
     settings = {"model_config": asdict(model.config), "train_config": asdict(config)}
     if team.share(lambda: (settings, text.sha256)) != (settings, text.sha256):
-        raise UserError(f"--data {corpus_path}: this text, or the settings, are not those of the "
+        raise UserError(f"--data {text.path}: this text, or the settings, are not those of the "
                         "first process; give all the same command and the same file")
     if team.rank == 0:
         if not state or names_of_runs(out_dir) - {state["progress"]["run"]}:
             set_aside(out_dir, corpus)
         (out_dir / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     model.to(engine.device)
-    say(f"corpus {corpus_path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
+    say(f"corpus {text.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
     say(f"model {model.config.model}: {model.num_parameters():,} parameters "
         f"({model.num_parameters() / 1e6:.1f}M); device {engine.device}, {engine.dtype_name}, "
