@@ -10,6 +10,7 @@ references are computed in float64, by torch or by hand. What a user types is te
 real command; nothing is replaced by a stand-in, except the mirrors' addresses by a local server's.
 """
 
+import argparse
 import ast
 import collections
 import concurrent.futures
@@ -604,7 +605,7 @@ def test_tokens_in_a_file_are_those_that_were_written(tmp_path, vocab_size, widt
     ids = [0, vocab_size - 1, 1, vocab_size - 2]
     tokens = minigpt.MappedTokens(tmp_path / "t.bin", vocab_size)
     tokens.write([ids, ids[:1]])
-    assert tokens.path.stat().st_size == 5 * width and len(tokens) == 5
+    assert tokens.path.stat().st_size == 5 * width + 32 and len(tokens) == 5  # and a checksum
     assert tokens[:].tolist() == [*ids, 0] and tokens[torch.tensor([[3, 1]])].tolist() == [
         [vocab_size - 2, vocab_size - 1]]
     x, y = get_batch(tokens, 4, 1)
@@ -1760,6 +1761,8 @@ def test_a_snapshot_is_a_save_like_others(tmp_path):
     train_tiny(tmp_path / "a", *every_two, "--eval_interval", "100", "--max_steps", "5")
     previous = tmp_path / "a" / minigpt.PREVIOUS  # the last save before the one at the end
     assert load_checkpoint(previous)["progress"]["step"] == 4
+    train_tiny(tmp_path / "c", *every_two, "--eval_interval", "100", "--max_steps", "3")
+    assert load_checkpoint(tmp_path / "c" / minigpt.PREVIOUS)["progress"]["step"] == 2
     (tmp_path / "b").mkdir()
     shutil.copy(previous, tmp_path / "b" / "latest.pt")
     code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")
@@ -1963,6 +1966,190 @@ def test_sigkill_at_any_moment_costs_no_completed_save(tmp_path, start_main):
         assert_same(a[state], b[state])
     upto = int(snapshot.stem.removeprefix("step_"))
     assert step_losses(killed)[:upto] == step_losses(spared)[:upto]
+
+
+RESUME = ["--mode", "train", "--resume", "--out_dir"]
+
+
+def resume_tiny(out_dir, *argv):
+    code, _, err = run_main(*RESUME, out_dir, *argv)
+    assert code == 0, err
+    return err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_damaged_token_file_is_made_anew(tmp_path, part):
+    """Wherever it was damaged: a shorter one would give another score, one of zeros another
+    model, without a word."""
+    train_tiny(tmp_path, "--max_steps", "1")
+    (path,) = tmp_path.glob(f"tokens_{part}_*.bin")
+    whole = path.read_bytes()
+    for damaged in (whole[:3000], bytes(len(whole)), b"\xc8" * len(whole), whole[:-1], b""):
+        path.write_bytes(damaged)
+        resume_tiny(tmp_path)
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("garbage", [b"\xff\xfe\x80\n", b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n',
+                                     b"\0" * 99])
+def test_garbage_in_the_metrics_does_not_stop_a_resume(tmp_path, garbage):
+    """What a disk may leave behind after a crash; the records before it stay."""
+    train_tiny(tmp_path, "--max_steps", "2")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(garbage)
+    resume_tiny(tmp_path, "--max_steps", 3)
+    assert [s for s, *_ in step_losses(tmp_path)] == [1, 2, 3]
+
+
+def test_a_damaged_best_checkpoint_is_kept_and_found_anew(tmp_path):
+    """A resume must not end over it, nor take it for its best."""
+    train_tiny(tmp_path)
+    damaged = (tmp_path / "best.pt").read_bytes()[:-100]
+    (tmp_path / "best.pt").write_bytes(damaged)
+    assert "damaged or not of this run's past" in resume_tiny(tmp_path)
+    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] == 6
+    assert (tmp_path / "best_000000.pt").read_bytes() == damaged
+
+
+@pytest.mark.slow
+def test_no_best_checkpoint_is_lost_when_a_run_branches_twice(tmp_path):
+    """Two branches whose best is of the same step, and the trunk: three files."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    first = (tmp_path / "best.pt").read_bytes()
+    for kind in ("bfloat16", "float32"):
+        resume_tiny(tmp_path, "--checkpoint", tmp_path / "step_000002.pt", "--dtype", kind)
+    assert first in [p.read_bytes() for p in tmp_path.glob("best_*.pt")]
+    assert len(list(tmp_path.glob("best*.pt"))) == 3
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_of_another_run_is_not_taken_for_ours(tmp_path):
+    """Not even where it is of the same step, and alone in the folder."""
+    train_tiny(tmp_path / "ours")
+    train_tiny(tmp_path / "other", "--seed", "5")
+    best = (tmp_path / "other" / "best.pt").read_bytes()
+    for name in ("latest.pt", minigpt.PREVIOUS):
+        (tmp_path / "other" / name).unlink()
+    resume_tiny(tmp_path / "other", "--checkpoint", tmp_path / "ours" / "latest.pt")
+    assert (tmp_path / "other" / "earlier_1" / "best.pt").read_bytes() == best
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    """For want of memory or of a permission: the file keeps its name, and is not replaced by the
+    one before it."""
+    train_tiny(tmp_path)
+    before, load, read = (tmp_path / "latest.pt").read_bytes(), torch.load, Path.read_bytes
+    starved = iter([MemoryError])
+
+    def load_once_starved(*args, **options):
+        for problem in starved:
+            raise problem
+        return load(*args, **options)
+
+    def refuse(path):
+        if path.name == "latest.pt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    for owner, name, instead in ((torch, "load", load_once_starved), (Path, "read_bytes", refuse)):
+        with monkeypatch.context() as m:
+            m.setattr(owner, name, instead)
+            assert run_main(*RESUME, tmp_path)[0] == 2
+        assert (tmp_path / "latest.pt").read_bytes() == before
+
+
+def test_a_checkpoint_without_one_of_its_parts_is_refused(tmp_path):
+    """In one line, as what another version wrote, and not by a traceback in mid-start."""
+    train_tiny(tmp_path, "--max_steps", "1")
+    for part in ("run", "optimizer", "scaler", "random", "corpus", "corpus_sha256"):
+        state = load_checkpoint(tmp_path / "best.pt")
+        (state["progress"] if part == "run" else state).pop(part)
+        save_checkpoint(tmp_path / "x.pt", state)
+        code, _, err = run_main(*RESUME, tmp_path, "--checkpoint", tmp_path / "x.pt")
+        assert code == 2 and "do not fit together" in err
+
+
+@pytest.mark.slow
+def test_a_corpus_that_changed_in_its_place_is_refused(tmp_path):
+    """Also where no --data is typed; the same characters in another order are another text, and
+    have token files of their own."""
+    text, mine = SAMPLE.read_text(encoding="utf-8"), tmp_path / "mine.txt"
+    out_dir = tmp_path / "out"
+    mine.write_text(text, encoding="utf-8")
+    train_tiny(out_dir, "--data", mine, "--max_steps", "1")
+    first = set(out_dir.glob("tokens_*"))
+    mine.write_text(text[::-1], encoding="utf-8")
+    code, _, err = run_main(*RESUME, out_dir)
+    assert code == 2 and "cannot change on --resume" in err
+    train_tiny(out_dir, "--data", mine, "--max_steps", "1")
+    second = set(out_dir.glob("tokens_*"))
+    assert len(first) == len(second) == 2 and not first & second
+
+
+@pytest.mark.slow
+def test_a_lengthened_run_has_one_score_and_a_new_run_none_of_the_old_files(tmp_path):
+    """The full score comes last; snapshots and best checkpoints of the earlier run move aside."""
+    train_tiny(tmp_path, "--checkpoint_interval", "1")
+    resume_tiny(tmp_path, "--max_steps", 8)
+    scored = ["full_val_loss" in r for r in metrics_of(tmp_path)]
+    assert scored.index(True) == len(scored) - 1
+    old = (tmp_path / "step_000001.pt").read_bytes()
+    (tmp_path / "best_000003.pt").touch()
+    train_tiny(tmp_path, "--max_steps", "1", "--seed", "5", "--checkpoint_interval", "1")
+    assert (tmp_path / "earlier_1" / "step_000001.pt").read_bytes() == old
+    assert (tmp_path / "step_000001.pt").read_bytes() != old
+    assert not (tmp_path / "best_000003.pt").exists() and not list(tmp_path.glob("step_000002*"))
+
+
+def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
+    """A rename that comes before the sync may survive a power failure that the content does not.
+    And best.pt before latest.pt, which speaks of it."""
+    seen, sync, replace, save = [], os.fsync, os.replace, minigpt.save_checkpoint
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(os.fstat(fd).st_size), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append("renamed"), replace(a, b)))
+    with minigpt.replacing(tmp_path / "a") as file:
+        file.write(b"12345")
+    assert seen == [5, "renamed"]
+    saved = []
+    monkeypatch.setattr(minigpt, "save_checkpoint",
+                        lambda path, state: (saved.append(path.name), save(path, state)))
+    train_tiny(tmp_path, "--max_steps", "1", "--checkpoint_interval", "0")
+    assert saved[:2] == ["best.pt", "latest.pt"]
+
+
+def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypatch):
+    """Not every file system lets a file have two names."""
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train_tiny(tmp_path)
+    assert load_checkpoint(tmp_path / minigpt.PREVIOUS)["progress"]["step"] == 3
+
+
+@pytest.mark.slow
+def test_a_resume_restores_the_scale_of_float16_and_the_time(tmp_path):
+    """With another scale other steps would be skipped. And `auto` has become a format: another
+    machine must not choose another one."""
+    train_tiny(tmp_path, "--dtype", "float16", "--checkpoint_interval", "3")
+    state = load_checkpoint(tmp_path / "step_000003.pt")
+    state["scaler"]["scale"], state["progress"]["seconds"] = 1024.0, 7200.0
+    save_checkpoint(tmp_path / "s.pt", state)
+    err = resume_tiny(tmp_path / "b", "--checkpoint", tmp_path / "s.pt")
+    assert "trained in 2h00m" in err
+    assert load_checkpoint(tmp_path / "b" / "latest.pt")["scaler"]["scale"] == 1024.0
+    train_tiny(tmp_path / "c", "--max_steps", "1", "--dtype", "auto")
+    assert load_checkpoint(tmp_path / "c" / "latest.pt")["train_config"]["dtype"] != "auto"
+
+
+def test_signals_are_as_before_when_training_is_over(tmp_path):
+    """Or Ctrl-C would do nothing in the final scoring, and between two runs of an ablation."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    train_tiny(tmp_path, "--max_steps", "1")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.slow
@@ -2623,6 +2810,88 @@ def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
     assert len(re.findall("^error: --grad_accum 3: must be divisible by", err, re.M)) == 1
     code, _, err = run_torchrun(2, "--mode", "eval", "--out_dir", tmp_path / "one")
     assert code != 0 and err.count("error: --mode eval: runs in one process") == 1
+
+
+def test_a_launch_finds_its_own_checkpoint_and_no_other(tmp_path, monkeypatch):
+    """Also where --resume --checkpoint began it, and on a machine that has counted no restart.
+    Another launch takes what the flags say, and leaves a damaged file of another launch alone."""
+    def resumed(resume, checkpoint=None):
+        state, _ = minigpt.state_to_resume(
+            argparse.Namespace(resume=resume, checkpoint=checkpoint), tmp_path)
+        return state and state["progress"]["step"]
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    old = str(tmp_path / "step_000002.pt")
+    assert [resumed(False), resumed(True, old), resumed(True)] == [6, 6, 6]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert [resumed(False), resumed(True, old), resumed(True)] == [None, 2, 6]
+    (tmp_path / "latest.pt").write_bytes(b"cut")
+    assert "going on from" not in train_tiny(tmp_path)
+    (tmp_path / "latest.pt").write_bytes(b"cut")
+    assert resume_tiny(tmp_path).count("going on from") == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # by an older torchrun
+    monkeypatch.setattr(os, "getppid", lambda: 17)
+    first = minigpt.launch_name()
+    monkeypatch.setattr(os, "getppid", lambda: 18)
+    assert first != minigpt.launch_name()
+
+
+def test_variables_of_a_cluster_manager_are_not_torchruns(tmp_path, monkeypatch):
+    """Some set these for processes that know nothing of each other."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert "full validation split" in train_tiny(tmp_path, "--max_steps", "1")
+
+
+def test_followers_touch_no_file(tmp_path):
+    """Two processes that rewrite the metrics or move best.pt would destroy each other's work."""
+    run = minigpt.Follower(None, None, None, TrainConfig(), None, tmp_path, None, None,
+                           minigpt.Progress(), resumed=True)
+    (tmp_path / "best.pt").touch()
+    run.open(True)
+    run.evaluate_and_save(), run.save("latest.pt"), run.save_snapshot(), run.finish()
+    run.log(1.0, 1.0, 1.0, left=1.0)
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_the_first_of_each_machine_goes_first(monkeypatch):
+    """The first process of a second machine is not the first of all, and does not wait to begin."""
+    events = []
+    monkeypatch.setattr(minigpt.Team, "wait", lambda self: events.append("wait"))
+    for rank, local_rank, order in ((2, 0, ["work", "wait"]), (3, 1, ["wait", "work"])):
+        events.clear()
+        with minigpt.Team(rank, 4, local_rank).first_on_each_machine():
+            events.append("work")
+        assert events == order
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_when_patience_runs_out(tmp_path):
+    """Only the first one knows of the evaluations. If the others went on, they would wait for it
+    until it is gone."""
+    code, _, err = run_torchrun(2, *TINY, "--learning_rate", "1e-30", "--weight_decay", "0",
+                                "--eval_interval", "1", "--patience", "2", "--max_steps", "50",
+                                "--min_lr", "0", "--out_dir", tmp_path)
+    assert code == 0 and "stopped early" in err, err
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_the_first_process_serves_all(tmp_path):
+    """Also those whose machine has none. A run that goes on is not reshaped to fit them."""
+    train_tiny(tmp_path / "0", "--max_steps", "3", "--dropout", "0")
+    script = tmp_path / "apart.py"
+    script.write_text("import os, sys, minigpt\n"
+                      "out = os.path.join(sys.argv[1], os.environ['RANK'])\n"
+                      "sys.exit(minigpt.main(['--mode', 'train', '--resume', '--out_dir', out,"
+                      " '--device', 'cpu', '--max_steps', '6']))\n", encoding="utf-8")
+    code, _, err = run_torchrun(2, tmp_path, script=script)
+    assert code == 0 and err.count("resuming") == 1, err
+    train_tiny(tmp_path / "odd", "--grad_accum", "1", "--max_steps", "3")
+    before = (tmp_path / "odd" / "latest.pt").read_bytes()
+    code, _, err = run_torchrun(2, *RESUME, tmp_path / "odd", "--max_steps", "6")
+    assert code != 0 and "error: --grad_accum 1: must be divisible" in err, err
+    assert (tmp_path / "odd" / "latest.pt").read_bytes() == before
 
 
 def test_dropout_is_seeded_anew_before_each_step(tmp_path, monkeypatch):
