@@ -2075,7 +2075,7 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 #           from memory once for each token. So it pays to store weights in 16 bits, and to write
 #           several samples side by side, for which they are fetched once.
 # Try it    `--mode bench` writes with and without the cache, and eight samples at once. On two CPU
-#           cores, in float32, the preset gpt writes 28 tokens/s without it, 152 with it, and 671
+#           cores, in float32, the preset gpt writes 24 tokens/s without it, 122 with it, and 647
 #           as eight samples.
 # Memory    2 n_layer n_embd numbers for each token in the window.
 # Window    When the window of block_size tokens is full, its older half is dropped; the newer half
