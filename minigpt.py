@@ -279,7 +279,7 @@ class Preset:
 PRESETS = {
     "gpt": Preset(
         "the reference: 6 layers of 384 channels, as nanoGPT's Shakespeare model",
-        "a day on 2 CPU cores, by the rate of its first steps",
+        "half a day on 2 CPU cores, by the rate of its first steps",
         dict(bias=False, patience=4),
     ),
     "laptop": Preset(
@@ -301,7 +301,7 @@ PRESETS = {
     ),
     "mini": Preset(
         "two wide layers, a step up from the laptop model",
-        "40 minutes on 2 CPU cores, by the rate of its first steps",
+        "half an hour on 2 CPU cores, by the rate of its first steps",
         dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1,
              batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4),
     ),

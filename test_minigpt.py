@@ -2703,6 +2703,9 @@ def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
     process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
                                encoding="utf-8", stdout=subprocess.PIPE,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    watchdog = threading.Timer(100, process.terminate)  # should they wait for each other for ever
+    watchdog.daemon = True
+    watchdog.start()
     if not wait:
         return process
     out, err = process.communicate(timeout=120)
