@@ -2402,6 +2402,16 @@ def leave_distributed() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave_process(code: int) -> None:
+    """Ends this process. Subtle: after several processes have talked, PyTorch's own threads may
+    abort an exit in the usual way, and torchrun would take that for a crash."""
+    if from_torchrun("WORLD_SIZE", 1) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def share_steps(config: TrainConfig, n: int, may_change: bool) -> TrainConfig:
     """The settings, with a number of micro-steps that n processes can share equally. Where this
     takes a change, and may_change, a step becomes n smaller micro-steps with the same windows in
@@ -3450,4 +3460,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_process(main())

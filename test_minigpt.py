@@ -2768,6 +2768,7 @@ for step in (7, 8, 7):
 torch.save({"grads": grads, "loss": loss, "calls": len(calls), "dice": dice},
            f"{sys.argv[1]}.{team.rank}")
 leave_distributed()
+leave_process(0)
 """
 
 
@@ -2887,8 +2888,9 @@ def test_the_checkpoint_of_the_first_process_serves_all(tmp_path):
     script = tmp_path / "apart.py"
     script.write_text("import os, sys, minigpt\n"
                       "out = os.path.join(sys.argv[1], os.environ['RANK'])\n"
-                      "sys.exit(minigpt.main(['--mode', 'train', '--resume', '--out_dir', out,"
-                      " '--device', 'cpu', '--max_steps', '6']))\n", encoding="utf-8")
+                      "minigpt.leave_process(minigpt.main(['--mode', 'train', '--resume', "
+                      "'--out_dir', out, '--device', 'cpu', '--max_steps', '6']))\n",
+                      encoding="utf-8")
     code, _, err = run_torchrun(2, tmp_path, script=script)
     assert code == 0 and err.count("resuming") == 1, err
     train_tiny(tmp_path / "odd", "--grad_accum", "1", "--max_steps", "3")
@@ -2919,7 +2921,7 @@ def test_processes_that_would_train_different_things_are_stopped(tmp_path):
     script.write_text(f"import os, sys, minigpt\nargv = {[str(a) for a in TINY]}\n"
                       "argv += ['--out_dir', sys.argv[1]]\n"
                       "argv += ['--seed', '7'] * int(os.environ['RANK'])\n"
-                      "sys.exit(minigpt.main(argv))\n", encoding="utf-8")
+                      "minigpt.leave_process(minigpt.main(argv))\n", encoding="utf-8")
     code, _, err = run_torchrun(2, tmp_path / "out", script=script)
     assert code != 0 and "\nprocess 1: error: --data " in err and "not those of the first" in err
     assert not list((tmp_path / "out").glob("*.pt"))
