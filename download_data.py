@@ -52,9 +52,11 @@ def check(data: bytes) -> bytes:
         return data
     if data.lstrip()[:1] == b"<":
         raise Refused("a web page, not the corpus")
+    if len(data) > SIZE:
+        raise Refused(f"another file: more than {SIZE:,} bytes")
     if len(data) < SIZE:
         raise Refused(f"truncated or another file: {len(data):,} of {SIZE:,} bytes")
-    raise Refused(f"altered: {len(data):,} bytes whose SHA-256 is not the corpus's")
+    raise Refused(f"altered: {SIZE:,} bytes whose SHA-256 is not the corpus's")
 
 
 def fetch(url: str, timeouts: tuple[float, float]) -> bytes:
@@ -72,7 +74,7 @@ def fetch(url: str, timeouts: tuple[float, float]) -> bytes:
             if on_terminal:
                 say(f"\r  {len(data) / SIZE:4.0%} of {SIZE:,} bytes", end="")
             if len(data) > SIZE:
-                raise Refused(f"another file: more than {SIZE:,} bytes")
+                break
         if on_terminal:
             say("")
     return check(bytes(data))
@@ -131,27 +133,26 @@ def reason(problem: Exception) -> str:
     return str(problem).splitlines()[0] if str(problem) else type(problem).__name__
 
 
-def download(destination: Path = DESTINATION, urls=None, attempts: int = 2, backoff: float = 0.5,
-             connect_timeout: float = 5.0, read_timeout: float = 15.0,
-             deadline: float = 120.0) -> None:
+def download(destination: Path = DESTINATION, urls=None, seconds: float = 120.0, pause: float = 0.5,
+             timeouts: tuple[float, float] = (5.0, 15.0)) -> None:
     """Puts the corpus at destination from the first address (of urls, or MIRRORS) to deliver it.
 
-    Connection failures, time-outs and server errors are tried again, `attempts` times in all, after
-    backoff, 2 backoff, 4 backoff ... seconds; `deadline` bounds each attempt as a whole. Raises
+    It takes `seconds` at most: an address may use an equal share of what is left of them. What may
+    pass, such as a server's error, is tried once more, after a pause; a time-out is not. Raises
     DownloadError if no address delivers, and OSError if the file cannot be written."""
-    failures = []
-    for url in urls or MIRRORS:
-        for attempt in range(attempts):
-            if attempt > 0:
-                time.sleep(backoff * 2 ** (attempt - 1))
-            say(f"downloading {url}" + (f" (attempt {attempt + 1})" if attempt else ""))
+    urls, end, failures = list(urls or MIRRORS), time.monotonic() + seconds, []
+    for i, url in enumerate(urls):
+        share_ends = time.monotonic() + (end - time.monotonic()) / (len(urls) - i)
+        for last in (False, True):
+            say(f"downloading {url}" + " (again)" * last)
             try:
-                data = within(deadline, fetch, url, (connect_timeout, read_timeout))
-            except Refused as refusal:
-                failure = str(refusal)
-                break
-            except (requests.RequestException, ValueError) as problem:  # or a broken address
+                left = max(share_ends - time.monotonic(), 0.0)
+                data = within(left, fetch, url, timeouts)
+            except (Refused, requests.RequestException, ValueError) as problem:  # or no address
                 failure = reason(problem)
+                if last or isinstance(problem, (Refused, requests.Timeout)):
+                    break
+                time.sleep(min(pause, left))
             else:
                 put_in_place(data, Path(destination))
                 return say(f"wrote {destination}: {len(data):,} bytes, checksum right")
@@ -165,7 +166,8 @@ def import_copy(source: str, destination: Path = DESTINATION) -> None:
     if source.lower().startswith(("http://", "https://")):
         return download(destination, urls=(source,))
     try:
-        data = check(Path(source).read_bytes())
+        with open(source, "rb") as file:
+            data = check(file.read(SIZE + 1))  # no more, since some files have no end
     except Refused as refusal:
         raise DownloadError(f"{source}: {refusal}") from None
     except OSError as problem:

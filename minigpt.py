@@ -10,11 +10,11 @@ file builds one that answers it well enough to write verse in the manner of Shak
 
 The file is a book in five parts, to be read from the top:
 
-    Part I     A GPT, complete       all of it, from characters to verse; nothing needs to be
-    skipped Part II    Better                variations of each part: what each changes and what it
-    brings Part III   The machine room      devices, processes, signals, files that survive a crash
-    Part IV    The laboratory        comparing variations, measuring speed
-    Part V     The command line      presets, flags, modes
+    Part I     A GPT, complete    from characters to verse; nothing in it needs to be skipped
+    Part II    Better             variations of each part: what each changes and what it brings
+    Part III   The machine room   devices, processes, signals, files that survive a crash
+    Part IV    The laboratory     comparing variations, measuring speed
+    Part V     The command line   presets, flags, modes
 
 Part I uses nothing of the parts that follow. Where one of them will have another answer, Part I
 keeps its own in a table (`NORMS`, `ACTIVATIONS`, ...) or in a method that a subclass may replace,
@@ -61,10 +61,8 @@ import torch.nn.functional as F
 # ==================================================================================================
 
 # ---- The sizes -----------------------------------------------------------------------------------
-#
 # A model is defined by a handful of numbers. Each is explained where it is used; for now, know
 # where to look. Each is a flag, too: `--n_layer 8` exists because `n_layer` does.
-
 class UserError(ValueError):
     """A mistake that whoever runs the program can mend: shown as one line, without a traceback."""
 
@@ -96,7 +94,6 @@ class GPTConfig:
                             "since the heads share the channels")
 
 # ---- Characters ----------------------------------------------------------------------------------
-#
 # Problem   A network computes with numbers; we need a map from text to integers and back.
 # Answer    Number the distinct characters of the corpus in sorted order. A piece of text that has a
 #           number of its own is called a token, and its number the token's id; here every token is
@@ -108,7 +105,6 @@ class GPTConfig:
 #
 # The ids mean nothing by their size: 'b' is not "more" than 'a'. The model looks each one up in a
 # table of learned vectors, and there likenesses between characters arise.
-
 class CharTokenizer:
     """One token for each distinct character.
 
@@ -159,7 +155,6 @@ class CharTokenizer:
 TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 
 # ---- Batches -------------------------------------------------------------------------------------
-#
 # Problem   To learn "what comes next" we need pairs of a context and the token that followed it.
 # Answer    The text is its own answer key: the targets are the same tokens, shifted by one.
 #
@@ -174,7 +169,6 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 #
 # The last tenth of the text is held out for validation: the model never trains on it, so how well
 # it does there measures what was learned and not what was memorized.
-
 @dataclass
 class Corpus:
     """A text as tokens, in two parts."""
@@ -205,21 +199,16 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
     return windows[:, :-1], windows[:, 1:]
 
 # ---- The task, and the simplest model ------------------------------------------------------------
-#
 # Problem   What is a good guess? And what is the least that a model can do?
 # Logits    A model gives V numbers for the next token, its logits, one for each token that may
 #           come; the larger, the likelier. Softmax makes probabilities of them, positive and of sum
-#           1:
-#
-#               p_i = exp(logit_i) / sum_j exp(logit_j)
-#
+#           1: p_i = exp(logit_i) / sum_j exp(logit_j).
 # Loss      The model is judged by the probability that it gave to the token that really came:
 #           loss = -log p_target, zero if it was certain and right, large if it was sure of
 #           something else. The mean over the tokens of a text is called cross-entropy. Its unit is
 #           the nat (ln 2 nats are one bit), and exp(loss) is the perplexity: the model is as unsure
 #           as if it had to choose among so many tokens that are equally likely.
-# Example   logits 2, 1, 0 -> p = 0.67, 0.24, 0.09. If the second token comes: loss = -ln 0.24 =
-#           1.41.
+# Example   logits 2, 1, 0 -> p = 0.67, 0.24, 0.09. If the second token comes, the loss is 1.41.
 # Bounds    A model that knows nothing gives every token 1/V: its loss is ln 65 = 4.17. The other
 #           end is not 0: only who had seen the text before could foresee it letter by letter.
 # Gradient  The derivative of the loss with respect to each number that the model has learned tells
@@ -238,7 +227,6 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
 # >>> better = logits - 1.0 * logits.grad            # a step of size 1 against the gradient
 # >>> print(f"{cross_entropy(better, torch.tensor([1])).item():.2f}")
 # 0.57
-
 def cross_entropy(logits, targets):
     """The mean of -log(probability of the target): logits (..., V), targets (...) -> a scalar.
 
@@ -249,14 +237,12 @@ def cross_entropy(logits, targets):
 
 # The least that a model can do is to look at the current character alone: after `q`, how often
 # comes `u`? The bigram model is a table of V x V numbers, whose row i holds the logits of what
-# follows token i. One could count; here it starts at random and is learned by the loop that will
-# train the GPT.
+# follows token i. It starts at random and is learned by the loop that will train the GPT.
 #
 # Shapes    idx (B, T) -> logits (B, T, V): for each position of each sequence, what may come next
 # Try it    --preset bigram takes seconds and ends at @@BIGRAM nats per character; counting the
 #           pairs of the training part gives @@COUNTED. What a GPT gains over that, it gains by
 #           looking further back.
-
 class Bigram(nn.Module):
     """The baseline: the next token from this one alone."""
 
@@ -272,7 +258,6 @@ class Bigram(nn.Module):
         return logits, None if targets is None else cross_entropy(logits, targets)
 
 # ---- Causal self-attention -----------------------------------------------------------------------
-#
 # Now the GPT. Inside it each token is a vector of C numbers, and two kinds of part take turns:
 # attention moves information between tokens, and the MLP then processes each token by itself.
 #
@@ -307,12 +292,10 @@ class Bigram(nn.Module):
 # Dropout   sets a random share p of its input to zero and divides the rest by 1 - p, so that the
 #           model cannot rely on a single path [Srivastava et al. 2014]. It acts in training only:
 #           model.train() switches it on, model.eval() off.
-# Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> (B, nh, T, hs) -> (B, T,
-#           C)
+# Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> answers (B, nh, T, hs)
 # Try it    In `attend`, leave out `+ mask` and train with --max_steps 300. @@MASK
 #
 # The names of the layers (c_attn, c_proj, wte, ...) are those of GPT-2's published weights.
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one: (B, T, C) -> (B, T, C)."""
 
@@ -347,7 +330,6 @@ class CausalSelfAttention(nn.Module):
 ATTENTION = {"explicit": CausalSelfAttention}  # Part II: fused kernels
 
 # ---- Positions -----------------------------------------------------------------------------------
-#
 # Problem   Attention takes a mean over a set: shuffle the earlier tokens, and a layer gives the
 #           last one the same answer. But "dog bites man" is not "man bites dog".
 # Answer    A learned vector for each position 0 .. block_size - 1 is added to the token's own
@@ -358,7 +340,6 @@ ATTENTION = {"explicit": CausalSelfAttention}  # Part II: fused kernels
 POSITIONS = {"learned": lambda config: nn.Embedding(config.block_size, config.n_embd)}
 
 # ---- The MLP -------------------------------------------------------------------------------------
-#
 # Problem   Attention only forms weighted means of values. Something has to compute with them.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position alone
 #           [Vaswani et al. 2017, section 3.3, with max(0, x) where GPT has GELU]
@@ -370,7 +351,6 @@ POSITIONS = {"learned": lambda config: nn.Embedding(config.block_size, config.n_
 #           0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
 # Shapes    (B, T, C) -> (B, T, mlp_ratio C) -> (B, T, C)
-
 def gelu(x):
     """The equation in its tanh form, as one kernel."""
     return F.gelu(x, approximate="tanh")
@@ -395,7 +375,6 @@ class MLP(nn.Module):
 MLPS = {"gelu": MLP}  # by activation; Part II: one whose halves multiply
 
 # ---- Normalization -------------------------------------------------------------------------------
-#
 # Problem   Layer upon layer, numbers grow or shrink by orders of magnitude, and a layer can only
 #           learn from inputs whose scale it can rely on.
 # Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
@@ -403,7 +382,6 @@ MLPS = {"gelu": MLP}  # by activation; Part II: one whose halves multiply
 #           over the C channels of one token, so that no token depends on another, nor on the batch.
 # Example   x = [1, 3]: mean 2, variance 1 -> [-1, 1], before weight and bias.
 # Shapes    (B, T, C) -> (B, T, C)
-
 class LayerNorm(nn.Module):
     """Centre and rescale each token's channels; then a learned gain and, optionally, a bias."""
 
@@ -423,7 +401,6 @@ class LayerNorm(nn.Module):
 NORMS = {"layernorm": lambda n, config: LayerNorm(n, config.bias)}  # Part II: RMSNorm
 
 # ---- The block -----------------------------------------------------------------------------------
-#
 # Problem   Stack the parts so that a deep network still learns.
 # Answer    Each part adds its work to its input and passes the sum on [He et al. 2016a, section 3].
 #           From the first block to the last there is a straight road of additions, the residual
@@ -436,7 +413,6 @@ NORMS = {"layernorm": lambda n, config: LayerNorm(n, config.bias)}  # Part II: R
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
 # Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600. @@RESIDUAL
-
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
 
@@ -455,7 +431,6 @@ class Block(nn.Module):
 BLOCKS = {"pre": Block}  # Part II: post-norm
 
 # ---- The model -----------------------------------------------------------------------------------
-#
 # Problem   Ids go in, logits must come out, at every position at once.
 # Answer    Look up a vector for each token, add its position's, let n_layer blocks work on it,
 #           normalize once more, and compare the result with each token's vector: the dot products
@@ -487,7 +462,6 @@ BLOCKS = {"pre": Block}  # Part II: post-norm
 #           are few.
 # Try it    --max_steps 1 prints the number of parameters, of which there are 0.8 million. With
 #           --n_layer 8, twice the layers, 1.6; with --n_embd 256, twice the width, 3.2.
-
 def tied_head(wte: nn.Embedding) -> nn.Linear:
     """(B, T, C) -> (B, T, V), by the very matrix of the token table."""
     head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
@@ -531,8 +505,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
-    def generate(self, idx, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
-    **options):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
         """Continues idx (B, T) by max_new_tokens drawn tokens: (B, T + max_new_tokens).
 
         The next chapter tells how; options are those of stream_tokens."""
@@ -546,7 +519,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 # ---- Writing -------------------------------------------------------------------------------------
-#
 # Problem   The model gives logits for the next token. A text needs one of them, again and again.
 # Answer    Draw a token by its probability, append it, ask again. How to draw is the whole art:
 #
@@ -563,10 +535,8 @@ def count_parameters(model: nn.Module) -> int:
 # Context   The model reads at most block_size tokens. When a text has outgrown that, the older half
 #           of the window is dropped at once, so that positions do not change at every step.
 # Try it    With a trained model, --mode generate --prompt ROMEO: --temperature 0 goes round in
-#           circles: @@TEMP0 Always the likeliest token does not make a typical text. --temperature
-#           2
-#           @@TEMP2
-
+#           circles: @@TEMP0 The likeliest token each time does not make a typical text.
+#           --temperature 2 @@TEMP2
 def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
     """Sets the logits (B, V) of tokens that may not be drawn to minus infinity.
 
@@ -637,7 +607,6 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 # @@UNTRAINED
 #
 # To see what a model expects, ask for its likeliest next tokens.
-
 def likeliest(model, tokenizer, text: str, n: int = 5) -> list[tuple[str, float]]:
     """The n tokens that are likeliest to follow a text, each with its probability."""
     p = torch.softmax(next_logits(model, torch.tensor([tokenizer.encode(text)])), dim=-1)
@@ -649,12 +618,10 @@ def likeliest(model, tokenizer, text: str, n: int = 5) -> list[tuple[str, float]
 # @@TRACE
 
 # ---- Learning ------------------------------------------------------------------------------------
-#
 # Problem   Find weights that make the corpus likely, without overshooting.
 # Answer    loss.backward() gives the gradient, and a step moves every weight a little against its
 #           derivative. AdamW, below, decides how far; the learning rate rises, then falls; a
 #           gradient that explodes is cut. The settings:
-
 @dataclass
 class TrainConfig:
     """How a model is trained. A step is one change of the weights; a micro-step is one pass."""
@@ -702,7 +669,6 @@ class TrainConfig:
 # Decay     Pulling weights towards zero keeps matrices from growing without use. Vectors (biases,
 #           the norms' gains) are offsets and scales with no reason to be zero: they are spared.
 # Example   The first step of a weight with g = 0.5 (or 500): m^ = g, v^ = g^2, so it moves by lr.
-
 def weight_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """The weights in two groups: matrices, which decay, and vectors, which do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]  # a tied matrix appears once
@@ -732,7 +698,6 @@ OPTIMIZERS = {"adamw": make_adamw}  # Part II: Muon
 #                    r = (step - warmup_steps) / (max_steps - warmup_steps), from 0 to 1
 #           [the cosine: Loshchilov and Hutter 2017, equation 5, without restarts]
 # Try it    --max_steps 600 --learning_rate 0.1, @@LR
-
 def cosine(r: float) -> float:
     """From 1 to 0 as r goes from 0 to 1."""
     return (1 + math.cos(math.pi * r)) / 2
@@ -762,7 +727,6 @@ def get_lr(step: int, config: TrainConfig) -> float:
 #
 #           |g| is the norm of all derivatives as a single vector: the direction stays as it was.
 # Example   Two weights, g = (3, 4): |g| = 5. With max_norm = 1 it becomes (0.6, 0.8).
-
 def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
     """Rescales all gradients in place to a joint norm of at most max_norm (0: no limit).
 
@@ -780,12 +744,10 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 #           loss by grad_accum. The sum is the gradient of the mean over the large batch, which is
 #           never in memory as a whole.
 # Try it    --max_steps 100, and the same with --batch_size 4 --grad_accum 4: @@ACCUM
-
 def train_step(model, optimizer, batches, config: TrainConfig):
     """One change of the weights, from the grad_accum pairs (x, y) of batches.
 
-    Returns two scalar tensors: the mean loss, and the norm of the gradient before it was
-    clipped."""
+    Returns two scalar tensors: the mean loss, and the norm of the gradient before clipping."""
     loss_sum = 0.0
     for x, y in batches:
         loss = model(x, y)[1] / config.grad_accum
@@ -797,10 +759,8 @@ def train_step(model, optimizer, batches, config: TrainConfig):
     return loss_sum, norm
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-#
 # While a model trains, an estimate on a few batches will do, the same ones each time. The figure to
 # quote is the loss on the whole validation part, without any chance in it.
-
 def estimate_loss(model, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """The mean loss over eval_batches batches of each part: {"train": .., "val": ..}."""
     means = {}
@@ -816,8 +776,7 @@ def estimate_loss(model, corpus: Corpus, config: TrainConfig) -> dict[str, float
 def evaluate(model, tokens, batch_size: int = 16, progress=lambda share: None) -> float:
     """The mean loss in nats over every token of tokens (N,) but the first.
 
-    The text is cut into windows of block_size = T that do not overlap, batch_size of them at a
-    time:
+    The text is cut into windows of block_size = T that do not overlap, batch_size at a time:
 
         tokens   0 1 2 3 4 5 6 7 8        T = 4
         x        0 1 2 3|4 5 6 7          two windows side by side: (2, 4)
@@ -838,8 +797,7 @@ def evaluate(model, tokens, batch_size: int = 16, progress=lambda share: None) -
     return total / end
 
 def bits_per_character(nats: float, corpus: Corpus) -> float:
-    """A loss per token in a unit that does not depend on the tokenizer: all bits, over all
-    characters."""
+    """A loss per token in a unit that any tokenizer has: all the bits, over all the characters."""
     return nats / math.log(2) * len(corpus.val) / corpus.val_characters
 
 def describe_loss(nats: float, corpus: Corpus) -> str:
@@ -849,7 +807,6 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
             f"{bits_per_character(nats, corpus):.4f} bits per character")
 
 # ---- A checkpoint --------------------------------------------------------------------------------
-#
 # Problem   A run can end at any moment. What is on disk must be enough to write text, and to train
 #           on as if nothing had happened.
 # Answer    One dictionary with weights, optimizer (its m and v), both configs, the tokenizer and
@@ -887,7 +844,6 @@ def model_from_checkpoint(state: dict):
     return model, TOKENIZERS[kind](settings)
 
 # ---- The training loop ---------------------------------------------------------------------------
-#
 # Problem   Put it together, so that one can watch it learn, stop it, and go on with it.
 # The loop  set the learning rate -> one step -> report -> evaluate and save at fixed steps. It is
 #           the function `train`; what it needs is in an object, a `Run`. Part III has a subclass of
@@ -895,13 +851,11 @@ def model_from_checkpoint(state: dict):
 # Random    First weights, batches and dropout are random. The seed of each follows from --seed and
 #           the number of the step alone: step 1,000 draws the same whether a run got there in one
 #           go or by --resume, whatever else drew numbers in between. There is nothing to save.
-
 def derived_seed(*numbers: int) -> int:
-    """A seed of 32 bits that depends on all of the numbers, and looks unlike that of their
-    neighbours.
+    """A seed of 32 bits that depends on all of the numbers, and is unlike that of their neighbours.
 
     >>> derived_seed(1337, 0), derived_seed(1337, 1)
-    @@SEEDS
+    (1581838107, 3390784733)
     """
     return random.Random(" ".join(map(str, numbers))).getrandbits(32)
 
@@ -927,9 +881,6 @@ class Run:
     def log(self, **record) -> None:
         """Part III keeps records of numbers; here nothing happens."""
 
-    def progress(self, share: float) -> None:
-        """Called now and then during a long evaluation; here nothing happens."""
-
     def over(self) -> bool:
         """Whether to stop: at max_steps, or when there was no better evaluation for too long."""
         waited = (self.step - self.best_step) // self.config.eval_interval
@@ -950,8 +901,7 @@ class Run:
             self.say(f"step {self.step}/{self.config.max_steps} | loss {loss:.4f}")
 
     def evaluate(self) -> None:
-        """Estimates both losses, shows a sample, saves latest.pt and, if it is the best,
-        best.pt."""
+        """Estimates both losses, shows a sample, saves latest.pt and, where it is due, best.pt."""
         losses = estimate_loss(self.model, self.corpus, self.config)
         better = losses["val"] < self.best_val
         if better:
@@ -992,7 +942,7 @@ class Run:
     def finish(self) -> float:
         """Gives the model the weights of best.pt; returns their loss on all validation tokens."""
         self.model.load_state_dict(load_checkpoint(self.out_dir / "best.pt")["model"])
-        nats = evaluate(self.model, self.corpus.val, progress=self.progress)
+        nats = evaluate(self.model, self.corpus.val)
         self.say(describe_loss(nats, self.corpus))
         return nats
 
@@ -1031,8 +981,7 @@ def train(run: Run) -> float:
 #
 # What the model of --preset plain writes in the end, after @@TRAINED
 #
-# It has learned spelling, names in capitals, lines of about the right length, some grammar; not
-# sense.
+# It has learned spelling, names in capitals, lines of the right length, some grammar; not sense.
 
 # ==================================================================================================
 # Part II: Better
@@ -1055,14 +1004,13 @@ import itertools
 import re
 import unicodedata
 
+
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
-#
 # Problem   LayerNorm subtracts the mean, divides by the deviation, has a gain and a bias. Is all of
 #           that needed?
 # Equation  y = x / sqrt(mean(x^2) + eps) * weight   [Zhang and Sennrich 2019, equation 4; plus eps]
 # Example   x = [3, 4]: mean square 12.5 -> [0.85, 1.13], before the gain.
 # Here      --norm rmsnorm: @@A_RMS. --norm none, no normalization at all: @@A_NONE.
-
 class RMSNorm(nn.Module):
     """Rescale each token's channels to a root mean square of 1; then a learned gain."""
 
@@ -1083,7 +1031,6 @@ NORMS["rmsnorm"] = lambda n, config: RMSNorm(n)
 NORMS["none"] = lambda n, config: nn.Identity()
 
 # ---- Where the norm stands: post-norm ------------------------------------------------------------
-#
 # Problem   The first Transformer had its norms on the main road, after each addition [Vaswani et
 #           al. 2017, section 3.1]. Why did it change? Because then every gradient passes through
 #           every norm, and with depth training becomes delicate [Xiong et al. 2020, section 3.3].
@@ -1094,7 +1041,6 @@ NORMS["none"] = lambda n, config: nn.Identity()
 #
 #           What leaves a block is normalized then, and ln_f has little left to do.
 # Here      --norm_position post: @@A_POST.
-
 class PostNormBlock(Block):
     """A block that normalizes the residual stream itself."""
 
@@ -1105,7 +1051,6 @@ class PostNormBlock(Block):
 BLOCKS["post"] = PostNormBlock
 
 # ---- Positions that need not be learned ----------------------------------------------------------
-#
 # Problem   Learned vectors know nothing of each other: that positions 4 and 5 are neighbours as 5
 #           and 6 are has to be learned, for each pair.
 # Sinusoid  The vector of position t holds sin(t w_i) and cos(t w_i), w_i = 10000^(-2i/C), for i
@@ -1120,12 +1065,11 @@ BLOCKS["post"] = PostNormBlock
 # Example   hs = 2, w_0 = 1: a query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           score cos(2 - 1) = 0.54. At positions 12 and 11 it is 0.54 again.
 # Here      --pos sinusoidal: @@A_SIN. --pos rope: @@A_ROPE.
-
 def angles(n_positions: int, n_channels: int) -> torch.Tensor:
     """t w_i for each position t and each pair of channels i: (n_positions, n_channels / 2)."""
     if n_channels % 2:
-        raise UserError(f"--pos: rotation needs an even number of channels, not {n_channels}; change "
-                        "--n_embd (or --n_head, by which rope divides it)")
+        raise UserError(f"--pos: rotation needs an even number of channels, not {n_channels}; "
+                        "change --n_embd (or --n_head, by which rope divides it)")
     w = 10000.0 ** (-torch.arange(0, n_channels, 2) / n_channels)
     return torch.outer(torch.arange(n_positions).float(), w)
 
@@ -1142,14 +1086,8 @@ class Sinusoids(nn.Module):
     def forward(self, positions):
         return self.table[positions]
 
-class Nothing(nn.Module):
-    """What RoPE adds to the token vectors."""
-
-    def forward(self, positions):
-        return 0.0
-
 POSITIONS["sinusoidal"] = Sinusoids
-POSITIONS["rope"] = lambda config: Nothing()
+POSITIONS["rope"] = lambda config: lambda positions: 0.0  # to the token vectors nothing is added
 
 class Rotary(nn.Module):
     """Turns queries or keys (B, nh, T, hs) according to their positions, start and following."""
@@ -1167,13 +1105,11 @@ class Rotary(nn.Module):
         return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
 
 # ---- Attention: rotation, QK-norm, and room for a memory -----------------------------------------
-#
 # QK-norm   Queries and keys may grow until the softmax freezes into a choice of one. Normalized (by
 #           one norm for both, of the kind that the model has), their scores are at most sqrt(hs)
 #           times the gains [Henry et al. 2020, section 2.2, who divide by the length].
 # Memory    `cache` is None in training; "Writing faster", below, tells what it is for.
 # Here      --qk_norm: @@A_QK.
-
 class Attention(CausalSelfAttention):
     """Part I's attention, whose queries and keys may be normalized, rotated and kept."""
 
@@ -1198,14 +1134,12 @@ class Attention(CausalSelfAttention):
 ATTENTION["explicit"] = Attention
 
 # ---- Activations ---------------------------------------------------------------------------------
-#
 # ReLU      max(0, x), as in the first Transformer; and its square [So et al. 2021, section 3.2].
 # SwiGLU    No longer one function of one number but a product: silu(x W) * (x U), in which one half
 #           gates the other; silu(z) = z sigmoid(z) [Shazeer 2020, section 2]. W and U lie side by
 #           side in `c_fc`. As there are two of them, the middle is 2/3 as wide, for nearly the same
 #           number of weights.
 # Here      --activation relu: @@A_RELU. relu2: @@A_RELU2. swiglu: @@A_SWIGLU.
-
 class GatedMLP(MLP):
     """An MLP whose middle is a product of two halves, the first one through the activation."""
 
@@ -1223,25 +1157,17 @@ ACTIVATIONS |= {"relu": F.relu, "relu2": lambda x: F.relu(x).square(), "swiglu":
 MLPS |= {"relu": MLP, "relu2": MLP, "swiglu": GatedMLP}
 
 # ---- A head of its own ---------------------------------------------------------------------------
-#
 # Problem   Tied, one vector has to say both what a token means and what it follows. Large models
 #           with weights to spare keep the two apart.
 # Here      --no_tie_weights: @@A_UNTIED.
-
-def free_head(wte: nn.Embedding) -> nn.Linear:
-    return nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
-
-HEADS[False] = free_head
+HEADS[False] = lambda wte: nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
 
 # ---- Fused kernels -------------------------------------------------------------------------------
-#
 # Problem   Written out, every addition and multiplication reads its operands from memory and writes
 #           its result back, and attention stores (T, T) numbers for each head. A kernel is one
 #           compiled routine; a fused kernel does several operations on numbers that it has at hand,
 #           and attention without ever storing the matrix [Dao et al. 2022, section 3].
-# Here      --attention fused computes the same function, and `--mode bench` with and without it
-#           tells what it saves. Every preset but `plain` uses it.
-
+# Here      --attention fused computes the same function; all presets but `plain` use it. @@FUSED
 class FusedAttention(Attention):
     """The same function as one kernel."""
 
@@ -1267,7 +1193,6 @@ ATTENTION["fused"] = FusedAttention
 NORMS["layernorm"] = make_layernorm
 
 # ---- Writing faster: the cache -------------------------------------------------------------------
-#
 # Problem   To draw the 200th token the model reads the 199 before it. It read 198 of them a moment
 #           ago, and since no position sees a later one, they have the same vectors as then.
 # Answer    Keep what later tokens ask of earlier ones: the keys and values of each layer. The
@@ -1279,31 +1204,22 @@ NORMS["layernorm"] = make_layernorm
 #               decode                  _    1 in,                    7 kept, ...
 #
 # Cost      Without the cache, a pass over up to block_size tokens for each new one; with it, over
-#           one, whose query still has to be compared with every key that is kept. The arithmetic
-#           then hardly counts: what takes the time is to fetch each weight from memory once for
-#           each token. So it pays to write several samples side by side, for which they are fetched
-#           once.
+#           one, whose query still has to be compared with every key that is kept. What takes the
+#           time then is to fetch each weight from memory. So it pays to write several samples side
+#           by side, for which they are fetched once: `--mode bench` tells.
 # Window    When the window moves (window_start, in Part I), every token in it has a new position,
-#           and what deeper layers kept had been computed from tokens that are gone: all is read
-#           anew.
-# Memory    2 n_layer n_embd numbers for each token in the window.
-# Try it    `--mode bench` writes with and without the cache, and eight samples at once.
-
+#           and what deeper layers kept was computed from tokens that are gone: all is read anew.
 class KeyValueCache:
-    """The keys and values of one layer, of all tokens in the window."""
+    """The keys and values of one layer, of all tokens in the window: (B, nh, length, hs) each."""
 
-    def __init__(self, block_size: int):
-        self.block_size, self.length = block_size, 0
+    length = 0
 
     def append(self, k, v):
         """Adds those of T more tokens, (B, nh, T, hs) each. Returns those of all so far."""
-        if self.length == 0:  # room for the whole window at once, so that nothing is copied later
-            size = (*k.shape[:2], self.block_size, k.shape[3])
-            self.k, self.v = k.new_empty(size), v.new_empty(size)
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        if self.length > 0:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v, self.length = k, v, k.shape[2]
+        return k, v
 
 class CachedReader:
     """next_logits, for a text that grows: reads only the tokens that it has not read yet."""
@@ -1312,28 +1228,23 @@ class CachedReader:
         self.start = self.end = 0  # of what was read
 
     def __call__(self, model, idx):
-        length, block_size = idx.shape[1], model.config.block_size
         layers = [m for m in model.modules() if isinstance(m, Attention)]
-        start = window_start(length, block_size)
+        start = window_start(idx.shape[1], model.config.block_size)
         if self.end == 0 or start != self.start:  # the beginning, or the window has moved
             self.start = self.end = start
-            self.caches = [KeyValueCache(block_size) for _ in layers]
+            self.caches = [KeyValueCache() for _ in layers]
         for layer, cache in zip(layers, self.caches):
             layer.cache = cache
-        try:
-            with evaluating(model):
-                logits, _ = model(idx[:, self.end :], start=self.end - self.start)
-        finally:
-            for layer in layers:
-                layer.cache = None
-        self.end = length
+        with evaluating(model):
+            logits, _ = model(idx[:, self.end :], start=self.end - self.start)
+        for layer in layers:
+            layer.cache = None
+        self.end = idx.shape[1]
         return logits[:, -1].float().cpu()
 
 # ---- Larger tokens: byte-pair encoding -----------------------------------------------------------
-#
-# Problem   Characters are safe but slow: "the" costs three steps of the model, and a context of 256
-#           is half a dozen lines of verse. Whole words are short but brittle: the next text has new
-#           ones.
+# Problem   Characters are safe but slow: "the" costs three steps of the model. Whole words are
+#           short but brittle: the next text has new ones.
 # Answer    Begin with the 256 bytes, of which every text in UTF-8 is made. Find the pair of
 #           neighbours that is most frequent, make it a new token, and again, until the vocabulary
 #           is full [Sennrich et al. 2016, section 3.2; on bytes: Radford et al. 2019, section 2.2].
@@ -1346,8 +1257,8 @@ class CachedReader:
 # Pieces    Merges never cross a boundary that GPT-2's pattern draws: between letters, digits and
 #           punctuation, with a space kept in front of what it precedes. So "dog." and "dog!" do not
 #           become two words, and each distinct piece need be worked on only once.
-# Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare: the first merges are " t", "he", "
-#           a", "ou" and " s", and the 1.1 million characters become 460,000 tokens.
+# Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare first merges " t", "he", " a", "ou"
+#           and " s", and the 1.1 million characters become 460,000 tokens.
 # Here      --tokenizer bpe, in bits per character, which can be compared: @@A_BPE
 
 END_OF_TEXT = "<|endoftext|>"  # one token of its own; where it is drawn, the writing ends
@@ -1546,7 +1457,6 @@ class GPT2Tokenizer:
 TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 # ---- Muon ----------------------------------------------------------------------------------------
-#
 # Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors: it
 #           takes each of a set of orthogonal input directions (the columns of V) to an output
 #           direction (of U), stretched by a singular value (in S). The gradient, taken apart like
@@ -1628,7 +1538,6 @@ def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
 OPTIMIZERS["muon"] = make_muon
 
 # ---- What it comes to ----------------------------------------------------------------------------
-#
 # @@LADDER
 
 # ==================================================================================================
@@ -1650,34 +1559,26 @@ import tempfile
 import time
 import zipfile
 
+
 # ---- What is printed -----------------------------------------------------------------------------
-#
 # Generated text and results go to stdout; everything else to stderr. Of several processes (below)
 # the first one speaks.
-
 def process_rank() -> int:
     """The number of this process among those that torchrun started; 0 if it did not."""
     return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
 
-def say(text: str = "", end: str = "\n") -> None:
-    """A line to stderr. On a terminal it takes the place of the status line."""
+def say(text: str = "", status: bool = False) -> None:
+    """A line to stderr. On a terminal a status is rewritten in place by whatever comes next."""
     if process_rank() == 0:
-        wipe = "\r\033[K" if sys.stderr.isatty() else ""
+        wipe, end = ("\r\033[K", "" if status else "\n") if sys.stderr.isatty() else ("", "\n")
+        text = text[: shutil.get_terminal_size().columns - 1] if status and wipe else text
         print(wipe + text, end=end, file=sys.stderr, flush=True)
-
-def show_status(text: str) -> None:
-    """Progress: rewritten in place on a terminal, a line of its own in a pipe or a file."""
-    if sys.stderr.isatty():
-        say(text[: shutil.get_terminal_size().columns - 1], end="")
-    else:
-        say(text)
 
 def duration(seconds: float) -> str:
     """As hours, minutes and seconds: 75 -> "0:01:15"."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 # ---- Devices and number formats ------------------------------------------------------------------
-#
 # Problem   Most of the time goes into matrix products, and hardware multiplies 16-bit numbers
 #           several times faster than 32-bit ones.
 # Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
@@ -1687,20 +1588,16 @@ def duration(seconds: float) -> str:
 #           large number on its way into the model, and that of each weight divided by it on its way
 #           out.
 # Here      @@BF16
-
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-               "cpu": True}
-    here = [kind for kind in present if present[kind]]
-    try:
-        device = torch.device(here[0] if name == "auto" else name)
-    except RuntimeError:  # no such kind
-        device = torch.device("meta")
-    if device.type == "cuda" and torch.distributed.is_torchelastic_launched():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
-    if device.type not in here or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name in ("auto", "cuda"):
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: a GPU for each process
+        name = here[min(local_rank, len(here) - 1)] if name == "auto" else f"cuda:{local_rank}"
+    if name not in here:
         raise UserError(f"--device {name}: not here; this machine has auto, {', '.join(here)}")
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1766,7 +1663,6 @@ def try_to_compile(runner: nn.Module, batch) -> nn.Module:
         return runner
 
 # ---- Several processes ---------------------------------------------------------------------------
-#
 # Problem   One device is too slow, and there are more of them, here or in other machines.
 # Answer    Data parallelism: every process holds the whole model and takes its rows of each batch.
 #           PyTorch's DistributedDataParallel averages the gradients over the processes, piece by
@@ -1776,7 +1672,6 @@ def try_to_compile(runner: nn.Module, batch) -> nn.Module:
 #           one writes.
 # Try it    `torchrun --nproc_per_node=2 minigpt.py --mode train --preset plain --max_steps 100`
 #           prints the losses of the same command by `python`, up to rounding.
-
 def join_processes() -> int:
     """Joins the others that torchrun started. Returns how many there are; 1 without torchrun."""
     if not torch.distributed.is_torchelastic_launched():
@@ -1795,42 +1690,37 @@ def gather(value) -> list:
     return values
 
 # ---- Signals -------------------------------------------------------------------------------------
-#
 # Ctrl-C may arrive in the middle of a step or of a write. Nothing is done then but to remember it;
 # the run looks when the step is complete, saves and leaves.
-
 class Stopped(Exception):
     """Ctrl-C or SIGTERM arrived and everything is saved. args[0] is the signal's number."""
 
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list, to which the first Ctrl-C or SIGTERM is added; the second ends the process."""
-    received, previous = [], {}
+    received = []
 
     def on_signal(number, frame):
         received.append(number)
-        for s in previous:
+        for s in before:
             signal.signal(s, signal.SIG_DFL)
         # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
         if process_rank() == 0:
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    with contextlib.suppress(ValueError):  # only the main thread may listen for signals
-        for s in (signal.SIGINT, signal.SIGTERM):
-            previous[s] = signal.signal(s, on_signal)
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for s, handler in previous.items():
+        for s, handler in before.items():
             signal.signal(s, handler)
 
 # ---- What is kept of a run -----------------------------------------------------------------------
-
 def read_checkpoint(path: Path) -> dict:
     """Reads a checkpoint. Raises UserError if it is missing, damaged or not one of ours.
 
-    PyTorch's files are zip archives, with a checksum for each member. The members' attributes,
-    which it leaves at 0, are looked at too: in a test every flipped bit that changed the content was found."""
+    PyTorch's files are zip archives, with a checksum for each member; the members' attributes,
+    which the checksums leave out, are 0."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() or any(member.external_attr for member in archive.infolist()):
@@ -1842,8 +1732,8 @@ def read_checkpoint(path: Path) -> dict:
     except (OSError, MemoryError):
         raise
     except Exception:  # there is no telling what a damaged file makes the readers raise
-        raise UserError(f"--checkpoint {path}: damaged, or not a checkpoint; copy another one, such "
-                        "as best.pt or a step_*.pt of the same run, over it") from None
+        raise UserError(f"--checkpoint {path}: damaged, or not a checkpoint; copy another one, "
+                        "such as best.pt or a step_*.pt of the same run, over it") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"--checkpoint {path}: not a checkpoint of this version of minigpt; use "
                         "another one")
@@ -1907,7 +1797,6 @@ def start_wandb(config: TrainConfig, out_dir: Path):
         say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
 
 # ---- Corpora large and small ---------------------------------------------------------------------
-#
 # Problem   The first command a newcomer types should train a model, also where nothing can be
 #           downloaded. And a text of a gigabyte is 8 GB as int64 tokens, more as a Python list.
 # Answer    Fall back to a small sample, loudly. Read a text in chunks, encode each, and append the
@@ -1927,11 +1816,10 @@ def find_corpus(data: str | None) -> Path:
         download_data.download(path)
         return path
     except (ImportError, OSError) as problem:
-        bar = "!" * 80
-        say(f"{bar}\nTiny Shakespeare is not here: {problem}\nTraining on the small sample "
+        say("!" * 80 + f"\nTiny Shakespeare is not here: {problem}\nTraining on the small sample "
             f"{DATA / 'sample.txt'} instead: expect far poorer text.\nFor the real corpus, connect "
             "and run `python download_data.py`, or import a copy\nwith `python download_data.py "
-            f"--source FILE`; or train on a text of yours with --data.\n{bar}")
+            "--source FILE`; or train on a text of yours with --data.\n" + "!" * 80)
         return DATA / "sample.txt"
 
 def read_chunks(path: Path, size: int = 2**20):
@@ -1974,15 +1862,13 @@ class TextFile:
     def encode(self, tokenizer, block_size: int, folder: Path | None = None) -> Corpus:
         """Both parts as tokens, in temporary files in folder. Raises UserError if one is too short
         for a single window."""
-        parts = []
-        for name in ("train", "val"):
-            tokens = map_tokens(map(tokenizer.encode, self.chunks(name)), folder)
-            if len(tokens) <= block_size:
-                raise UserError(f"--data {self.path}: too short: its {name} part has {len(tokens)} "
-                                f"tokens, and --block_size {block_size} needs at least "
-                                f"{block_size + 1}; use a longer text or a smaller --block_size")
-            parts.append(tokens)
-        return Corpus(*parts, val_characters=self.length - int(0.9 * self.length))
+        train, val = (map_tokens(map(tokenizer.encode, self.chunks(part)), folder)
+                      for part in ("train", "val"))
+        if len(val) <= block_size:  # the validation part is the shorter one
+            raise UserError(f"--data {self.path}: too short: its validation part has {len(val)} "
+                            f"tokens, and --block_size {block_size} needs at least {block_size + 1}"
+                            "; use a longer text or a smaller --block_size")
+        return Corpus(train, val, val_characters=self.length - int(0.9 * self.length))
 
 def map_tokens(lists_of_ids, folder: Path | None) -> torch.Tensor:
     """The ids (N,), below 65,536, in a file that has no name and vanishes with the tensor."""
@@ -2004,12 +1890,12 @@ def show_progress(what: str):
         now = time.perf_counter()
         if now - shown > 2:
             shown = now
-            show_status(f"{what}: {share:.0%}, {duration((now - began) * (1 / share - 1))} left")
+            left = duration((now - began) * (1 / share - 1))
+            say(f"{what}: {share:.0%}, {left} left", status=True)
 
     return show
 
 # ---- A run with all of it ------------------------------------------------------------------------
-
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
 
@@ -2017,7 +1903,7 @@ class FullRun(Run):
     """Part I's run, on any device, in several processes, that heeds signals and keeps records."""
 
     def __init__(self, model, tokenizer, corpus, config, out_dir, device, text_info: dict):
-        """text_info: plain values that tell the corpus from others; they go into checkpoints."""
+        """text_info: where the corpus is from, and its checksum; both go into checkpoints."""
         super().__init__(model.to(device), tokenizer, corpus, config, out_dir)
         self.text_info, self.processes, self.rank = text_info, join_processes(), process_rank()
         self.seconds, self.signals, self.wandb = 0.0, [], None  # seconds: spent before this start
@@ -2051,6 +1937,9 @@ class FullRun(Run):
                     and r["step"] <= self.step and self.best_val < math.inf]
             text = "".join(json.dumps(record) + "\n" for record in kept)
             (self.out_dir / "metrics.jsonl").write_text(text, encoding="utf-8")
+            settings = {"model_config": asdict(self.model.config),
+                        "train_config": asdict(self.config)}
+            (self.out_dir / "config.json").write_text(json.dumps(settings, indent=2))
             self.wandb = start_wandb(self.config, self.out_dir)
         with stop_signals() as self.signals:
             yield
@@ -2062,16 +1951,15 @@ class FullRun(Run):
         """Seconds in this run so far, those before a --resume included."""
         return self.seconds + time.perf_counter() - self.began
 
-    def say(self, text: str) -> None:
-        say(text)
+    say = staticmethod(say)
 
     def log(self, **record) -> None:
         """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number: such a
         model is lost, and must not be saved over a good one."""
         for name, value in record.items():
             if "loss" in name and not math.isfinite(value):
-                raise Diverged(f"the run has diverged: at step {self.step} its {name} is {value}; what "
-                               "was saved before is intact; try a --learning_rate below "
+                raise Diverged(f"the run has diverged: at step {self.step} its {name} is {value}; "
+                               "what was saved before is intact; try a --learning_rate below "
                                f"{self.config.learning_rate} or a longer --warmup_steps")
         if self.rank == 0:  # JSON has no infinity and no NaN: null stands for them
             record = {k: v if math.isfinite(v) else None for k, v in record.items()}
@@ -2109,8 +1997,8 @@ class FullRun(Run):
         lr = self.optimizer.param_groups[0]["lr"]
         self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm.item(),
                  tokens_per_second=round(rate))
-        show_status(f"step {self.step}/{c.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-                    f"{rate:,.0f} tokens/s | {duration(left)} left")
+        say(f"step {self.step}/{c.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
+            f"{rate:,.0f} tokens/s | {duration(left)} left", status=True)
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def evaluate(self) -> None:
@@ -2131,17 +2019,17 @@ class FullRun(Run):
         if self.step < self.config.max_steps:
             say(f"stopped early: no better validation loss in {self.config.patience} evaluations")
         gather(0)  # the first process has written best.pt
-        self.progress = show_progress("evaluating best.pt")
-        nats = super().finish()
+        best = self.out_dir / "best.pt"
+        self.model.load_state_dict(load_checkpoint(best)["model"])
+        nats = evaluate(self.model, self.corpus.val, progress=show_progress(f"evaluating {best}"))
         self.log(step=self.step, full_val_loss=nats, seconds=self.seconds, best_step=self.best_step)
         if self.rank == 0:
-            names = {"training, single steps": "loss", "training": "train_loss",
-                     "validation": "val_loss"}
-            draw_curves(self.out_dir / "loss.png", {label: (self.out_dir, name)
-                                                    for label, name in names.items()},
-                        ylabel="loss, nats per token")
-        say(f"trained in {duration(self.seconds)}; the best model is of step {self.best_step}: "
-            f"{self.out_dir / 'best.pt'}")
+            curves = {"training, single steps": (self.out_dir, "loss"),
+                      "training": (self.out_dir, "train_loss"),
+                      "validation": (self.out_dir, "val_loss")}
+            draw_curves(self.out_dir / "loss.png", curves, ylabel="loss, nats per token")
+        say(f"trained in {duration(self.seconds)}; the best model, of step {self.best_step}: {best}")
+        say(describe_loss(nats, self.corpus))
         return nats
 
 # ==================================================================================================
@@ -2151,25 +2039,22 @@ class FullRun(Run):
 import statistics
 
 # ---- Comparing variations ------------------------------------------------------------------------
-#
 # Problem   The field argues about norms, positions and activations. What does each change on this
 #           corpus, in the time we have?
 # Answer    Change one thing at a time; give every variant the same steps, seeds and batches; take
 #           each one's loss on the full validation split; and say how far the seeds spread, for a
 #           difference smaller than the spread shows none. A variant is an ordinary run in a folder
 #           of its own; typed again after an interruption, the command goes on where it was.
-# Try it    `python minigpt.py --mode ablate --preset plain --set pos --max_steps 300`
+# Try it    `python minigpt.py --mode ablate --preset plain --vary pos=learned,rope --max_steps 300`
 
 ABLATIONS = {
-    "norm": [dict(norm=norm) for norm in NORMS],
-    "norm_position": [dict(n_layer=n, norm_position=place) for n in (2, 8) for place in BLOCKS],
-    "pos": [dict(pos=pos) for pos in POSITIONS],
-    "activation": [dict(activation=activation) for activation in ACTIVATIONS],
-    "switches": [dict(), dict(qk_norm=True), dict(tie_weights=False), dict(schedule="linear")],
-    "tokenizer": [dict(tokenizer="char"), *(dict(tokenizer="bpe", vocab_size=size)
-                                            for size in (512, 1024, 4096))],
-    "optimizer": [dict(optimizer=optimizer) for optimizer in OPTIMIZERS],
-    # The laptop preset, and each of its choices undone alone.
+    # For --preset plain: each variation of Part II alone.
+    "parts": [dict(), dict(norm="rmsnorm"), dict(norm="none"), dict(norm_position="post"),
+              dict(pos="sinusoidal"), dict(pos="rope"), dict(qk_norm=True), dict(activation="relu"),
+              dict(activation="relu2"), dict(activation="swiglu"), dict(tie_weights=False),
+              dict(tokenizer="bpe", vocab_size=1024), dict(schedule="linear"),
+              dict(optimizer="muon")],
+    # For --preset laptop: each of its choices undone alone.
     "recipe": [dict(), dict(optimizer="adamw"), dict(momentum=0.95), dict(schedule="cosine"),
                dict(weight_decay=0.0), dict(pos="learned"), dict(n_head=4), dict(qk_norm=False),
                dict(norm="rmsnorm"), dict(activation="gelu")],
@@ -2220,14 +2105,13 @@ def run_ablate(typed: dict) -> None:
                 outcomes[label].append(None)
             curves[f"{label}, seed {seed}"] = (out_dir, "val_loss")
     draw_curves(folder / "curves.png", curves, ylabel="validation loss, nats per token")
-    print("| variant | nats per token | bits per character | seconds | seeds |\n" + "|---" * 5 + "|")
+    print("| variant | nats/token | bits/character | seconds | seeds |\n|---|---|---|---|---|")
     for label, results in outcomes.items():
         done = [result for result in results if result]
         cells = [spread(numbers) for numbers in zip(*done)] or ["diverged"] * 3
         print(f"| {label} | {' | '.join(cells)} | {len(done)} of {len(results)} |")
 
 # ---- Benchmark -----------------------------------------------------------------------------------
-#
 # Problem   "Fast" means nothing without the machine it was measured on. `--mode bench` measures
 #           this one, and compares the rate that the model reaches with what the machine allows.
 # FLOPs     A weight costs one multiplication and one addition for each token in the forward pass,
@@ -2238,7 +2122,6 @@ def run_ablate(typed: dict) -> None:
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
 #           has no v). What the backward pass needs of each layer comes on top.
-
 def count_parts(model) -> dict[str, int]:
     """The parameters by part."""
     parts = collections.Counter()
@@ -2258,12 +2141,12 @@ def peak_memory(device: torch.device) -> int:
     """In bytes: the largest amount so far, on the GPU if there is one; 0 where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(ImportError):  # Windows has none
-        import resource
+    if sys.platform == "win32":
+        return 0
+    import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
@@ -2312,18 +2195,13 @@ import argparse
 import inspect
 from dataclasses import MISSING, fields, replace
 
-@dataclass
-class Preset:
-    """A named set of settings: what it is for, and what differs from the defaults."""
-
-    about: str
-    settings: dict
+Preset = collections.namedtuple("Preset", "about settings")  # what differs from the defaults
 
 PRESETS = {
     "plain": Preset("Part I and nothing else, at the laptop's size", dict(
         n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0,
-        batch_size=16, grad_accum=1, max_steps=1500, learning_rate=2e-3, min_lr=1e-4,
-        warmup_steps=50, eval_interval=500, eval_batches=10, log_interval=25)),
+        batch_size=16, grad_accum=1, max_steps=1500, learning_rate=6e-3, min_lr=1e-4,
+        eval_interval=500, eval_batches=10, log_interval=25)),
     "laptop": Preset("the best model that 3 minutes on two CPU cores train", dict(
         n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False,
         pos="rope", qk_norm=True, activation="relu2", attention="fused",
@@ -2387,19 +2265,15 @@ def comments(config_class) -> dict[str, str]:
     """The comment beside each field of a config: the flag's help."""
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(config_class), re.M))
 
-def number(name: str, kind: type):
-    """A function that reads the value of a flag and checks its range."""
+def read_number(name: str, kind: type, text: str):
+    """The value of a flag, which must be in its range."""
     low, high = RANGES.get(name, (1, 2**31 - 1) if kind is int else (0, math.inf))
-
-    def read(text: str):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and value < math.inf:
-                return value
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {low} to {high}")
-
-    return read
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if low <= value <= high and value < math.inf:
+            return value
+    what = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {low} to {high}")
 
 class Parser(argparse.ArgumentParser):
     """argparse, except that a mistake raises UserError, and a flag that was not typed is absent."""
@@ -2414,7 +2288,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(f"--no_{name}", dest=name, action="store_false",
                                help=argparse.SUPPRESS)
         else:
-            read = kind if kind is str else number(name, kind)
+            read = str if kind is str else functools.partial(read_number, name, kind)
             group.add_argument(f"--{name}", type=read, help=help, choices=choices,
                                metavar=None if choices else name.upper())
 
@@ -2502,9 +2376,8 @@ def checkpoint_to_resume(typed: dict, out_dir: Path) -> Path | None:
         resume = False
     return path if resume else None
 
-def prepare_run(typed: dict) -> tuple[FullRun, dict | None]:
-    """Everything that a run needs: settings, text, tokenizer, model; and the checkpoint it goes on
-    from, if there is one."""
+def prepare_run(typed: dict) -> FullRun:
+    """A run, new or resumed: its settings, then its text, then its model."""
     out_dir, device = Path(typed.get("out_dir", "out")), find_device(typed.get("device", "auto"))
     path = checkpoint_to_resume(typed, out_dir)
     state = read_checkpoint(path) if path else None
@@ -2535,21 +2408,18 @@ def prepare_run(typed: dict) -> tuple[FullRun, dict | None]:
         set_aside(out_dir)
     if state:
         run.restore(state)
+        say(f"resuming {path} at step {run.step}")
     say(f"corpus {text.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
     say(f"model {sizes['model']}: {count_parameters(model):,} parameters; {device}, "
-        f"{config.dtype}, {torch.get_num_threads()} threads, {run.processes} process" + "es" * (run.processes > 1))
-    return run, state
+        f"{config.dtype}, {torch.get_num_threads()} threads" + f", {run.rank + 1} of "
+        f"{run.processes} processes" * (run.processes > 1))
+    return run
 
 def run_train(typed: dict) -> tuple[float, float, float]:
     """--mode train. Returns the best model's loss in nats per token and in bits per character, and
     the seconds of training."""
-    run, state = prepare_run(typed)
-    if state:
-        say(f"resuming at step {run.step}")
-    settings = {"model_config": asdict(run.model.config), "train_config": asdict(run.config)}
-    if run.rank == 0:
-        (run.out_dir / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    run = prepare_run(typed)
     with run.watched():
         nats = train(run)
     return nats, bits_per_character(nats, run.corpus), run.seconds
@@ -2625,10 +2495,8 @@ def explain(problem: Exception) -> str:
         full = problem.errno in (errno.ENOSPC, errno.EFBIG)
         cure = "free some space, or choose another --out_dir" if full else "name another one"
         return f"{problem.filename or '--out_dir'}: {problem.strerror}; {cure}"
-    if isinstance(problem, UserError):
-        return str(problem)
-    return ("out of memory; lower --batch_size and raise --grad_accum, or lower --block_size, "
-            "--n_embd or --num_samples")
+    return str(problem) if isinstance(problem, UserError) else (
+        "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
