@@ -165,7 +165,9 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 #           One sequence of T tokens holds T examples at once: T -> o, To -> _, To_ -> b, To_b -> e.
 # Shapes    tokens (N,) -> x (B, T), y (B, T)
 # Try it    In get_batch, below, set y = windows[:, :-1], a shift of zero, and train with
-#           --max_steps 300. @@SHIFT
+#           --max_steps 300. By step 100 the loss is 0.001: the model copies what it sees. But its
+#           samples are empty, and the loss on the whole validation part, where evaluate makes a
+#           shift of its own, is 11.0: far worse than knowing nothing.
 #
 # The last tenth of the text is held out for validation: the model never trains on it, so how well
 # it does there measures what was learned and not what was memorized.
@@ -240,9 +242,9 @@ def cross_entropy(logits, targets):
 # follows token i. It starts at random and is learned by the loop that will train the GPT.
 #
 # Shapes    idx (B, T) -> logits (B, T, V): for each position of each sequence, what may come next
-# Try it    --preset bigram takes seconds and ends at @@BIGRAM nats per character; counting the
-#           pairs of the training part gives @@COUNTED. What a GPT gains over that, it gains by
-#           looking further back.
+# Try it    --preset bigram takes seconds and ends at 2.4845 nats per character. Counting the pairs of
+#           the training part (each once more than it occurs, so that none is impossible) gives
+#           2.4819. What a GPT gains over that, it gains by looking further back.
 class Bigram(nn.Module):
     """The baseline: the next token from this one alone."""
 
@@ -293,7 +295,9 @@ class Bigram(nn.Module):
 #           model cannot rely on a single path [Srivastava et al. 2014]. It acts in training only:
 #           model.train() switches it on, model.eval() off.
 # Shapes    (B, T, C) -> q, k, v (B, nh, T, hs) -> scores (B, nh, T, T) -> answers (B, nh, T, hs)
-# Try it    In `attend`, leave out `+ mask` and train with --max_steps 300. @@MASK
+# Try it    In `attend`, leave out `+ mask` and train with --max_steps 300. At step 200 the loss is
+#           2.35, at step 250 it is 0.09: the model has found out that the answer stands in the next
+#           position. The sample is a single "e": at writing time there is no next position.
 #
 # The names of the layers (c_attn, c_proj, wte, ...) are those of GPT-2's published weights.
 class CausalSelfAttention(nn.Module):
@@ -412,7 +416,8 @@ NORMS = {"layernorm": lambda n, config: LayerNorm(n, config.bias)}  # Part II: R
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600. @@RESIDUAL
+# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600: 3.35, hardly more
+#           than how frequent each character is. With them it is 1.93.
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
 
@@ -697,7 +702,7 @@ OPTIMIZERS = {"adamw": make_adamw}  # Part II: Muon
 #           decay    lr = min_lr + (learning_rate - min_lr) (1 + cos(pi r)) / 2
 #                    r = (step - warmup_steps) / (max_steps - warmup_steps), from 0 to 1
 #           [the cosine: Loshchilov and Hutter 2017, equation 5, without restarts]
-# Try it    --max_steps 600 --learning_rate 0.1, @@LR
+# Try it    --max_steps 600 --learning_rate 0.1 ends at 2.73; with the preset's own, 1.93.
 def cosine(r: float) -> float:
     """From 1 to 0 as r goes from 0 to 1."""
     return (1 + math.cos(math.pi * r)) / 2
@@ -2061,11 +2066,7 @@ ABLATIONS = {
 }
 
 def spread(numbers: list[float]) -> str:
-    """Mean and standard deviation.
-
-    >>> spread([1.0, 2.0]), spread([1.5])
-    ('1.5000 ± 0.7071', '1.5000')
-    """
+    """Mean and standard deviation: [1.0, 2.0] -> "1.5000 ± 0.7071"."""
     mean = statistics.fmean(numbers)
     return f"{mean:.4f}" + (f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 else "")
 
@@ -2126,8 +2127,8 @@ def count_parts(model) -> dict[str, int]:
     """The parameters by part."""
     parts = collections.Counter()
     for name, p in model.named_parameters():
-        known = [part for part in ("attn", "mlp", "wte", "wpe", "lm_head") if part in name]
-        parts[known[0] if known else "norms"] += p.numel()
+        part = re.search("attn|mlp|wte|wpe|lm_head", name)
+        parts[part[0] if part else "norms"] += p.numel()
     return dict(parts)
 
 def flops_per_token(model) -> int:
@@ -2145,8 +2146,7 @@ def peak_memory(device: torch.device) -> int:
         return 0
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
@@ -2366,21 +2366,17 @@ def resumed_settings(typed: dict, state: dict, path: Path, device) -> TrainConfi
     config = replace(TrainConfig(**state["train_config"]), **changes)
     return replace(config, dtype=find_dtype(config.dtype, device))
 
-def checkpoint_to_resume(typed: dict, out_dir: Path) -> Path | None:
-    """What --resume goes on from; None for a new run."""
-    path, resume = Path(typed.get("checkpoint", out_dir / "latest.pt")), typed.get("resume", False)
-    if "checkpoint" in typed and not resume:
-        raise UserError(f"--checkpoint {path}: add --resume to train on from it")
-    if resume and "checkpoint" not in typed and not path.exists():
-        say(f"--resume: there is no {path} yet, so a new run begins")
-        resume = False
-    return path if resume else None
-
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
     out_dir, device = Path(typed.get("out_dir", "out")), find_device(typed.get("device", "auto"))
-    path = checkpoint_to_resume(typed, out_dir)
-    state = read_checkpoint(path) if path else None
+    latest = out_dir / "latest.pt"
+    path, state = Path(typed.get("checkpoint", latest)), None
+    if "checkpoint" in typed and not typed.get("resume"):
+        raise UserError(f"--checkpoint {path}: add --resume to train on from it")
+    if typed.get("resume") and (path.exists() or "checkpoint" in typed):
+        state = read_checkpoint(path)
+    elif typed.get("resume"):
+        say(f"--resume: there is no {path} yet, so a new run begins")
     if state:
         model, tokenizer = model_from_checkpoint(state)
         sizes, config = state["model_config"], resumed_settings(typed, state, path, device)
@@ -2404,7 +2400,7 @@ def prepare_run(typed: dict) -> FullRun:
     if any(other != same for other in gather(same)):
         raise UserError(f"--data {text.path}: the text, the settings or the checkpoint are not the "
                         "same in all processes; give all the same command and the same files")
-    if run.rank == 0 and not (state and path.resolve() == (out_dir / "latest.pt").resolve()):
+    if run.rank == 0 and not (state and path.resolve() == latest.resolve()):
         set_aside(out_dir)
     if state:
         run.restore(state)

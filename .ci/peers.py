@@ -1,0 +1,154 @@
+"""
+Measures minigpt beside its peers, in one process and in turns, so that a change in the machine's
+speed meets all of them: training and writing beside a checkout of nanoGPT and Hugging Face's GPT-2,
+byte-pair encoding beside the Rust library tokenizers. Prints a table of medians.
+
+    python .ci/peers.py --nanogpt FOLDER [--preset plain] [--seconds 60] [any flag of minigpt's]
+
+Needs transformers and tokenizers. The peers compute in float32, as they do by default.
+"""
+
+import argparse
+import contextlib
+import json
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import minigpt
+
+
+def take_turns(functions: dict, seconds: float) -> dict[str, float]:
+    """The median seconds of a call of each; the first round warms up."""
+    times = {name: [] for name in functions}
+    end = None
+    while end is None or time.perf_counter() < end or len(next(iter(times.values()))) < 3:
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - begin)
+        if end is None:
+            end = time.perf_counter() + seconds
+            times = {name: [] for name in functions}
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def ours(flags: list[str]):
+    """A run that can train steps, its settings, and a function that writes n tokens from idx."""
+    typed = minigpt.parse(["--dropout", "0", *flags])
+    device = torch.device("cpu")
+    sizes, config = minigpt.fresh_settings(typed, device)
+    model = minigpt.new_model(minigpt.GPTConfig(**{"vocab_size": 65, **sizes}), config.seed).train()
+    config = minigpt.replace(config, grad_accum=1)
+    tokens = torch.randint(model.config.vocab_size, (100_000,))
+    corpus = minigpt.Corpus(tokens, tokens, len(tokens))
+    run = minigpt.FullRun(model, None, corpus, config, ".", device, {})
+    return run, lambda idx, n: model.generate(idx, n, read=minigpt.CachedReader())
+
+
+def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int):
+    """nanoGPT's model of the same shape, and a function that takes one of its training steps."""
+    names = runpy.run_path(str(Path(folder) / "model.py"))
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        model = names["GPT"](names["GPTConfig"](
+            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, dropout=0.0, bias=c.bias))
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    x, y = torch.randint(c.vocab_size, (2, batch_size, c.block_size))
+
+    def step():
+        model(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step
+
+
+def huggingface(c: minigpt.GPTConfig):
+    """A function that has Hugging Face's GPT-2 of the same shape write n tokens from idx."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, bos_token_id=None, eos_token_id=None)).eval()
+    return lambda idx, n: model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                                         do_sample=True, top_k=0, pad_token_id=0)
+
+
+def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, float]:
+    """Seconds to train and to encode for the first time, ours and the Rust library's."""
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ours = minigpt.BPETokenizer.train(text, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save(folder)
+        rust = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+            f"{folder}/vocab.json", f"{folder}/merges.txt", cache_capacity=0))
+    rust.pre_tokenizer = byte_level
+    assert rust.encode(text).ids == ours.encode(text)
+
+    def train_rust():
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+            initial_alphabet=byte_level.alphabet())
+        new = tokenizers.Tokenizer(tokenizers.models.BPE())
+        new.pre_tokenizer = byte_level
+        new.train_from_iterator([text], trainer)
+        assert len(json.loads(new.to_str())["model"]["merges"]) == len(ours.merges)
+
+    def encode():
+        ours.remembered.clear()
+        ours.encode(text)
+
+    name = f"BPE of {vocab_size:,}"
+    return take_turns({
+        f"{name}, training": lambda: minigpt.BPETokenizer.train(text, vocab_size),
+        f"{name}, training, tokenizers": train_rust,
+        f"{name}, encoding": encode,
+        f"{name}, encoding, tokenizers": lambda: rust.encode(text)}, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", required=True)
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each group of figures")
+    parser.add_argument("--tokenizers", action="store_true", help="only these")
+    args, flags = parser.parse_known_args()
+    if args.tokenizers:
+        text = (minigpt.DATA / "input.txt").read_text(encoding="utf-8")
+        for size in (1024, 8192):
+            for name, taken in tokenizer_times(text, size, args.seconds).items():
+                print(f"| {name}, s | {taken:.3f} |")
+        return
+    run, write = ours(flags)
+    c = run.model.config
+    peer, peer_step = nanogpt(args.nanogpt, c, run.config.batch_size)
+    tokens = run.config.batch_size * c.block_size
+    trained = take_turns({"training": lambda: minigpt.train_step(
+        run.runner, run.optimizer, run.batches(), run.config), "nanoGPT": peer_step}, args.seconds)
+    idx, n, many = torch.zeros(1, 1, dtype=torch.long), c.block_size - 1, 512
+    theirs = huggingface(c)
+    peer.eval()
+    written = take_turns({
+        "writing a window": lambda: write(idx, n), "Hugging Face": lambda: theirs(idx, n),
+        "writing 512": lambda: write(idx, many), "nanoGPT": lambda: peer.generate(idx, many),
+        "8 samples": lambda: write(idx.expand(8, 1), many)}, args.seconds)
+    lengths = {"writing 512": many, "nanoGPT": many, "8 samples": 8 * many}
+    for name, taken in trained.items():
+        print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
+    for name, taken in written.items():
+        print(f"| writing, {name}, tokens/s | {lengths.get(name, n) / taken:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
