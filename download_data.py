@@ -176,6 +176,21 @@ def import_copy(source: str, destination: Path = DESTINATION) -> None:
     say(f"wrote {destination}: {len(data):,} bytes, checksum right")
 
 
+def find(destination: Path = DESTINATION) -> Path:
+    """Where the corpus is: at destination, downloaded at need; else, loudly, the sample instead."""
+    sample = destination.with_name("sample.txt")
+    try:
+        if not destination.exists():
+            download(destination)
+        return destination
+    except OSError as problem:
+        say(f"{'!' * 80}\nTiny Shakespeare is not here: {problem}\nTraining on the small sample "
+            f"{sample} instead: expect far poorer text.\nFor the real corpus, connect and try "
+            "again, or import a copy with\n`python download_data.py --source FILE`; or train on a "
+            "text of yours with --data.\n" + "!" * 80)
+        return sample
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 if the corpus could not be had."""
     parser = argparse.ArgumentParser(description="Fetch Tiny Shakespeare into data/input.txt.")

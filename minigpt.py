@@ -69,7 +69,6 @@ class UserError(ValueError):
 @dataclass
 class GPTConfig:
     """The sizes of a model, and which kind of each part it has."""
-
     vocab_size: int  # V: distinct tokens; may be given for --tokenizer bpe only, 1024 without it
     block_size: int = 256  # context: the most tokens that the model sees at once
     n_layer: int = 6  # blocks stacked on each other
@@ -116,21 +115,18 @@ class CharTokenizer:
     >>> tokenizer.decode([1, 2, 2])
     'bee'
     """
-
-    kind, end = "char", None  # there is no token for the end of a text
+    kind = "char"
+    start, end = 0, None  # begin with the first character, a line break; nothing marks the end
 
     def __init__(self, itos: list[str]):
         self.state = self.itos = list(itos)  # `state` is what a new one can be made from
         self.stoi = {character: i for i, character in enumerate(self.itos)}
+        self.vocab_size = len(self.itos)
 
     @classmethod
     def train(cls, text: str) -> "CharTokenizer":
         """The vocabulary of a text: its distinct characters, sorted."""
         return cls(sorted(set(text)))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.itos)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids. Raises UserError, naming the character, for one outside the vocabulary."""
@@ -174,7 +170,6 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 @dataclass
 class Corpus:
     """A text as tokens, in two parts."""
-
     train: torch.Tensor  # (N,) ids of the first nine tenths of the characters
     val: torch.Tensor  # ids of the last tenth
     val_characters: int  # how many characters the tokens of val stand for
@@ -242,12 +237,11 @@ def cross_entropy(logits, targets):
 # follows token i. It starts at random and is learned by the loop that will train the GPT.
 #
 # Shapes    idx (B, T) -> logits (B, T, V): for each position of each sequence, what may come next
-# Try it    --preset bigram takes seconds and ends at 2.4845 nats per character. Counting the pairs of
-#           the training part (each once more than it occurs, so that none is impossible) gives
+# Try it    --preset bigram takes seconds and ends at 2.4845 nats per character. Counting the pairs
+#           of the training part (each once more than it occurs, so that none is impossible) gives
 #           2.4819. What a GPT gains over that, it gains by looking further back.
 class Bigram(nn.Module):
     """The baseline: the next token from this one alone."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -302,7 +296,6 @@ class Bigram(nn.Module):
 # The names of the layers (c_attn, c_proj, wte, ...) are those of GPT-2's published weights.
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one: (B, T, C) -> (B, T, C)."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
@@ -363,7 +356,6 @@ ACTIVATIONS = {"gelu": gelu}  # Part II: relu, its square, silu
 
 class MLP(nn.Module):
     """Two linear maps with an activation function between them, applied to each token by itself."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         hidden = int(config.mlp_ratio * config.n_embd)
@@ -388,7 +380,6 @@ MLPS = {"gelu": MLP}  # by activation; Part II: one whose halves multiply
 # Shapes    (B, T, C) -> (B, T, C)
 class LayerNorm(nn.Module):
     """Centre and rescale each token's channels; then a learned gain and, optionally, a bias."""
-
     eps = 1e-5  # keeps a constant input from dividing by zero
 
     def __init__(self, n_embd: int, bias: bool = True):
@@ -416,11 +407,10 @@ NORMS = {"layernorm": lambda n, config: LayerNorm(n, config.bias)}  # Part II: R
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600: 3.35, hardly more
-#           than how frequent each character is. With them it is 1.93.
+# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600: 3.35, hardly
+#           more than how frequent each character is. With them it is 1.93.
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config.n_embd, config)
@@ -477,7 +467,6 @@ HEADS = {True: tied_head}  # by tie_weights; Part II: a matrix of its own
 
 class GPT(nn.Module):
     """Token ids in; logits for every possible next token out, at every position at once."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -630,7 +619,6 @@ def likeliest(model, tokenizer, text: str, n: int = 5) -> list[tuple[str, float]
 @dataclass
 class TrainConfig:
     """How a model is trained. A step is one change of the weights; a micro-step is one pass."""
-
     preset: str = "auto"  # the named set of settings that this run starts from
     tokenizer: str = "char"  # what a token is
     batch_size: int = 64  # B: sequences in one micro-step
@@ -871,7 +859,6 @@ def new_model(config: GPTConfig, seed: int) -> nn.Module:
 
 class Run:
     """A training run: a model and what changes with it, how it is watched, what is saved of it."""
-
     def __init__(self, model, tokenizer, corpus: Corpus, config: TrainConfig, out_dir):
         self.model, self.tokenizer, self.corpus = model, tokenizer, corpus
         self.config, self.out_dir = config, Path(out_dir)
@@ -885,6 +872,9 @@ class Run:
 
     def log(self, **record) -> None:
         """Part III keeps records of numbers; here nothing happens."""
+
+    def progress(self, share: float) -> None:
+        """Part III shows how far the last evaluation is."""
 
     def over(self) -> bool:
         """Whether to stop: at max_steps, or when there was no better evaluation for too long."""
@@ -921,7 +911,7 @@ class Run:
 
     def show_sample(self) -> None:
         """A few lines from the model as it is, always drawn with the same random numbers."""
-        start = torch.tensor([first_ids(self.tokenizer)])
+        start = torch.tensor([[self.tokenizer.start]])
         drawn = stream_tokens(self.model, start, self.config.sample_tokens, temperature=0.8,
                               generator=torch.Generator().manual_seed(0))
         text = self.tokenizer.decode([token.item() for token in drawn]).strip("\n")
@@ -947,16 +937,9 @@ class Run:
     def finish(self) -> float:
         """Gives the model the weights of best.pt; returns their loss on all validation tokens."""
         self.model.load_state_dict(load_checkpoint(self.out_dir / "best.pt")["model"])
-        nats = evaluate(self.model, self.corpus.val)
+        nats = evaluate(self.model, self.corpus.val, progress=self.progress)
         self.say(describe_loss(nats, self.corpus))
         return nats
-
-def first_ids(tokenizer) -> list[int]:
-    """What a text begins with when there is no prompt: a line break, or else token 0."""
-    try:
-        return tokenizer.encode("\n")
-    except UserError:
-        return [0]
 
 def train(run: Run) -> float:
     """Trains until run.over(). Returns the best model's loss on the whole validation part."""
@@ -992,13 +975,11 @@ def train(run: Run) -> float:
 # Part II: Better
 #
 # One variation after the other: its problem, its equation, its code, and what it brought here. Each
-# fills a table that Part I left open, so nothing above changes. What a variation brought was
-# measured on the preset `plain`, with everything else as it was, by
+# fills a table that Part I left open, so nothing above changes. "Here" tells the loss of the preset
+# `plain` with this one change, in nats per character on the full validation split, mean and
+# standard deviation over three seeds. Of `plain` itself it is @@A_PLAIN. The command is
 #
-#     python minigpt.py --mode ablate --preset plain --set NAME --max_steps 600 --seeds 3
-#
-# and stands as the mean +- the standard deviation over the seeds 1337, 1338 and 1339, in nats per
-# character on the full validation split. `plain` itself has @@A_PLAIN there.
+#     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
 # ==================================================================================================
 
 import array
@@ -1009,7 +990,6 @@ import itertools
 import re
 import unicodedata
 
-
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
 # Problem   LayerNorm subtracts the mean, divides by the deviation, has a gain and a bias. Is all of
 #           that needed?
@@ -1018,7 +998,6 @@ import unicodedata
 # Here      --norm rmsnorm: @@A_RMS. --norm none, no normalization at all: @@A_NONE.
 class RMSNorm(nn.Module):
     """Rescale each token's channels to a root mean square of 1; then a learned gain."""
-
     eps = 1e-5
 
     def __init__(self, n_embd: int):
@@ -1048,7 +1027,6 @@ NORMS["none"] = lambda n, config: nn.Identity()
 # Here      --norm_position post: @@A_POST.
 class PostNormBlock(Block):
     """A block that normalizes the residual stream itself."""
-
     def forward(self, x):
         x = self.ln_1(x + self.attn(x))
         return self.ln_2(x + self.mlp(x))
@@ -1056,8 +1034,8 @@ class PostNormBlock(Block):
 BLOCKS["post"] = PostNormBlock
 
 # ---- Positions that need not be learned ----------------------------------------------------------
-# Problem   Learned vectors know nothing of each other: that positions 4 and 5 are neighbours as 5
-#           and 6 are has to be learned, for each pair.
+# Problem   Learned vectors know nothing of each other: that 4 and 5 are neighbours as 5 and 6 are
+#           has to be learned, for each pair.
 # Sinusoid  The vector of position t holds sin(t w_i) and cos(t w_i), w_i = 10000^(-2i/C), for i
 #           below C/2 [Vaswani et al. 2017, section 3.5]: hands of clocks that run at different
 #           speeds. To move by s positions is to turn each hand by s w_i, whatever t is. The paper
@@ -1080,7 +1058,6 @@ def angles(n_positions: int, n_channels: int) -> torch.Tensor:
 
 class Sinusoids(nn.Module):
     """The fixed table of position vectors: positions (T,) -> (T, C)."""
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         a = angles(config.block_size, config.n_embd)
@@ -1096,7 +1073,6 @@ POSITIONS["rope"] = lambda config: lambda positions: 0.0  # to the token vectors
 
 class Rotary(nn.Module):
     """Turns queries or keys (B, nh, T, hs) according to their positions, start and following."""
-
     def __init__(self, n_positions: int, hs: int):
         super().__init__()
         a = angles(n_positions, hs)  # (block_size, hs / 2)
@@ -1117,7 +1093,6 @@ class Rotary(nn.Module):
 # Here      --qk_norm: @@A_QK.
 class Attention(CausalSelfAttention):
     """Part I's attention, whose queries and keys may be normalized, rotated and kept."""
-
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         hs = config.n_embd // config.n_head
@@ -1147,7 +1122,6 @@ ATTENTION["explicit"] = Attention
 # Here      --activation relu: @@A_RELU. relu2: @@A_RELU2. swiglu: @@A_SWIGLU.
 class GatedMLP(MLP):
     """An MLP whose middle is a product of two halves, the first one through the activation."""
-
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         hidden = int(config.mlp_ratio * config.n_embd * 2 / 3)
@@ -1175,7 +1149,6 @@ HEADS[False] = lambda wte: nn.Linear(wte.embedding_dim, wte.num_embeddings, bias
 # Here      --attention fused computes the same function; all presets but `plain` use it. @@FUSED
 class FusedAttention(Attention):
     """The same function as one kernel."""
-
     def attend(self, q, k, v):
         # Subtle: on a CPU in bfloat16 the kernel's backward pass is the slower way.
         if self.training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
@@ -1186,16 +1159,12 @@ class FusedAttention(Attention):
 
 class FusedLayerNorm(LayerNorm):
     """The same function as one kernel."""
-
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
-def make_layernorm(n: int, config: GPTConfig) -> LayerNorm:
-    kind = FusedLayerNorm if config.attention == "fused" else LayerNorm
-    return kind(n, config.bias)
-
 ATTENTION["fused"] = FusedAttention
-NORMS["layernorm"] = make_layernorm
+NORMS["layernorm"] = lambda n, config: (
+    FusedLayerNorm if config.attention == "fused" else LayerNorm)(n, config.bias)
 
 # ---- Writing faster: the cache -------------------------------------------------------------------
 # Problem   To draw the 200th token the model reads the 199 before it. It read 198 of them a moment
@@ -1208,15 +1177,13 @@ NORMS["layernorm"] = make_layernorm
 #               decode                  ,    1 in,                    6 kept, "_" drawn
 #               decode                  _    1 in,                    7 kept, ...
 #
-# Cost      Without the cache, a pass over up to block_size tokens for each new one; with it, over
-#           one, whose query still has to be compared with every key that is kept. What takes the
-#           time then is to fetch each weight from memory. So it pays to write several samples side
-#           by side, for which they are fetched once: `--mode bench` tells.
+# Cost      A pass over one token instead of up to block_size, whose query still has to be compared
+#           with every key that is kept. What takes the time then is to fetch each weight from
+#           memory. So it pays to write several samples side by side: `--mode bench` tells.
 # Window    When the window moves (window_start, in Part I), every token in it has a new position,
 #           and what deeper layers kept was computed from tokens that are gone: all is read anew.
 class KeyValueCache:
     """The keys and values of one layer, of all tokens in the window: (B, nh, length, hs) each."""
-
     length = 0
 
     def append(self, k, v):
@@ -1228,7 +1195,6 @@ class KeyValueCache:
 
 class CachedReader:
     """next_logits, for a text that grows: reads only the tokens that it has not read yet."""
-
     def __init__(self):
         self.start = self.end = 0  # of what was read
 
@@ -1255,10 +1221,8 @@ class CachedReader:
 #           is full [Sennrich et al. 2016, section 3.2; on bytes: Radford et al. 2019, section 2.2].
 #           Frequent words become one token, rare ones a few, and nothing is unknown.
 # Example   "aaabdaaabac" -> aa becomes X: "XabdXabac" -> ab becomes Y: "XYdXYac" -> XY becomes Z:
-#           "ZdZac". Eleven tokens have become five.
-# Ties      Among equally frequent pairs the one with the smaller ids wins, the first token first.
-#           Ids count the bytes in the order of BYTES, below, then the merges as they are learned.
-# Encoding  Apply the merges to a new text in the order in which they were learned.
+#           "ZdZac". Eleven tokens have become five. (Among equally frequent pairs the one with the
+#           smaller ids wins.) A new text gets the merges in the order in which they were learned.
 # Pieces    Merges never cross a boundary that GPT-2's pattern draws: between letters, digits and
 #           punctuation, with a space kept in front of what it precedes. So "dog." and "dog!" do not
 #           become two words, and each distinct piece need be worked on only once.
@@ -1273,7 +1237,8 @@ def piece_pattern() -> re.Pattern:
     r"""GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     Python's re knows no \p{L} (letter) and \p{N} (number), so the classes are spelled out from the
-    Unicode tables; and its \s holds four control characters more than GPT-2's.
+    Unicode tables; and its \s holds four control characters more than GPT-2's. The second branch is
+    a short cut for words of A-Z that no other letter can follow.
 
     >>> piece_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
@@ -1287,8 +1252,8 @@ def piece_pattern() -> re.Pattern:
             ranges[category] += f"\\U{first:08x}-\\U{rest[-1] if rest else first:08x}"
     L, N = ranges["L"], ranges["N"]
     S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+"
-                      rf"|[{S}]+(?![^{S}])|[{S}]+")
+    return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])| ?[{L}]+"
+                      rf"| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
 
 def split_pieces(text: str):
     """Yields lists of pieces, one for each stretch of text between two END_OF_TEXT.
@@ -1297,8 +1262,8 @@ def split_pieces(text: str):
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return map(piece_pattern().findall, text.split(END_OF_TEXT))
 
-# The 256 bytes in GPT-2's order, and the printable character that stands for each in its files:
-# itself where it has a visible shape, one from U+0100 on where it has none.
+# The 256 bytes in GPT-2's order, and what stands for each in its files: the byte's own character
+# where that has a visible shape, one from U+0100 on where it has none.
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES += [byte for byte in range(256) if byte not in BYTES]
 SHOWN = dict(zip(BYTES, map(chr, [*BYTES[:188], *range(256, 256 + 68)])))
@@ -1324,12 +1289,10 @@ class BPETokenizer:
     >>> [tokenizer.decode([i]) for i in tokenizer.encode(" lowly")]
     [' low', 'l', 'y']
     """
-
-    kind = "bpe"
+    kind, start = "bpe", 198  # the line break
 
     def __init__(self, merges: list[tuple[bytes, bytes]]):
-        """merges: pairs of tokens, in the order in which they were learned. The position of a merge
-        in this list is its rank."""
+        """merges: pairs of tokens, in the order in which they were learned, which is their rank."""
         self.state = self.merges = merges
         # Subtle: in a file of other origin two merges may make one token (ab + c, a + bc).
         self.tokens = list(dict.fromkeys([bytes([byte]) for byte in BYTES]
@@ -1338,18 +1301,18 @@ class BPETokenizer:
         pairs = [token_of[a] + token_of[b] for a, b in merges]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.made = {pair: token_of[a + b] for pair, (a, b) in zip(pairs, merges)}
-        self.remembered = {}  # the ids of each piece that was encoded
+        self.encode_piece = functools.lru_cache(2**20)(self.encode_piece)  # pieces come back
         self.end = len(self.tokens)
         self.tokens.append(END_OF_TEXT.encode())
+        self.vocab_size = len(self.tokens)
 
     @classmethod
     def train(cls, text, vocab_size: int) -> "BPETokenizer":
         """Learns at most vocab_size - 257 merges (256 bytes and the end of text are there already);
         fewer when no pair is left that occurs twice. text: a str, or the chunks of a long one.
 
-        Each distinct piece is kept once, with its count. `counts` says how often a pair occurs,
-        `where` in which pieces it may; a merge touches those pieces and no others. The heap hands
-        out the most frequent pair; an entry whose count has changed goes back with the new one."""
+        `counts` says how often a pair occurs, `where` in which of the distinct pieces it may. The
+        heap hands out the most frequent pair; an entry whose count has changed goes back."""
         if vocab_size < 257:
             raise UserError(f"--vocab_size {vocab_size}: must be at least 257, for the 256 bytes "
                             f"and {END_OF_TEXT}")
@@ -1394,27 +1357,20 @@ class BPETokenizer:
                 heapq.heappush(heap, (-counts[p], p))
         return cls(merges)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokens)
-
     def encode_piece(self, piece: str) -> list[int]:
         """Merges one piece, always the pair that was learned first, until none is left."""
         word = to_tokens(piece)
-        while known := self.ranks.keys() & set(pairs_of(word)):
+        while known := self.ranks.keys() & pairs_of(word):
             pair = min(known, key=self.ranks.get)
             word = word.replace(pair, self.made[pair])
         return [ord(token) for token in word]
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids: any text. Each distinct piece is merged once and then remembered."""
-        ids, remembered = [], self.remembered
+        """Text to ids: any text."""
+        ids = []
         for i, pieces in enumerate(split_pieces(text)):
-            if i > 0:
-                ids.append(self.end)
-            for piece in set(pieces).difference(remembered):
-                remembered[piece] = self.encode_piece(piece)
-            ids.extend(itertools.chain.from_iterable(map(remembered.__getitem__, pieces)))
+            ids += [self.end] * (i > 0)
+            ids.extend(itertools.chain.from_iterable(map(self.encode_piece, pieces)))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -1440,18 +1396,16 @@ class BPETokenizer:
 
 class GPT2Tokenizer:
     """GPT-2's own 50,257 tokens, through the library tiktoken. Raises UserError without it."""
-
-    kind, state, vocab_size, end = "gpt2", None, 50257, 50256
+    kind, state, vocab_size, start, end = "gpt2", None, 50257, 198, 50256
 
     def __init__(self, _=None):
         try:
             import tiktoken
 
             self.encoding = tiktoken.get_encoding("gpt2")
-        except Exception as problem:  # not installed; or its file, fetched at the first use, is not
-            raise UserError(f"--tokenizer gpt2: tiktoken is not ready ({type(problem).__name__}); "
-                            "pip install tiktoken and connect once, or use --tokenizer bpe"
-                            ) from None
+        except Exception:  # not installed; or its file, fetched at the first use, is not here
+            raise UserError("--tokenizer gpt2: pip install tiktoken, and connect once; or use "
+                            "--tokenizer bpe") from None
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, allowed_special="all")
@@ -1462,11 +1416,10 @@ class GPT2Tokenizer:
 TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 # ---- Muon ----------------------------------------------------------------------------------------
-# Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors: it
-#           takes each of a set of orthogonal input directions (the columns of V) to an output
-#           direction (of U), stretched by a singular value (in S). The gradient, taken apart like
-#           this, has a few large singular values and many small ones, and a step along it moves
-#           hardly anything in most directions.
+# Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors: each of
+#           a set of orthogonal input directions (the columns of V) to an output direction (of U),
+#           stretched by a singular value (in S). Taken apart like this, a gradient has a few large
+#           singular values and many small ones: a step along it hardly moves most directions.
 # Answer    Make all directions equally strong.
 # Equation  M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
 #           N = (1 - momentum) G + momentum M       a look ahead, with the new M
@@ -1502,7 +1455,6 @@ class Muon(torch.optim.AdamW):
     parts is the number of matrices that one of them stacks: 3 for c_attn, since queries, keys and
     values have nothing to do with each other. Matrices of one shape go through orthogonalize as a
     stack (n, rows, columns), which takes a fraction of the time of one after the other."""
-
     def __init__(self, groups, dtype=torch.float32, **options):
         super().__init__(groups, **options)
         self.dtype = dtype  # of the matrix products
@@ -1564,7 +1516,6 @@ import tempfile
 import time
 import zipfile
 
-
 # ---- What is printed -----------------------------------------------------------------------------
 # Generated text and results go to stdout; everything else to stderr. Of several processes (below)
 # the first one speaks.
@@ -1572,7 +1523,7 @@ def process_rank() -> int:
     """The number of this process among those that torchrun started; 0 if it did not."""
     return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
 
-def say(text: str = "", status: bool = False) -> None:
+def say(text: str, status: bool = False) -> None:
     """A line to stderr. On a terminal a status is rewritten in place by whatever comes next."""
     if process_rank() == 0:
         wipe, end = ("\r\033[K", "" if status else "\n") if sys.stderr.isatty() else ("", "\n")
@@ -1590,22 +1541,21 @@ def duration(seconds: float) -> str:
 #           stay float32; `autocast` runs each matrix product in 16 bits. bfloat16 has float32's
 #           range (8 exponent bits) and just 8 bits of precision: it needs no care. float16 is
 #           finer, but gradients below 6e-8 vanish: so the derivative of the loss is multiplied by a
-#           large number on its way into the model, and that of each weight divided by it on its way
-#           out.
+#           large number on its way into the model, and that of a weight divided by it afterwards.
 # Here      @@BF16
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name in ("auto", "cuda"):
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # torchrun: a GPU for each process
-        name = here[min(local_rank, len(here) - 1)] if name == "auto" else f"cuda:{local_rank}"
+    if name == "auto":
+        name = here[0].partition(":")[0]
+    if name == "cuda":
+        name += ":" + os.environ.get("LOCAL_RANK", "0")  # torchrun: a GPU for each process
     if name not in here:
         raise UserError(f"--device {name}: not here; this machine has auto, {', '.join(here)}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 def find_dtype(name: str, device: torch.device) -> str:
     """auto: the fastest format that needs no care and that the device has in hardware."""
@@ -1618,7 +1568,6 @@ def find_dtype(name: str, device: torch.device) -> str:
 
 class MixedPrecision(nn.Module):
     """The model, with its matrix products in 16 bits."""
-
     def __init__(self, model, dtype: str):
         super().__init__()
         self.model, self.dtype = model, getattr(torch, dtype)
@@ -1630,7 +1579,6 @@ class MixedPrecision(nn.Module):
 class ScaledGradients(MixedPrecision):
     """The same in float16. Where a gradient leaves its range in spite of the factor, the step is
     skipped and the factor halved; after 1,000 steps without that it is doubled."""
-
     def __init__(self, model, dtype: str, optimizer):
         super().__init__(model, dtype)
         self.scale, self.sound = 2.0**16, 0
@@ -1652,20 +1600,6 @@ class ScaledGradients(MixedPrecision):
             self.scale /= 2
             for p in weights:
                 p.grad = None  # an optimizer leaves such a weight alone
-
-def try_to_compile(runner: nn.Module, batch) -> nn.Module:
-    """The runner through torch.compile, which turns a whole pass into a few fused kernels. For a
-    CPU that takes a C++ compiler; where it fails, the runner itself, with one warning."""
-    say("compiling the model: this takes a minute or two")
-    try:
-        compiled = torch.compile(runner)
-        compiled(*batch)[1].backward()  # compiling happens at the first use
-        runner.zero_grad()
-        return compiled
-    except Exception as problem:  # whatever a compiler may raise, training can go on without it
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        say(f"warning: torch.compile does not work here, going on without it ({reason})")
-        return runner
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Problem   One device is too slow, and there are more of them, here or in other machines.
@@ -1702,13 +1636,12 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list, to which the first Ctrl-C or SIGTERM is added; the second ends the process."""
+    """Yields a list, to which Ctrl-C or SIGTERM is added; the same once more ends the process."""
     received = []
 
     def on_signal(number, frame):
         received.append(number)
-        for s in before:
-            signal.signal(s, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
         # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
         if process_rank() == 0:
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
@@ -1726,39 +1659,33 @@ def read_checkpoint(path: Path) -> dict:
 
     PyTorch's files are zip archives, with a checksum for each member; the members' attributes,
     which the checksums leave out, are 0."""
+    state = None
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() or any(member.external_attr for member in archive.infolist()):
-                raise zipfile.BadZipFile
-        state = load_checkpoint(path)
+            damaged = archive.testzip() or any(m.external_attr for m in archive.infolist())
+        state = None if damaged else load_checkpoint(path)
     except FileNotFoundError:
-        raise UserError(f"--checkpoint {path}: no such file; train first (--mode train), or name a "
-                        "checkpoint with --checkpoint, or a run's folder with --out_dir") from None
+        raise UserError(f"--checkpoint {path}: no file; train first, or name another") from None
     except (OSError, MemoryError):
         raise
     except Exception:  # there is no telling what a damaged file makes the readers raise
-        raise UserError(f"--checkpoint {path}: damaged, or not a checkpoint; copy another one, "
-                        "such as best.pt or a step_*.pt of the same run, over it") from None
+        pass
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"--checkpoint {path}: not a checkpoint of this version of minigpt; use "
-                        "another one")
+        raise UserError(f"--checkpoint {path}: damaged, or not a checkpoint of this version; copy "
+                        "another one, such as best.pt or a step_*.pt of the same run, over it")
     return state
 
-def set_aside(out_dir: Path) -> None:
-    """Moves an earlier run's files to a folder of their own: a forgotten --resume loses nothing."""
+def refuse_used(out_dir: Path) -> None:
+    """Raises UserError if a new run would overwrite anything in its folder."""
     names = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
-    files = [path for path in out_dir.iterdir() if re.fullmatch(names, path.name)]
-    if any(path.suffix == ".pt" for path in files):
-        folders = (out_dir / f"earlier_{n}" for n in itertools.count(1))
-        earlier = next(folder for folder in folders if not folder.exists())
-        earlier.mkdir()
-        for path in files:
-            path.replace(earlier / path.name)
-        say(f"{out_dir} held an earlier run: it is in {earlier} now; delete it if it is no longer "
-            f"needed, or go on with it by --resume --out_dir {earlier}")
+    for path in out_dir.glob("*"):
+        if re.fullmatch(names, path.name):
+            raise UserError(f"--out_dir {out_dir}: there is a {path.name} already; use --resume to "
+                            "go on with that run, or name another folder")
 
 def read_metrics(out_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl, one a line; what is damaged or unknown is left out."""
+    """The records of metrics.jsonl, one a line; what is damaged or unknown is left out. After a
+    --resume a step may have two records, of which the later one counts."""
     path, records = out_dir / "metrics.jsonl", []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):  # of JSON or of UTF-8
@@ -1777,9 +1704,10 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for label, (out_dir, name) in curves.items():
-        points = [(record["step"], record[name]) for record in read_metrics(out_dir)
-                  if isinstance(record.get(name), (int, float))]
-        axes.plot(*zip(*points), label=label, linewidth=1.2, alpha=0.4 if name == "loss" else 1.0)
+        points = {record["step"]: record[name] for record in read_metrics(out_dir)
+                  if isinstance(record.get(name), (int, float))}
+        axes.plot(*zip(*sorted(points.items())), label=label, linewidth=1.2,
+                  alpha=0.4 if name == "loss" else 1.0)
     axes.set(xlabel="step", ylabel=ylabel)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -1788,15 +1716,15 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
 def start_wandb(config: TrainConfig, out_dir: Path):
     """A run of Weights & Biases, or None: it is used where it is installed and either logged in or
     set offline (WANDB_MODE=offline). It never asks for anything and never ends a run."""
-    mode, found = os.environ.get("WANDB_MODE", ""), "WANDB_API_KEY" in os.environ
+    ready = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        found = found or netrc.netrc().authenticators("api.wandb.ai") is not None
-    if not config.wandb or mode in ("disabled", "dryrun") or not (found or mode == "offline"):
+        ready = ready or netrc.netrc().authenticators("api.wandb.ai") is not None
+    if not (config.wandb and ready):
         return None
     try:
         import wandb
 
-        return wandb.init(project="minigpt", dir=out_dir, config=asdict(config),
+        return wandb.init(project="minigpt", dir=out_dir, config=asdict(config), reinit=True,
                           settings=wandb.Settings(silent=True))
     except Exception as problem:  # not installed, no network, or a change in its ways
         say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
@@ -1810,22 +1738,14 @@ def start_wandb(config: TrainConfig, out_dir: Path):
 
 DATA = Path(__file__).resolve().parent / "data"
 
-def find_corpus(data: str | None) -> Path:
+def find_corpus(data: str) -> Path:
     """--data if given; else Tiny Shakespeare, downloaded at need; else, loudly, the sample."""
-    path = DATA / "input.txt"
-    if data is not None or path.exists():
-        return Path(data or path)
-    try:
-        import download_data
-
-        download_data.download(path)
+    path = Path(data or DATA / "input.txt")
+    if data or path.exists():
         return path
-    except (ImportError, OSError) as problem:
-        say("!" * 80 + f"\nTiny Shakespeare is not here: {problem}\nTraining on the small sample "
-            f"{DATA / 'sample.txt'} instead: expect far poorer text.\nFor the real corpus, connect "
-            "and run `python download_data.py`, or import a copy\nwith `python download_data.py "
-            "--source FILE`; or train on a text of yours with --data.\n" + "!" * 80)
-        return DATA / "sample.txt"
+    import download_data
+
+    return download_data.find(path)
 
 def read_chunks(path: Path, size: int = 2**20):
     """Yields a text bit by bit: size characters, and on to the end of the line, so that no word is
@@ -1836,7 +1756,6 @@ def read_chunks(path: Path, size: int = 2**20):
 
 class TextFile:
     """A text that is never in memory as a whole. Raises UserError if it is empty or not UTF-8."""
-
     def __init__(self, path: Path):
         self.path, self.length, alphabet, digest = path, 0, set(), hashlib.sha256()
         try:
@@ -1846,8 +1765,6 @@ class TextFile:
                 digest.update(chunk.encode("utf-8"))
         except UnicodeDecodeError:
             raise UserError(f"--data {path}: not UTF-8 text; save it as UTF-8") from None
-        if self.length == 0:
-            raise UserError(f"--data {path}: the file is empty; name one with text in it")
         self.alphabet, self.sha256 = sorted(alphabet), digest.hexdigest()
 
     def chunks(self, part: str):
@@ -1865,28 +1782,26 @@ class TextFile:
         return CharTokenizer(self.alphabet) if kind == "char" else TOKENIZERS[kind]()
 
     def encode(self, tokenizer, block_size: int, folder: Path | None = None) -> Corpus:
-        """Both parts as tokens, in temporary files in folder. Raises UserError if one is too short
-        for a single window."""
-        train, val = (map_tokens(map(tokenizer.encode, self.chunks(part)), folder)
-                      for part in ("train", "val"))
+        """Both parts as tokens. Raises UserError if one is too short for a single window."""
+        train, val = (self.map_tokens(tokenizer, part, folder) for part in ("train", "val"))
         if len(val) <= block_size:  # the validation part is the shorter one
             raise UserError(f"--data {self.path}: too short: its validation part has {len(val)} "
-                            f"tokens, and --block_size {block_size} needs at least {block_size + 1}"
-                            "; use a longer text or a smaller --block_size")
+                            f"tokens, and --block_size {block_size} needs more; use a longer text "
+                            "or a smaller --block_size")
         return Corpus(train, val, val_characters=self.length - int(0.9 * self.length))
 
-def map_tokens(lists_of_ids, folder: Path | None) -> torch.Tensor:
-    """The ids (N,), below 65,536, in a file that has no name and vanishes with the tensor."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for ids in lists_of_ids:
-            array.array("H", ids).tofile(file)  # H: 16 bits, without a sign
-        file.flush()
-        if file.tell() == 0:
-            return torch.empty(0, dtype=torch.uint16)
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(memory, dtype=torch.uint16)
+    def map_tokens(self, tokenizer, part: str, folder: Path | None) -> torch.Tensor:
+        """The ids (N,), in a file in folder that has no name and vanishes with the tensor."""
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for chunk in self.chunks(part):
+                array.array("H", tokenizer.encode(chunk)).tofile(file)  # H: 16 bits, no sign
+            file.flush()
+            if file.tell() == 0:
+                return torch.empty(0, dtype=torch.uint16)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(memory, dtype=torch.uint16)
 
-def show_progress(what: str):
+def show_progress():
     """A function for evaluate's `progress`: a status line every few seconds, with the time left."""
     began = shown = time.perf_counter()
 
@@ -1896,7 +1811,7 @@ def show_progress(what: str):
         if now - shown > 2:
             shown = now
             left = duration((now - began) * (1 / share - 1))
-            say(f"{what}: {share:.0%}, {left} left", status=True)
+            say(f"evaluating: {share:.0%}, {left} left", status=True)
 
     return show
 
@@ -1906,7 +1821,6 @@ class Diverged(UserError):
 
 class FullRun(Run):
     """Part I's run, on any device, in several processes, that heeds signals and keeps records."""
-
     def __init__(self, model, tokenizer, corpus, config, out_dir, device, text_info: dict):
         """text_info: where the corpus is from, and its checksum; both go into checkpoints."""
         super().__init__(model.to(device), tokenizer, corpus, config, out_dir)
@@ -1919,9 +1833,8 @@ class FullRun(Run):
             self.runner = ScaledGradients(model, config.dtype, self.optimizer)
         elif config.dtype != "float32":
             self.runner = MixedPrecision(model, config.dtype)
-        if config.compile:
-            batch = get_batch(corpus.train, model.config.block_size, config.batch_size)
-            self.runner = try_to_compile(self.runner, batch)
+        if config.compile:  # turns a whole pass into a few fused kernels; a minute or two at first
+            self.runner = torch.compile(self.runner)
         if torch.distributed.is_initialized():
             self.runner = nn.parallel.DistributedDataParallel(self.runner, broadcast_buffers=False)
 
@@ -1933,24 +1846,15 @@ class FullRun(Run):
 
     @contextlib.contextmanager
     def watched(self):
-        """Inside: signals are heard and records kept. What metrics.jsonl has of later steps, or of
-        a finished run that now goes on, is dropped."""
+        """Inside: signals are heard and records kept."""
         self.began = self.clock = time.perf_counter()
         self.clock_step = self.first_step = self.step
         if self.rank == 0:
-            kept = [r for r in read_metrics(self.out_dir) if "full_val_loss" not in r
-                    and r["step"] <= self.step and self.best_val < math.inf]
-            text = "".join(json.dumps(record) + "\n" for record in kept)
-            (self.out_dir / "metrics.jsonl").write_text(text, encoding="utf-8")
-            settings = {"model_config": asdict(self.model.config),
-                        "train_config": asdict(self.config)}
-            (self.out_dir / "config.json").write_text(json.dumps(settings, indent=2))
+            configs = asdict(self.model.config) | asdict(self.config)
+            (self.out_dir / "config.json").write_text(json.dumps(configs, indent=2))
             self.wandb = start_wandb(self.config, self.out_dir)
         with stop_signals() as self.signals:
             yield
-        if self.wandb:
-            with contextlib.suppress(Exception):  # whatever ails it must not end the run
-                self.wandb.finish()
 
     def spent(self) -> float:
         """Seconds in this run so far, those before a --resume included."""
@@ -1959,19 +1863,18 @@ class FullRun(Run):
     say = staticmethod(say)
 
     def log(self, **record) -> None:
-        """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number: such a
-        model is lost, and must not be saved over a good one."""
+        """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number."""
         for name, value in record.items():
             if "loss" in name and not math.isfinite(value):
                 raise Diverged(f"the run has diverged: at step {self.step} its {name} is {value}; "
-                               "what was saved before is intact; try a --learning_rate below "
+                               "what was saved is intact; try a lower --learning_rate than "
                                f"{self.config.learning_rate} or a longer --warmup_steps")
         if self.rank == 0:  # JSON has no infinity and no NaN: null stands for them
             record = {k: v if math.isfinite(v) else None for k, v in record.items()}
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self.wandb:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # whatever ails it must not end the run
                 self.wandb.log(record, step=record["step"])
 
     def over(self) -> bool:
@@ -2024,17 +1927,16 @@ class FullRun(Run):
         if self.step < self.config.max_steps:
             say(f"stopped early: no better validation loss in {self.config.patience} evaluations")
         gather(0)  # the first process has written best.pt
-        best = self.out_dir / "best.pt"
-        self.model.load_state_dict(load_checkpoint(best)["model"])
-        nats = evaluate(self.model, self.corpus.val, progress=show_progress(f"evaluating {best}"))
+        self.progress = show_progress()
+        nats = super().finish()
         self.log(step=self.step, full_val_loss=nats, seconds=self.seconds, best_step=self.best_step)
         if self.rank == 0:
             curves = {"training, single steps": (self.out_dir, "loss"),
                       "training": (self.out_dir, "train_loss"),
                       "validation": (self.out_dir, "val_loss")}
             draw_curves(self.out_dir / "loss.png", curves, ylabel="loss, nats per token")
-        say(f"trained in {duration(self.seconds)}; the best model, of step {self.best_step}: {best}")
-        say(describe_loss(nats, self.corpus))
+        say(f"trained in {duration(self.seconds)}; the best model, of step {self.best_step}: "
+            f"{self.out_dir / 'best.pt'}")
         return nats
 
 # ==================================================================================================
@@ -2044,77 +1946,49 @@ class FullRun(Run):
 import statistics
 
 # ---- Comparing variations ------------------------------------------------------------------------
-# Problem   The field argues about norms, positions and activations. What does each change on this
-#           corpus, in the time we have?
+# Problem   The field argues about norms, positions and activations. What does each change here?
 # Answer    Change one thing at a time; give every variant the same steps, seeds and batches; take
 #           each one's loss on the full validation split; and say how far the seeds spread, for a
 #           difference smaller than the spread shows none. A variant is an ordinary run in a folder
 #           of its own; typed again after an interruption, the command goes on where it was.
 # Try it    `python minigpt.py --mode ablate --preset plain --vary pos=learned,rope --max_steps 300`
-
-ABLATIONS = {
-    # For --preset plain: each variation of Part II alone.
-    "parts": [dict(), dict(norm="rmsnorm"), dict(norm="none"), dict(norm_position="post"),
-              dict(pos="sinusoidal"), dict(pos="rope"), dict(qk_norm=True), dict(activation="relu"),
-              dict(activation="relu2"), dict(activation="swiglu"), dict(tie_weights=False),
-              dict(tokenizer="bpe", vocab_size=1024), dict(schedule="linear"),
-              dict(optimizer="muon")],
-    # For --preset laptop: each of its choices undone alone.
-    "recipe": [dict(), dict(optimizer="adamw"), dict(momentum=0.95), dict(schedule="cosine"),
-               dict(weight_decay=0.0), dict(pos="learned"), dict(n_head=4), dict(qk_norm=False),
-               dict(norm="rmsnorm"), dict(activation="gelu")],
-}
-
 def spread(numbers: list[float]) -> str:
     """Mean and standard deviation: [1.0, 2.0] -> "1.5000 ± 0.7071"."""
     mean = statistics.fmean(numbers)
     return f"{mean:.4f}" + (f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 else "")
 
-def find_variants(typed: dict) -> tuple[str, list[dict]]:
-    """The name of the experiment, and the settings in which its variants differ."""
-    chosen, vary = typed.get("set"), typed.get("vary")
-    if (chosen is None) == (vary is None):
-        raise UserError(f"--mode ablate: give either --set ({', '.join(ABLATIONS)}) or --vary "
-                        "FIELD=A,B,C")
-    if chosen:
-        return chosen, ABLATIONS[chosen]
-    name, _, values = vary.partition("=")
-    if name in ("seed", "preset") or name not in {**comments(GPTConfig), **comments(TrainConfig)}:
-        raise UserError(f"--vary {vary}: must be FIELD=A,B,C, with a setting of the model or of "
-                        "training (see --help) other than seed and preset")
-    flags = {"true": [f"--{name}"], "false": [f"--no_{name}"]}  # of a switch
-    variants = [parse(flags.get(value.lower(), [f"--{name}={value}"]))
-                for value in values.split(",")]
-    return name, [{name: variant[name]} for variant in variants]
-
 def run_ablate(typed: dict) -> None:
     """--mode ablate: a table on stdout, and curves.png."""
-    experiment, variants = find_variants(typed)
-    folder, first = Path(typed["out_dir"]) / f"ablate_{experiment}", typed.get("seed", 1337)
+    command, first = pick(Command, typed), typed.get("seed", TrainConfig.seed)
+    name, _, values = command.vary.partition("=")
+    if name in ("seed", "preset") or name not in {**comments(GPTConfig), **comments(TrainConfig)}:
+        raise UserError(f"--vary {command.vary}: must be FIELD=A,B,C, with a setting of the model "
+                        "or of training (see --help) other than seed and preset")
+    switch = {"true": [f"--{name}"], "false": [f"--no_{name}"]}
+    variants = {f"{name}={value}": parse(switch.get(value.lower(), [f"--{name}={value}"]))
+                for value in values.split(",")}
     quiet = dict(sample_tokens=0, checkpoint_interval=0, log_interval=100)
+    folder = Path(command.out_dir) / f"ablate_{name}"
     outcomes, curves = collections.defaultdict(list), {}
-    for seed in range(first, first + typed.get("seeds", 2)):
-        for variant in variants:
-            label = " ".join(f"{name}={value}" for name, value in variant.items()) or "as it is"
-            out_dir = folder / f"{label} seed={seed}".replace(" ", "_")
-            say(f"---- {label}, seed {seed}")
-            try:
-                outcomes[label].append(run_train({**quiet, **typed, **variant, "seed": seed,
-                                                  "out_dir": out_dir, "resume": True}))
-            except Diverged as problem:
-                say(str(problem))
-                outcomes[label].append(None)
-            curves[f"{label}, seed {seed}"] = (out_dir, "val_loss")
+    for seed, (label, variant) in itertools.product(range(first, first + command.seeds),
+                                                    variants.items()):
+        out_dir = folder / f"{label}_seed={seed}"
+        say(f"---- {label}, seed {seed}")
+        try:
+            outcomes[label].append(run_train({**quiet, **typed, **variant, "seed": seed,
+                                              "out_dir": out_dir, "resume": True}))
+        except Diverged as problem:
+            say(str(problem))
+        curves[f"{label}, seed {seed}"] = (out_dir, "val_loss")
     draw_curves(folder / "curves.png", curves, ylabel="validation loss, nats per token")
     print("| variant | nats/token | bits/character | seconds | seeds |\n|---|---|---|---|---|")
-    for label, results in outcomes.items():
-        done = [result for result in results if result]
-        cells = [spread(numbers) for numbers in zip(*done)] or ["diverged"] * 3
-        print(f"| {label} | {' | '.join(cells)} | {len(done)} of {len(results)} |")
+    for label in variants:
+        cells = [spread(numbers) for numbers in zip(*outcomes[label])] or ["diverged"] * 3
+        print(f"| {label} | {' | '.join(cells)} | {len(outcomes[label])} of {command.seeds} |")
 
 # ---- Benchmark -----------------------------------------------------------------------------------
-# Problem   "Fast" means nothing without the machine it was measured on. `--mode bench` measures
-#           this one, and compares the rate that the model reaches with what the machine allows.
+# Problem   "Fast" means nothing without the machine. `--mode bench` measures this one, and compares
+#           the rate that the model reaches with what the machine allows.
 # FLOPs     A weight costs one multiplication and one addition for each token in the forward pass,
 #           and twice that in the backward pass: 6 N in all [Kaplan et al. 2020, section 2.1]. N
 #           counts the matrices that multiply: those of the blocks and the head. Scores and weighted
@@ -2146,38 +2020,42 @@ def peak_memory(device: torch.device) -> int:
         return 0
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
     from torch.utils.benchmark import Timer  # warms up, and waits for the device
 
-    def seconds(function) -> float:
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=typed.get("bench_seconds", 4.0)).median
+    command, n = pick(Command, typed), pick(GenerateConfig, typed).max_tokens
 
-    device = find_device(typed.get("device", "auto"))
-    sizes, config = fresh_settings(typed, device)
-    config, n = replace(config, grad_accum=1), typed.get("max_tokens", 200)
-    model = new_model(GPTConfig(**{"vocab_size": 65, **sizes}), config.seed).train()
+    def rate(work: int, function) -> float:
+        """Units of work per second, if a call of the function does so many."""
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return work / timer.blocked_autorange(min_run_time=command.bench_seconds).median
+
+    device = find_device(command.device)
+    sizes, config = find_settings({**typed, "grad_accum": 1}, device)
+    model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed).train()
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
-    peak = 2 * 2048**3 / seconds(lambda: a @ a)
-    rate = config.batch_size * model.config.block_size / seconds(
-        lambda: train_step(run.runner, run.optimizer, run.batches(), config))
+    peak = rate(2 * 2048**3, lambda: a @ a)
+    training = rate(config.batch_size * model.config.block_size,
+                    lambda: train_step(run.runner, run.optimizer, run.batches(), config))
+    memory, one = peak_memory(device), torch.zeros(1, 1, dtype=torch.long)
+
+    def writing(samples: int, make_reader) -> float:
+        start = one.expand(samples, 1)
+        return rate(samples * n, lambda: model.generate(start, n, read=make_reader()))
+
     rows = {f"parameters, {part}": count for part, count in count_parts(model).items()} | {
         "parameters": count_parameters(model), "matrix products, GFLOP/s": peak / 1e9,
-        "training, tokens/s": rate,
-        "training, model-FLOPs utilization": flops_per_token(model) * rate / peak,
-        "peak memory, MiB": peak_memory(device) / 2**20}
-    one = torch.zeros(1, 1, dtype=torch.long)
-    for name, start, reader in (("writing, tokens/s", one, CachedReader),
-                                ("writing, without the cache", one, lambda: next_logits),
-                                ("writing, 8 samples at once", one.expand(8, 1), CachedReader)):
-        taken = seconds(functools.partial(lambda idx, make: model.generate(idx, n, read=make()),
-                                          start, reader))
-        rows[name] = len(start) * n / taken
+        "training, tokens/s": training,
+        "training, model-FLOPs utilization": flops_per_token(model) * training / peak,
+        "peak memory, MiB": memory / 2**20, "writing, tokens/s": writing(1, CachedReader),
+        "writing, without the cache": writing(1, lambda: next_logits),
+        "writing, 8 samples at once": writing(8, CachedReader)}
     print(f"| {config.preset}: {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"PyTorch {torch.__version__} | |\n|---|---|")
     for name, value in rows.items():
@@ -2186,9 +2064,8 @@ def run_bench(typed: dict) -> None:
 # ==================================================================================================
 # Part V: The command line
 #
-# Every setting is a flag: the dataclasses of Part I say which there are, with their defaults and
-# meanings, and the tables of Parts I and II what they may be. Settings come from the defaults, then
-# the preset, then the flags that were typed.
+# Every setting is a flag: the dataclasses say which there are, with defaults and meanings, and the
+# tables what they may be. Settings come from the defaults, then the preset, then what was typed.
 # ==================================================================================================
 
 import argparse
@@ -2230,9 +2107,21 @@ PRESETS = {
 }
 
 @dataclass
+class Command:
+    """What to do, and with which files."""
+    mode: str = ""  # what to do
+    data: str = ""  # a UTF-8 text; else data/input.txt, or that of the checkpoint
+    out_dir: str = "out"  # the run's folder
+    checkpoint: str = ""  # else best.pt of out_dir, or latest.pt to resume
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    resume: bool = False  # train on from latest.pt, or from --checkpoint
+    vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
+    seeds: int = 2  # ablate: runs of each variant, from --seed on
+    bench_seconds: float = 4.0  # bench: time for each figure
+
+@dataclass
 class GenerateConfig:
     """How text is drawn from a trained model."""
-
     prompt: str = ""  # the text to continue; without it, a line break
     max_tokens: int = 200  # tokens to add to the prompt
     temperature: float = 0.8  # 0: always the likeliest; 1: as learned
@@ -2247,14 +2136,12 @@ CHOICES = {"model": MODELS, "norm": NORMS, "norm_position": BLOCKS, "pos": POSIT
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "preset": ["auto", *PRESETS],
            "dtype": ["auto", "float32", "bfloat16", "float16"]}
 
-# The least and the largest value of a setting; where nothing is said here, whole numbers begin at 1
-# and others at 0.
+# From where to where a setting goes; otherwise whole numbers begin at 1 and others at 0.
 RANGES = {
-    "vocab_size": (257, 2**16), "dropout": (0, 0.9), "mlp_ratio": (0.01, 100), "beta1": (0, 0.9999),
-    "beta2": (0, 0.99999), "momentum": (0, 0.9999), "learning_rate": (1e-30, 1e30),
-    "seed": (0, 2**63 - 1), "top_p": (1e-300, 1), "bench_seconds": (1e-3, 3600),
-    **{name: (0, 2**31 - 1) for name in ("warmup_steps", "sample_tokens", "checkpoint_interval",
-                                         "patience", "max_tokens")},
+    "vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9), "top_p": (0, 1),
+    **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
+    **dict.fromkeys(["seed", "warmup_steps", "sample_tokens", "checkpoint_interval", "patience",
+                     "max_tokens"], (0, 2**63 - 1)),
 }
 
 # What may change when a run is resumed: how long to go on and what to report, not how it learns.
@@ -2276,51 +2163,33 @@ def read_number(name: str, kind: type, text: str):
     raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {low} to {high}")
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that a mistake raises UserError, and a flag that was not typed is absent."""
-
+    """argparse, except that a mistake raises UserError."""
     def error(self, message):
         raise UserError(message.removeprefix("argument "))
 
-    def add_flag(self, group, name: str, kind: type, help: str, choices=None) -> None:
-        """--name VALUE, or --name and --no_name for a switch."""
-        if kind is bool:
-            group.add_argument(f"--{name}", action="store_true", help=help)
-            group.add_argument(f"--no_{name}", dest=name, action="store_false",
-                               help=argparse.SUPPRESS)
-        else:
-            read = str if kind is str else functools.partial(read_number, name, kind)
-            group.add_argument(f"--{name}", type=read, help=help, choices=choices,
-                               metavar=None if choices else name.upper())
-
 def build_parser() -> Parser:
-    """The flags, in groups."""
+    """The flags, in groups. A flag that is not typed is absent from what is parsed."""
     presets = "".join(f"\n  {name:8}{preset.about}" for name, preset in PRESETS.items())
     parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="Train a GPT on Shakespeare, and write with it.",
                     epilog="presets:" + presets, formatter_class=lambda prog:
                     argparse.RawDescriptionHelpFormatter(prog, width=80, max_help_position=26))
-    others = {
-        "common": [("mode", str, "what to do", list(MODES)),
-                   ("data", str, "a UTF-8 text (data/input.txt; with a checkpoint, its own)"),
-                   ("out_dir", str, "the run's folder (out)"),
-                   ("checkpoint", str, "the checkpoint to use (best.pt; to resume, latest.pt)"),
-                   ("device", str, "auto, cpu, cuda, cuda:1, mps (auto)"),
-                   ("resume", bool, "train on from latest.pt, or from --checkpoint")],
-        "the laboratory": [("set", str, "ablate: a named set of variants", list(ABLATIONS)),
-                           ("vary", str, "ablate: or a set of your own, FIELD=A,B,C"),
-                           ("seeds", int, "ablate: runs of each variant, from --seed on (2)"),
-                           ("bench_seconds", float, "bench: time for each figure (4)")]}
-    for title, flags in others.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            parser.add_flag(group, *flag)
-    for title, config in {"the model": GPTConfig, "training": TrainConfig,
+    for title, config in {"common": Command, "the model": GPTConfig, "training": TrainConfig,
                           "writing": GenerateConfig}.items():
         group, help = parser.add_argument_group(title), comments(config)
         for f in fields(config):
             kind = f.type if isinstance(f.type, type) else f.type.__args__[0]  # int | None: int
-            shown = "" if f.default in (None, "", MISSING) else f" ({f.default})"
-            parser.add_flag(group, f.name, kind, help[f.name] + shown, CHOICES.get(f.name))
+            shown = "" if f.default in (None, "", False, MISSING) else f" ({f.default})"
+            options = {"help": help[f.name] + shown, "dest": f.name}
+            if kind is bool:
+                group.add_argument(f"--{f.name}", action="store_true", **options)
+                group.add_argument(f"--no_{f.name}", action="store_false",
+                                   **{**options, "help": argparse.SUPPRESS})
+            elif f.name in CHOICES:
+                group.add_argument(f"--{f.name}", choices=CHOICES[f.name], **options)
+            else:
+                read = str if kind is str else functools.partial(read_number, f.name, kind)
+                group.add_argument(f"--{f.name}", type=read, metavar=f.name.upper(), **options)
     return parser
 
 def parse(argv: list[str]) -> dict:
@@ -2328,88 +2197,84 @@ def parse(argv: list[str]) -> dict:
     parser, arguments = build_parser(), []
     for argument in argv:
         flag, equals, value = argument.partition("=")
-        if "--" + flag[2:].replace("-", "_") in parser._option_string_actions:
-            argument = "--" + flag[2:].replace("-", "_") + equals + value
+        known = "--" + flag[2:].replace("-", "_")
+        if known in parser._option_string_actions:
+            argument = known + equals + value
         if argument.endswith("=--"):  # which argparse cannot read
             raise UserError(f"{argument}: -- is no value; give another, or leave the flag out")
         arguments.append(argument)
     return vars(parser.parse_args(arguments))
 
-def fresh_settings(typed: dict, device: torch.device) -> tuple[dict, TrainConfig]:
-    """The settings of a new run: those of the model, without defaults, and those of training."""
-    name, why = typed.get("preset", "auto"), "as asked"
-    if name == "auto":
-        name, why = "gpt" if device.type == "cuda" else "laptop", f"chosen for {device.type}"
-    say(f"preset {name} ({why}): {PRESETS[name].about}. Others, by --preset: "
-        + ", ".join(other for other in PRESETS if other != name))
-    chosen = {**PRESETS[name].settings, **typed, "preset": name}
-    sizes, training = ({f.name: chosen[f.name] for f in fields(config) if f.name in chosen}
-                       for config in (GPTConfig, TrainConfig))
-    if "min_lr" not in typed:  # a peak typed below the preset's floor takes it down along
-        training["min_lr"] = min(training.get("min_lr", TrainConfig.min_lr),
-                                 training.get("learning_rate", TrainConfig.learning_rate))
-    config = TrainConfig(**training)
-    if "vocab_size" in sizes and config.tokenizer != "bpe":
-        raise UserError(f"--vocab_size {sizes['vocab_size']}: goes with --tokenizer bpe only; the "
-                        f"vocabulary of {config.tokenizer} is what it is")
-    GPTConfig(**{"vocab_size": 1, **sizes})  # mistakes show before a corpus is fetched
-    return sizes, replace(config, dtype=find_dtype(config.dtype, device))
+def pick(config_class, settings: dict):
+    """A config made of those of the settings that belong to it."""
+    return config_class(**{f.name: settings[f.name] for f in fields(config_class)
+                           if f.name in settings})
 
-def resumed_settings(typed: dict, state: dict, path: Path, device) -> TrainConfig:
-    """The settings of a run to go on with: the checkpoint's, and what may change of the typed."""
-    stored = {**state["model_config"], **state["train_config"]}
-    for name, value in typed.items():
-        if name in stored and value not in (stored[name], "auto") and name not in MAY_CHANGE:
-            raise UserError(f"--{name} {value}: cannot change on --resume, {path} was trained with "
-                            f"{stored[name]}; leave the flag out, or start a new run")
-    changes = {name: typed[name] for name in MAY_CHANGE & typed.keys()}
-    config = replace(TrainConfig(**state["train_config"]), **changes)
-    return replace(config, dtype=find_dtype(config.dtype, device))
+def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, TrainConfig]:
+    """The settings of the model and of training: those of the checkpoint `state`, or of a preset,
+    and over them what was typed."""
+    if state:
+        base = {**state["model_config"], **state["train_config"]}
+        for name, value in typed.items():
+            if name not in MAY_CHANGE and value not in (base.get(name, value), "auto"):
+                raise UserError(f"--{name} {value}: cannot change on --resume, the run began with "
+                                f"{base[name]}; leave the flag out, or start a new run")
+    else:
+        name, why = typed.get("preset", "auto"), "as asked"
+        if name == "auto":
+            name, why = "gpt" if device.type == "cuda" else "laptop", f"chosen for {device.type}"
+        say(f"preset {name} ({why}): {PRESETS[name].about}. Others, by --preset: "
+            + ", ".join(other for other in PRESETS if other != name))
+        base = {"vocab_size": 1024, **PRESETS[name].settings, "preset": name}
+    settings = {**base, **typed, "preset": base["preset"]}
+    config = pick(TrainConfig, settings)
+    if "vocab_size" in typed and config.tokenizer != "bpe":
+        raise UserError(f"--vocab_size {typed['vocab_size']}: goes with --tokenizer bpe only")
+    config = replace(config, dtype=find_dtype(config.dtype, device))
+    return asdict(pick(GPTConfig, settings)), config
 
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
-    out_dir, device = Path(typed.get("out_dir", "out")), find_device(typed.get("device", "auto"))
+    command = pick(Command, typed)
+    out_dir, device = Path(command.out_dir), find_device(command.device)
     latest = out_dir / "latest.pt"
-    path, state = Path(typed.get("checkpoint", latest)), None
-    if "checkpoint" in typed and not typed.get("resume"):
+    path = Path(command.checkpoint or latest)
+    if command.checkpoint and not command.resume:
         raise UserError(f"--checkpoint {path}: add --resume to train on from it")
-    if typed.get("resume") and (path.exists() or "checkpoint" in typed):
+    if not command.resume or path.resolve() != latest.resolve():
+        refuse_used(out_dir)
+    state = None
+    if command.resume and (command.checkpoint or path.exists()):
         state = read_checkpoint(path)
-    elif typed.get("resume"):
+    elif command.resume:
         say(f"--resume: there is no {path} yet, so a new run begins")
-    if state:
-        model, tokenizer = model_from_checkpoint(state)
-        sizes, config = state["model_config"], resumed_settings(typed, state, path, device)
-    else:
-        sizes, config = fresh_settings(typed, device)
-    data = typed.get("data", state and state["corpus"]["data"])
+    sizes, config = find_settings(typed, device, state)
+    data = command.data or (state["corpus"]["data"] if state else "")
     text = TextFile(find_corpus(data))
     if state and text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: cannot change on --resume, and this is not the text "
                         f"that {path} was trained on; name that one, or start a new run")
     out_dir.mkdir(parents=True, exist_ok=True)
-    if not state:
-        tokenizer = text.make_tokenizer(config.tokenizer, sizes.get("vocab_size", 1024))
-        sizes = asdict(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}))
-    corpus = text.encode(tokenizer, sizes["block_size"], out_dir)
-    if not state:
-        model = new_model(GPTConfig(**sizes), config.seed)
+    if state:
+        model, tokenizer = model_from_checkpoint(state)
+        corpus = text.encode(tokenizer, sizes["block_size"], out_dir)
+    else:
+        tokenizer = text.make_tokenizer(config.tokenizer, sizes["vocab_size"])
+        corpus = text.encode(tokenizer, sizes["block_size"], out_dir)
+        model = new_model(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}), config.seed)
     run = FullRun(model, tokenizer, corpus, config, out_dir, device,
                   {"data": data and str(Path(data).absolute()), "sha256": text.sha256})
     same = sizes, asdict(config), text.sha256, state and state["step"]
     if any(other != same for other in gather(same)):
-        raise UserError(f"--data {text.path}: the text, the settings or the checkpoint are not the "
-                        "same in all processes; give all the same command and the same files")
-    if run.rank == 0 and not (state and path.resolve() == latest.resolve()):
-        set_aside(out_dir)
+        raise UserError(f"--data {text.path}: text, settings or checkpoint are not the same in all "
+                        "processes; give all the same command and the same files")
     if state:
         run.restore(state)
         say(f"resuming {path} at step {run.step}")
     say(f"corpus {text.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
     say(f"model {sizes['model']}: {count_parameters(model):,} parameters; {device}, "
-        f"{config.dtype}, {torch.get_num_threads()} threads" + f", {run.rank + 1} of "
-        f"{run.processes} processes" * (run.processes > 1))
+        f"{config.dtype}, {torch.get_num_threads()} threads, processes: {run.processes}")
     return run
 
 def run_train(typed: dict) -> tuple[float, float, float]:
@@ -2422,10 +2287,11 @@ def run_train(typed: dict) -> tuple[float, float, float]:
 
 def load_for_use(typed: dict):
     """The model, its tokenizer, the checkpoint that they are from, and its path."""
-    path = Path(typed.get("checkpoint", Path(typed.get("out_dir", "out")) / "best.pt"))
+    command = pick(Command, typed)
+    path = Path(command.checkpoint or Path(command.out_dir, "best.pt"))
     state = read_checkpoint(path)
     model, tokenizer = model_from_checkpoint(state)
-    return model.to(find_device(typed.get("device", "auto"))), tokenizer, state, path
+    return model.to(find_device(command.device)), tokenizer, state, path
 
 def visible_text(tokenizer, ids: list[int], stop: str, complete: bool) -> tuple[str, bool]:
     """What may be shown of a text of which ids have been drawn, and whether it has ended. Until it
@@ -2442,15 +2308,11 @@ def visible_text(tokenizer, ids: list[int], stop: str, complete: bool) -> tuple[
 def run_generate(typed: dict) -> None:
     """--mode generate. Several samples are drawn side by side, as the rows of one batch: the first
     is shown as it is drawn, the others when all are complete."""
-    config = GenerateConfig(**{f.name: typed[f.name] for f in fields(GenerateConfig)
-                               if f.name in typed})
+    config = pick(GenerateConfig, typed)
     model, tokenizer, state, path = load_for_use(typed)
-    if config.top_k is not None and config.top_k > tokenizer.vocab_size:
-        raise UserError(f"--top_k {config.top_k}: must be at most {tokenizer.vocab_size}, the size "
-                        "of the vocabulary")
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     try:
-        start = tokenizer.encode(config.prompt) or first_ids(tokenizer)
+        start = tokenizer.encode(config.prompt) or [tokenizer.start]
     except UserError as problem:
         raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
     generator = torch.Generator().manual_seed(derived_seed(typed.get("seed", TrainConfig.seed)))
@@ -2479,20 +2341,26 @@ def run_eval(typed: dict) -> None:
     corpus = text.encode(tokenizer, model.config.block_size)
     if text.sha256 != state["corpus"]["sha256"]:
         say(f"note: {text.path} is not the text that {path} was trained on")
-    nats = evaluate(model, corpus.val, progress=show_progress(f"evaluating {path}"))
+    nats = evaluate(model, corpus.val, progress=show_progress())
     print(describe_loss(nats, corpus))
 
 MODES = {"train": run_train, "generate": run_generate, "eval": run_eval, "ablate": run_ablate,
          "bench": run_bench}
+CHOICES["mode"] = MODES
 
 def explain(problem: Exception) -> str:
-    """A user's mistake in one line."""
+    """A user's mistake in one line. What is nobody's mistake is raised again."""
+    if isinstance(problem, UserError):
+        return str(problem)
     if isinstance(problem, OSError):
         full = problem.errno in (errno.ENOSPC, errno.EFBIG)
         cure = "free some space, or choose another --out_dir" if full else "name another one"
         return f"{problem.filename or '--out_dir'}: {problem.strerror}; {cure}"
-    return str(problem) if isinstance(problem, UserError) else (
-        "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples")
+    if isinstance(problem, MemoryError) or "memory" in str(problem):
+        return "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples"
+    if type(problem) is not RuntimeError:  # one of those that torch.compile has of its own
+        return f"--compile: does not work here ({type(problem).__name__}); use --no_compile"
+    raise problem
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
@@ -2501,11 +2369,11 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         if hasattr(getattr(sys, name), "reconfigure"):  # a Windows console may not be UTF-8
             getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
-    mode = None
+    typed = {}
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
-        mode = typed.get("mode")
-        if mode is None:
+        mode = pick(Command, typed).mode
+        if not mode:
             raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
         if join_processes() > 1 and mode != "train":
             raise UserError(f"--mode {mode}: runs in one process; start it with python")
@@ -2517,14 +2385,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # our reader has left: enough text for `generate | head`
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 0 if mode == "generate" else 141
+        return 0 if typed.get("mode") == "generate" else 141
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        if type(problem) is RuntimeError and "memory" not in str(problem):
-            raise  # not a user's
-        rank = process_rank()
+        line, rank = explain(problem), process_rank()
         time.sleep(3 if rank else 0)  # if it is a mistake of all, the first one tells it meanwhile
-        print(f"error: process {rank}: " if rank else "error: ", explain(problem), sep="",
-              file=sys.stderr, flush=True)
+        print(f"error: process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr,
+              flush=True)
         return 2
     finally:
         if torch.distributed.is_initialized():

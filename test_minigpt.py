@@ -1,24 +1,18 @@
 """
 The laws of minigpt, chapter by chapter in the order of minigpt.py.
 
-    pytest -v                       offline; a minute and a half on two cores
-    pytest -v -m slow               the rest: what trains, waits, kills or compiles for longer
-    pytest -v -k attention          one topic
-
-A test's name states a law; its docstring says why it holds and what change would break it. The
-references are computed in float64, by torch or by hand. What a user types is tested by running the
-real command; nothing is replaced by a stand-in, except the mirrors' addresses by a local server's.
+A test's name states a law; its docstring says why it holds and what slip would break it. References
+are computed in float64, by torch or by hand.
 """
 
-import argparse
 import ast
 import collections
-import concurrent.futures
 import contextlib
-import csv
 import doctest
+import functools
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -32,9 +26,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import asdict, fields
+import types
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -46,114 +42,123 @@ import download_data
 import minigpt
 from minigpt import (
     GPT,
-    MLP,
     PRESETS,
-    Block,
+    Attention,
     BPETokenizer,
+    CachedReader,
     CausalSelfAttention,
     CharTokenizer,
-    Engine,
-    GenerateConfig,
+    Corpus,
+    FusedAttention,
     GPTConfig,
     LayerNorm,
     TrainConfig,
     UserError,
-    clip_gradients,
     draw_token,
-    encode_corpus,
-    estimate_loss,
     evaluate,
     filter_logits,
     get_batch,
     get_lr,
     load_checkpoint,
-    main,
-    make_optimizer,
-    save_checkpoint,
     train_step,
-    until_stop,
 )
 
 torch.set_num_threads(1)  # models this small only lose time by sharing their work
+minigpt.comments = functools.cache(minigpt.comments)  # which reads the whole program each time
 
 HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = str(HERE)  # for the processes that these tests start
 SAMPLE = HERE / "data" / "sample.txt"
-CPU = Engine(torch.device("cpu"), torch.float32)
+SOURCE = (HERE / "minigpt.py").read_text(encoding="utf-8")
 SMALL = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
-
+TINY = dict(batch_size=4, grad_accum=2, max_steps=6, learning_rate=1e-2, min_lr=1e-3,
+            warmup_steps=2, eval_interval=2, eval_batches=2, sample_tokens=5, checkpoint_interval=0)
 
 def small_config(**changes):
     return GPTConfig(**{**SMALL, **changes})
 
+def stir(module, seed=0):
+    """The module in float64, its weights moved so far that gains and biases matter."""
+    torch.manual_seed(seed)
+    for p in module.double().parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    return module
 
 def small_model(seed=0, **changes):
-    """A tiny GPT in float64 with weights large enough for every part to matter."""
     torch.manual_seed(seed)
-    model = minigpt.build_model(small_config(**changes)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
-
+    config = small_config(**changes)
+    return stir(minigpt.MODELS[config.model](config), seed)
 
 def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
+def random_x(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+def pair(idx):
+    return idx[:, :-1], idx[:, 1:]
 
 def assert_close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
+def assert_same(a, b):
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-# ==================================================================================================
-# The book
-# ==================================================================================================
+# ---- The book ------------------------------------------------------------------------------------
+def true_examples(test):
+    """How many examples of a doctest there are; all must be true."""
+    out = []
+    failed, attempted = doctest.DocTestRunner().run(test, out=out.append)
+    assert failed == 0, "".join(out)
+    return attempted
 
-
-@pytest.mark.parametrize("name", [
-    name for name, test in ((t.name, t) for t in doctest.DocTestFinder().find(minigpt))
-    if test.examples
-])
+@pytest.mark.parametrize("name", [t.name for t in doctest.DocTestFinder().find(minigpt)
+                                  if t.examples])
 def test_worked_example_in_a_docstring_is_true(name):
     """The numbers in the text are run, so prose and code cannot drift apart."""
-    test = {t.name: t for t in doctest.DocTestFinder().find(minigpt)}[name]
-    out = io.StringIO()
-    failed, attempted = doctest.DocTestRunner().run(test, out=out.write)
-    assert attempted > 0 and failed == 0, out.getvalue()
+    tests = {t.name: t for t in doctest.DocTestFinder().find(minigpt)}
+    assert true_examples(tests[name]) > 0
 
+def test_worked_examples_in_comments_are_true():
+    """Those that stand between the chapters: lines `# >>> ...` and the answers below them."""
+    text = "\n".join(re.findall(r"(?m)^# (>>> .*(?:\n# [^>\s].*)?)", SOURCE)).replace("\n# ", "\n")
+    test = doctest.DocTestParser().get_doctest(text, dict(vars(minigpt)), "comments", None, 0)
+    assert true_examples(test) >= 5
 
-def test_the_map_of_chapters_is_the_order_of_the_chapters():
-    """The title page promises chapters in an order; the banners keep the promise."""
-    promised = re.findall(r"^    ([A-Z][a-z]+(?: [a-z]+)*)  +[a-z]", minigpt.__doc__, re.M)
-    source = (HERE / "minigpt.py").read_text(encoding="utf-8")
-    kept = re.findall(r"^# ={60,}\n# ([A-Z].*?)(?: \[optional reading\])?\n#", source, re.M)
-    assert promised == kept and len(kept) >= 10
+def test_numbers_in_the_comments_of_the_chapters_are_true():
+    """The examples that are prose."""
+    def rounded(numbers):
+        return [round(number, 2) for number in numbers.tolist()]
 
-
-def test_numbers_in_the_comments_of_the_parts_are_true():
-    """The examples that stand in comments, where doctest does not look."""
-    assert_close(LayerNorm(2)(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]), 1e-4)
-    q, k, v = (torch.tensor([[[x]] for x in xs]).view(1, 1, 2, 1)
-               for xs in ((0.0, 2.0), (1.0, 3.0), (10.0, 20.0)))
+    logits, unit = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 0.0])
+    assert rounded(torch.softmax(logits, -1)) == [0.67, 0.24, 0.09]
+    assert rounded(torch.softmax(logits / 0.5, -1)) == [0.87, 0.12, 0.02]
+    assert round(math.log(65), 2) == 4.17
+    assert rounded(LayerNorm(2)(torch.tensor([1.0, 3.0]))) == [-1.0, 1.0]
+    assert rounded(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0]))) == [0.85, 1.13]
+    assert rounded(minigpt.gelu(torch.tensor([2.0, 0.0, -2.0]))) == [1.95, 0.0, -0.05]
+    q, k, v = (torch.tensor(xs).view(1, 1, 2, 1) for xs in ((0.0, 2.0), (1.0, 3.0), (10.0, 20.0)))
     attention = CausalSelfAttention(small_config(n_head=1))
     assert round(attention.attend(q, k, v)[0, 0, 1].item(), 1) == 19.8
-    gelu = F.gelu(torch.tensor([2.0, 0.0, -2.0]), approximate="tanh")
-    assert [round(x, 2) for x in gelu.tolist()] == [1.95, 0.0, -0.05]
-    p = torch.softmax(torch.tensor([2.0, 1.0, 0.0]), -1)
-    assert [round(x, 2) for x in p.tolist()] == [0.67, 0.24, 0.09]
-    p = torch.softmax(torch.tensor([2.0, 1.0, 0.0]) / 0.5, -1)
-    assert [round(x, 2) for x in p.tolist()] == [0.87, 0.12, 0.02]
-    assert round(math.log(65), 2) == 4.17
+    turned = minigpt.Rotary(20, 2)(unit.expand(1, 1, 20, 2), 0)[0, 0]
+    assert rounded((turned[1:] * turned[:-1]).sum(-1)) == [0.54] * 19
+    w = nn.Parameter(torch.zeros(2))
+    w.grad = torch.tensor([3.0, 4.0])
+    assert minigpt.clip_gradients([w], 1.0) == 5.0 and rounded(w.grad) == [0.6, 0.8]
+    for size, millions in (({}, 0.8), (dict(n_layer=8), 1.6), (dict(n_embd=256), 3.2)):
+        sizes = {**dict(vocab_size=65, block_size=128, n_layer=4, n_head=4, n_embd=128), **size}
+        assert round(minigpt.count_parameters(GPT(GPTConfig(**sizes))) / 1e6, 1) == millions
 
-
-def test_readme_names_only_flags_that_exist():
-    """A flag that was renamed must not live on in the README."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    others = {"--source", "--nnodes", "--nproc_per_node", "--max_restarts", "--rdzv_backend",
-              "--rdzv_endpoint", "--rdzv_id"}  # download_data.py's and torchrun's
-    known = set(minigpt.build_parser()._option_string_actions) | others
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", readme))
-    assert named and named <= known
-
+def test_the_title_page_promises_the_parts_of_the_book():
+    promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
+    assert promised == re.findall(r"(?m)^# (Part [IV]+): (.*)", SOURCE) and len(promised) == 5
 
 def test_sample_text_has_the_form_of_the_corpus_and_repeats_no_line():
     """Speaker in capitals, verse lines, a blank line; long enough; nothing twice."""
@@ -166,798 +171,326 @@ def test_sample_text_has_the_form_of_the_corpus_and_repeats_no_line():
         assert re.fullmatch(r"[A-Z' -]+:", speaker) and len(verse) >= 4
         assert all(len(line) <= 60 and line == line.strip() for line in verse)
 
+# ---- Part I stands alone -------------------------------------------------------------------------
+PART_I = SOURCE[: SOURCE.index(f"# {'=' * 98}\n# Part II: ")]
 
-# ==================================================================================================
-# Configuration
-# ==================================================================================================
+@pytest.fixture
+def part_one(monkeypatch):
+    """A module made of the text of Part I and of nothing else."""
+    module = types.ModuleType("part_one")
+    monkeypatch.setitem(sys.modules, "part_one", module)
+    exec(compile(PART_I, "part_one", "exec"), vars(module))
+    return module
 
+def verse_run(book, folder, state=None, **changes):
+    """A run on verse by the names of `book`: a new one, or one that goes on from a checkpoint."""
+    text = SAMPLE.read_text(encoding="utf-8")[:3000]
+    tokenizer, config = book.CharTokenizer.train(text), book.TrainConfig(**{**TINY, **changes})
+    sizes = {**SMALL, "vocab_size": tokenizer.vocab_size, "dropout": 0.3}
+    model = book.new_model(book.GPTConfig(**sizes), config.seed)
+    if state:
+        model, tokenizer = book.model_from_checkpoint(state)
+    folder.mkdir(exist_ok=True)
+    run = book.Run(model, tokenizer, book.Corpus.from_text(text, tokenizer), config, folder)
+    if state is not None:
+        run.restore(state)
+    return run
 
-def test_every_config_field_is_a_flag_with_its_help_and_default():
-    """A setting exists once: the command line is made from the dataclasses."""
-    help_text = " ".join(minigpt.build_parser().format_help().split())
-    for config in (GPTConfig, TrainConfig, GenerateConfig):
-        for f in fields(config):
-            assert f"--{f.name} " in help_text, f.name
-            assert f.metadata["help"] in help_text, f.name
-            if f.default is not None:
-                assert f.metadata["help"] + f" ({f.default!r})" in help_text, f.name
+def trained(run, stop_at=None):
+    """The score of a run and its last checkpoint; it may be interrupted when a step is complete."""
+    over, score = run.over, None
 
+    def over_or_stopped():
+        if run.step == stop_at:
+            run.save("latest.pt")
+            raise KeyboardInterrupt
+        return over()
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_is_valid_and_sets_only_known_fields(name):
-    """A misspelt field in a preset would be silently ignored, or crash at the user's."""
-    args = minigpt.build_parser().parse_args(["--mode", "train", "--preset", name])
-    model, train_config = minigpt.fresh_configs(args, torch.device("cpu"))
-    config = GPTConfig(**{"vocab_size": 65, **model})
-    chosen = {**asdict(config), **asdict(train_config)}
-    assert {k: chosen[k] for k in PRESETS[name].settings} == PRESETS[name].settings
-    assert train_config.preset == name
+    run.over = over_or_stopped
+    with contextlib.suppress(KeyboardInterrupt):
+        score = sys.modules[type(run).__module__].train(run)
+    return score, load_checkpoint(run.out_dir / "latest.pt")
 
+def test_part_one_alone_trains_saves_goes_on_and_writes(part_one, tmp_path):
+    """Fails if Part I uses a later name, if a checkpoint lacks anything that a run needs (what was
+    interrupted must end as what was not, bit for bit), or if the whole file does not run Part I."""
+    assert not hasattr(part_one, "RMSNorm") and list(part_one.NORMS) == ["layernorm"]
+    score, state = trained(verse_run(part_one, tmp_path / "whole"))
+    _, half = trained(verse_run(part_one, tmp_path / "halves"), stop_at=3)
+    assert half["step"] == 3 and state["step"] == 6 and half["best_step"] == 2
+    assert_same(trained(verse_run(part_one, tmp_path / "halves", half)), (score, state))
+    assert_same(trained(verse_run(minigpt, tmp_path / "file")), (score, state))
+    assert state["model_config"]["attention"] == "explicit"
+    model, tokenizer = part_one.model_from_checkpoint(state)
+    idx = torch.tensor([tokenizer.encode("Speak")])
+    text = tokenizer.decode(model.generate(idx, 20, 0.8, top_k=9, top_p=0.9)[0].tolist())
+    assert text.startswith("Speak") and len(text) == 25
+    assert len(part_one.likeliest(model, tokenizer, "Speak")) == 5
 
-def test_defaults_are_those_of_the_reference():
-    """The design's reference model: others build on these values."""
-    c = GPTConfig(vocab_size=65)
-    assert (c.block_size, c.n_layer, c.n_head, c.n_embd, c.dropout) == (256, 6, 6, 384, 0.2)
-    t = TrainConfig()
-    assert (t.batch_size, t.grad_accum, t.learning_rate) == (64, 4, 3e-4)
+def test_the_program_at_the_end_of_part_one_runs(part_one, tmp_path, monkeypatch):
+    """As printed, with the names of Part I alone, but for the sizes, which are cut down here."""
+    lines = PART_I[PART_I.index("# And that is a GPT.") :].split("\n")
+    program = "\n".join(line[6:] for line in lines if line.startswith("#     "))
+    program = re.sub(r"(n_layer|n_head|n_embd|max_steps)=\d+", r"\1=2", program)
+    config = part_one.TrainConfig
+    monkeypatch.setattr(part_one, "TrainConfig", lambda **given: config(**{**TINY, **given}))
+    monkeypatch.setattr(part_one.GPTConfig, "block_size", 8)
+    monkeypatch.chdir(tmp_path)
+    exec(program, vars(part_one) | {"text": SAMPLE.read_text(encoding="utf-8")[:3000]})
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt"]
 
+def test_the_loop_is_about_learning_and_the_book_is_short_enough_to_be_read():
+    """Devices, processes and signals are kept out of the loop by Part III's subclass of Run."""
+    strange = "rank|process|signal|scaler|cache|compile|dice|autocast|device"
+    for function in (minigpt.train, train_step):
+        assert not re.findall(strange, inspect.getsource(function), re.I)
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
+               if isinstance(node, ast.FunctionDef)}
+    assert max(lengths.values()) <= 50 and {"train", "train_step", "main"} <= set(lengths)
+    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2300
 
-@pytest.mark.parametrize("name, millions", [("gpt", "10.7"), ("laptop", "0.8"), ("gpt2", "85.9")])
-def test_parameter_count_of_preset(name, millions):
-    """With Shakespeare's 65 characters; GPT-2's 124M includes a vocabulary of 50,257."""
-    names = {f.name for f in fields(GPTConfig)}
-    settings = {k: v for k, v in PRESETS[name].settings.items() if k in names}
-    with torch.device("meta"):
-        assert f"{GPT(GPTConfig(vocab_size=65, **settings)).num_parameters() / 1e6:.1f}" == millions
-
-
-def test_flags_override_the_preset_and_the_preset_overrides_the_defaults():
-    """Three layers, in this order; a lower peak takes the floor of the schedule with it."""
-    def chosen(*argv):
-        args = minigpt.build_parser().parse_args(["--mode", "train", *argv])
-        return minigpt.fresh_configs(args, torch.device("cpu"))
-
-    model, config = chosen("--preset", "mini", "--n_layer", "3")
-    assert model["n_layer"] == 3 and model["n_embd"] == PRESETS["mini"].settings["n_embd"]
-    assert config.grad_clip == TrainConfig.grad_clip
-    _, config = chosen("--preset", "mini", "--learning_rate", "1e-6")
-    assert config.min_lr == 1e-6
-    assert chosen()[1].preset == "laptop"  # auto, on a CPU
-    assert chosen("--no_bias")[0]["bias"] is False
-    assert chosen("--bias")[0]["bias"] is True
-
-
-# ==================================================================================================
-# Text to integers
-# ==================================================================================================
-
-
-def test_characters_come_back_unharmed():
-    """decode(encode(text)) == text; ids are 0 .. V-1 in the order of the sorted characters."""
-    for text in (SAMPLE.read_text(encoding="utf-8"), "é\u0000\r\n\t🎭z\u2028"):
+# ---- Characters ----------------------------------------------------------------------------------
+def test_characters_come_back_unharmed(tmp_path):
+    """Also those that JSON or a text file could mangle; ids are 0 .. V-1, in sorted order."""
+    for text in (SAMPLE.read_text(encoding="utf-8"), "\r\n\t\"\\é\u0000🎭z\u2028 "):
         tokenizer = CharTokenizer.train(text)
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert set(ids) == set(range(tokenizer.vocab_size))
+        assert tokenizer.decode(ids) == text and set(ids) == set(range(tokenizer.vocab_size))
         assert tokenizer.itos == sorted(set(text))
         assert all(tokenizer.stoi[tokenizer.itos[i]] == i for i in ids)
+        tokenizer.save(tmp_path)
+        for same in (CharTokenizer.load(tmp_path), CharTokenizer(tokenizer.state)):
+            assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
     assert CharTokenizer.train("ab").encode("") == []
-
-
-def test_saved_tokenizer_is_the_same_tokenizer(tmp_path):
-    """Also for characters that JSON or a text file could mangle."""
-    tokenizer = CharTokenizer.train("\r\n\t\"\\é🎭\u2028 ")
-    tokenizer.save(tmp_path)
-    assert CharTokenizer.load(tmp_path).itos == tokenizer.itos
-    assert CharTokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))).stoi == \
-        tokenizer.stoi
-
 
 def test_unknown_character_is_named():
     """The user must learn which character it was."""
-    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* 4 characters"):
+    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* of 4\b"):
         CharTokenizer.train("abcd").encode("abüd")
+    assert minigpt.first_ids(CharTokenizer.train("ab\n")) == [0]
+    assert minigpt.first_ids(CharTokenizer(["a", "\n"])) == [1]
+    assert minigpt.first_ids(CharTokenizer.train("ab")) == [0]  # there is no line break
 
-
-# ---- Byte-pair encoding --------------------------------------------------------------------------
-
-
-def naive_bpe(text, vocab_size):
-    """The oracle: count all pairs anew for every merge; ties go to the older tokens."""
-    words = collections.Counter(minigpt.piece_pattern().findall(text))
-    words = {tuple(minigpt.BYTES.index(b) for b in w.encode()): n for w, n in words.items()}
-    tokens = [bytes([b]) for b in minigpt.BYTES]
-    merges = []
-    while len(tokens) < vocab_size - 1:
-        pairs = collections.Counter()
-        for word, n in words.items():
-            for pair in itertools.pairwise(word):
-                pairs[pair] += n
-        if not pairs or max(pairs.values()) < 2:
-            break
-        a, b = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append((tokens[a], tokens[b]))
-        new, merged = len(tokens), {}
-        tokens.append(tokens[a] + tokens[b])
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                hit = word[i : i + 2] == (a, b)
-                out.append(new if hit else word[i])
-                i += 2 if hit else 1
-            merged[tuple(out)] = merged.get(tuple(out), 0) + n
-        words = merged
-    return merges
-
-
-def random_text(rng, n, alphabets=("ab", "abc ", " \n\t'sdt", "aé漢🎭٣Ⅷ\u0301\u00a0\x1c.,")):
-    return "".join(rng.choices(rng.choice(alphabets), k=n))
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_bpe_training_equals_the_naive_trainer(seed):
-    """Incremental counts, the heap and lazy updates give exactly the merges of counting anew. Fails
-    if a count is missed where merges touch ("aaaa"), or if a tie is broken another way."""
-    rng = random.Random(seed)
-    text = " ".join(random_text(rng, rng.randrange(1, 30)) for _ in range(rng.randrange(1, 40)))
-    vocab_size = 257 + rng.randrange(60)
-    assert BPETokenizer.train(text, vocab_size).merges == naive_bpe(text, vocab_size)
-
-
-def test_bpe_training_on_verse_equals_the_naive_trainer_and_the_book():
-    """On real text, and the example of the chapter."""
-    text = SAMPLE.read_text(encoding="utf-8")[:20_000]
-    assert BPETokenizer.train(text, 400).merges == naive_bpe(text, 400)
-    merges = BPETokenizer.train("aaabdaaabac", 999).merges
-    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
-    assert [len(BPETokenizer(merges[:n]).encode("aaabdaaabac")) for n in range(4)] == [11, 9, 7, 5]
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    return BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
-
-
-def test_bpe_encodes_by_merge_rank(bpe):
-    """Against the definition: again and again, the earliest learned pair that is there, from the
-    left. Fails for longest-match, or for an order other than that of learning."""
-    ranks = {pair: i for i, pair in enumerate(bpe.merges)}
-    rng = random.Random(0)
-    words = SAMPLE.read_text(encoding="utf-8").split()[:300]
-    words += [random_text(rng, 9) for _ in range(99)]
-    for piece in itertools.chain.from_iterable(map(minigpt.piece_pattern().findall, words)):
-        parts = [bytes([b]) for b in piece.encode()]
-        while True:
-            pairs = list(itertools.pairwise(parts))
-            best = min(pairs, key=lambda p: ranks.get(p, 1e9), default=None)
-            if best not in ranks:
-                break
-            i = pairs.index(best)
-            parts[i : i + 2] = [best[0] + best[1]]
-        assert [bpe.tokens[i] for i in bpe.encode(piece)] == parts
-
-
-def test_bpe_loses_nothing_and_survives_everything(bpe):
-    """Every byte, NUL, half characters, no letters at all, one word of 100,000 characters: text in
-    UTF-8 comes back, lone surrogates become U+FFFD, and nothing hangs."""
-    rng = random.Random(1)
-    texts = ["", "\0", "a" * 100_000, "".join(rng.choices("abcdefgh", k=100_000)), " " * 1000,
-             "".join(map(chr, range(0xD800))), "🎭" * 1000,
-             *(random_text(rng, 50) for _ in range(200))]
-    for text in texts:
-        assert bpe.decode(bpe.encode(text)) == text
-        assert "".join(bpe.stream(bpe.encode(text))) == text
-    assert bpe.decode(bpe.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
-    assert BPETokenizer.train("x" * 100_000 + " \ud83d", 300).vocab_size > 257
-    assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
-    assert sorted(set(bpe.tokens[:256])) == [bytes([b]) for b in range(256)]
-    assert len(set(minigpt.SHOWN)) == 256 and not any(c.isspace() for c in minigpt.SHOWN)
-
-
-def test_bpe_stream_waits_for_the_last_byte_of_a_character():
-    """A character of four bytes comes out whole, with its last token."""
-    assert list(BPETokenizer([]).stream(BPETokenizer([]).encode("a🎭"))) == [
-        "a", "", "", "", "🎭", ""]
-
-
-def test_end_of_text_is_one_token_that_no_merge_touches():
-    """In the corpus it separates texts; in generation it ends them."""
-    tokenizer = BPETokenizer.train("ab<|endoftext|>ab" * 9, 270)
-    ids = tokenizer.encode("ab<|endoftext|>ab")
-    assert ids == [tokenizer.encode("ab")[0], tokenizer.end, tokenizer.encode("ab")[0]]
-    assert tokenizer.end == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
-    assert tokenizer.decode(ids) == "ab<|endoftext|>ab"
-    assert not any(b"<" in a + b for a, b in tokenizer.merges)
-
-
-def test_bpe_files_are_gpt2s(bpe, tmp_path):
-    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved."""
-    bpe.save(tmp_path)
-    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    assert vocab["!"] == 0 and vocab["Ġ"] == 220 and vocab["Ċ"] == 198  # as in GPT-2's own file
-    assert vocab["<|endoftext|>"] == bpe.end and len(vocab) == bpe.vocab_size
-    loaded = BPETokenizer.load(tmp_path)
-    copied = BPETokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
-    text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
-    assert loaded.merges == copied.merges == bpe.merges
-    assert loaded.encode(text) == copied.encode(text) == bpe.encode(text)
-
-
-GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-                r"|\s+(?!\S)|\s+")
-
-
-def assigned_characters():
-    """Every character that this Python's Unicode tables know, but the surrogates."""
-    return [c for c in map(chr, range(sys.maxunicode + 1))
-            if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
-
-
-def test_pieces_are_those_of_the_reference_pattern():
-    """GPT-2's own expression, run by the package regex, on every assigned character and on random
-    mixtures. Fails for a letter that is a number too (ideographs), or for Python's wider \\s."""
-    regex = pytest.importorskip("regex")
-    pattern = regex.compile(GPT2_PATTERN)
-    ours, characters = minigpt.piece_pattern(), assigned_characters()
-    text = "".join(f"a{c}1{c}.{c} {c}\n" for c in characters)
-    assert ours.findall(text) == pattern.findall(text)
-    text = "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c in characters[:128] for d in characters[:128])
-    assert minigpt.piece_pattern(ascii=True).findall(text) == pattern.findall(text)
-    rng = random.Random(0)
-    for _ in range(2000):
-        text = random_text(rng, 30) + "".join(rng.choices(characters, k=9)) + random_text(rng, 5)
-        assert ours.findall(text) == pattern.findall(text)
-
-
-def test_ids_are_those_of_tokenizers_and_tiktoken(bpe, tmp_path):
-    """The same merges give the same ids in both libraries, on random Unicode; and the Rust trainer
-    learns the same merges from the same text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tiktoken = pytest.importorskip("tiktoken")
-    bpe.save(tmp_path)
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
-        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
-    theirs.pre_tokenizer = byte_level
-    open_ai = tiktoken.Encoding(
-        "ours", pat_str=GPT2_PATTERN, special_tokens={},
-        mergeable_ranks={t: i for i, t in enumerate(bpe.tokens[:-1])})
-    rng, characters = random.Random(0), assigned_characters()
-    texts = [random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000)]
-    for text in [SAMPLE.read_text(encoding="utf-8"), *texts]:
-        assert bpe.encode(text) == theirs.encode(text).ids == open_ai.encode(text)
-
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = byte_level
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, min_frequency=2, show_progress=False,
-                                             initial_alphabet=byte_level.alphabet())
-    trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
-    learned = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    assert learned == [tuple(line.split(" ")) for line in bpe.to_dict()["merges"]]
-
-
-def test_merges_that_make_one_token_twice_share_its_id():
-    """Our trainer never learns such merges, but a file may hold them: the ids must not shift."""
-    a, b, c = b"a", b"b", b"c"
-    tokenizer = BPETokenizer([(a, b), (b, c), (a + b, c), (a, b + c), (c, c)])
-    assert tokenizer.vocab_size == 256 + 4 + 1
-    assert tokenizer.encode("abc") == [258] and tokenizer.encode("cc") == [259]
-    assert tokenizer.decode([258, 259, 260]) == "abccc<|endoftext|>"
-
-
-def text_file(folder, text):
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    return minigpt.Text.survey(folder / "text.txt")
-
-
-def test_bpe_learns_from_the_training_part_alone(tmp_path):
-    """A pair that is frequent in the last tenth only is not merged; characters come from all."""
-    text = text_file(tmp_path, "ab" * 450 + "xy" * 50)
-    merged = [a + b for a, b in minigpt.make_tokenizer("bpe", text, 300).merges]
-    assert b"ab" in merged and b"xy" not in merged
-    assert minigpt.make_tokenizer("char", text, None).itos == ["a", "b", "x", "y"]
-
-
-def test_gpt2_vocabulary_comes_from_tiktoken_or_ends_in_one_line(monkeypatch):
-    """Where tiktoken and its file are there, its ids; else an error that says what to do."""
-    for variable in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no test uses the network
-    try:
-        tokenizer = minigpt.GPT2Tokenizer()
-    except UserError as problem:
-        assert "--tokenizer gpt2: " in str(problem) and "--tokenizer bpe" in str(problem)
-    else:
-        assert tokenizer.encode("Hello world<|endoftext|>") == [15496, 995, tokenizer.end]
-        assert "".join(tokenizer.stream(tokenizer.encode("né🎭"))) == "né🎭"
-
-
-@pytest.mark.slow
-def test_any_unicode_comes_back_unharmed():
-    """Random texts of every kind through both tokenizers, whole and token by token; the fast
-    encoder and the plain one agree on each. Only halves of characters (surrogates), which UTF-8
-    cannot write, become U+FFFD in BPE."""
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import strategies as st
-
-    learned = BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
-    words = st.sampled_from(["the ", " 's", "\r\n", "\x1c", "ﬁ", "İ", "\U0001f469\u200d\U0001f467",
-                             "\ud800", "\udc67", "<|endoftext|>", "<|endof"])
-    anything = st.characters(codec=None)
-    texts = st.lists(st.one_of(st.text(anything), words), max_size=8).map("".join)
-
-    @hypothesis.settings(max_examples=400, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(texts)
-    def law(text):
-        char = CharTokenizer.train(text)
-        assert char.decode(char.encode(text)) == text == "".join(char.stream(char.encode(text)))
-        for bpe in (learned, BPETokenizer.train(text, 300)):
-            ids = bpe.encode(text)
-            pairs = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            assert bpe.decode(ids) == pairs == "".join(bpe.stream(ids))
-            assert all(0 <= i < bpe.vocab_size for i in ids)
-            again = BPETokenizer.from_dict(json.loads(json.dumps(bpe.to_dict())))
-            assert again.encode(text) == ids
-
-    law()
-
-
-# ==================================================================================================
-# Batches
-# ==================================================================================================
-
-
-def test_targets_are_the_inputs_shifted_by_one():
-    """On tokens 0, 1, 2, ... a token's successor is itself plus one. Fails for a shift of two."""
-    x, y = get_batch(torch.arange(100), block_size=8, batch_size=64)
-    assert x.shape == y.shape == (64, 8) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(y, x + 1)
-    assert torch.equal(x, x[:, :1] + torch.arange(8))
-
-
-def test_every_window_of_the_corpus_can_be_drawn():
-    """The first and the last included: an end off by one would lose a token, or crash."""
-    x, y = get_batch(torch.arange(12), block_size=8, batch_size=500)
+# ---- Batches -------------------------------------------------------------------------------------
+def test_batches_are_random_windows_and_their_successors():
+    """On tokens 0, 1, 2, ... a successor is one more. The first and the last window can be drawn;
+    the generator alone decides. Fails for a shift of two, an end off by one."""
+    x, y = get_batch(torch.arange(12, dtype=torch.int16), block_size=8, batch_size=500)
+    assert x.shape == y.shape == (500, 8) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(8))
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
-    assert y.max() == 11
-    x, _ = get_batch(torch.arange(9), block_size=8, batch_size=3)
-    assert set(x[:, 0].tolist()) == {0}
-
-
-def test_batches_come_from_their_generator_alone():
-    """The same state gives the same batches, and the global random state does not move."""
+    assert set(get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
     before = torch.get_rng_state()
-    draws = [get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0] for s in
-             (1, 1, 2)]
+    draws = [get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0]
+             for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(before, torch.get_rng_state())
 
-
-def test_split_is_by_position_and_loses_nothing(tmp_path):
+def test_split_is_by_position_and_loses_nothing():
     """Nine tenths, then the rest. Fails if the parts are swapped or overlap."""
     text = SAMPLE.read_text(encoding="utf-8")
     tokenizer = CharTokenizer.train(text)
-    corpus = encode_corpus(minigpt.Text.survey(SAMPLE), tokenizer, 64, tmp_path)
-    assert len(corpus.train) == int(0.9 * len(text))
-    assert tokenizer.decode(corpus.train[:].tolist() + corpus.val[:].tolist()) == text
-    assert corpus.val_characters == len(corpus.val) - 1
-    assert corpus.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    corpus = Corpus.from_text(text, tokenizer)
+    assert len(corpus.train) == int(0.9 * len(text)) and corpus.val_characters == len(corpus.val)
+    assert tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == text
+    corpus = Corpus.from_text(text[:5000], BPETokenizer.train(text, 300))
+    assert corpus.val_characters == 500 > len(corpus.val)
 
+# ---- The task, and the simplest model ------------------------------------------------------------
+def test_loss_is_the_mean_negative_log_probability():
+    """By hand, in float64. Fails for a sum, a base-2 logarithm, or targets out of line."""
+    model, (x, y) = small_model(), pair(random_ids(3, 9))
+    logits, loss = model(x, y)
+    p = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+    by_hand = -sum(p[b, t, y[b, t]].log() for b in range(3) for t in range(8)) / 24
+    assert abs(loss.item() - by_hand.item()) < 1e-6  # the loss itself is computed in float32
+    assert loss.dtype == torch.float32
+    assert model(x)[1] is None and logits.shape == (3, 8, 11)
+    (gradient,) = torch.autograd.grad(loss, logits)  # p_i, minus 1 for what came; of a mean of 24
+    assert_close(gradient * 24, p - F.one_hot(y, 11), 1e-6)
 
-def test_a_corpus_must_hold_one_window_in_each_part(tmp_path):
-    """100 characters leave 10 for validation: enough for windows of 9 + 1 tokens and no more."""
-    text = text_file(tmp_path, "ab" * 50)
-    tokenizer = CharTokenizer(text.alphabet)
-    assert len(encode_corpus(text, tokenizer, 9, tmp_path).val) == 10
-    with pytest.raises(UserError, match="validation part has 10 tokens, and --block_size 10"):
-        encode_corpus(text, tokenizer, 10, tmp_path)
+def fit(model, batch, steps, **settings):
+    """The loss after some steps on one batch."""
+    c = TrainConfig(**{**dict(grad_accum=1, weight_decay=0.0), **settings})
+    optimizer = minigpt.OPTIMIZERS[c.optimizer](model, c)
+    for _ in range(steps):
+        loss, _ = train_step(model, optimizer, [batch], c)
+    return loss.item()
 
+def test_bigram_learns_the_frequencies_of_pairs():
+    """Its optimum is known: row i tends to the frequencies of what follows i in the data."""
+    text = "abracadabra abracadabra"
+    tokenizer = CharTokenizer.train(text)
+    ids, V = torch.tensor(tokenizer.encode(text)), tokenizer.vocab_size
+    counts = torch.zeros(V, V)
+    for a, b in itertools.pairwise(ids.tolist()):
+        counts[a, b] += 1
+    p = counts / counts.sum(dim=1, keepdim=True)
+    model = minigpt.Bigram(GPTConfig(vocab_size=V, block_size=len(ids) - 1, model="bigram"))
+    fit(model, pair(ids[None]), 200, learning_rate=0.3, min_lr=0.1)
+    assert_close(torch.softmax(model.wte.weight, dim=-1), p, 0.02)
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_a_corpus_read_in_chunks_has_the_tokens_of_the_whole(tmp_path, monkeypatch, size):
-    """However it is cut, in chunks and in two parts: no piece of BPE is torn, no character of
-    several bytes, no special token. Fails for a cut inside a run of spaces or before any space."""
-    rng = random.Random(size)
-    raw = "".join(random_text(rng, 40) + "<|endoftext|> a  b\n\n\t é" for _ in range(20))
-    raw = raw.replace("\r", "")
-    monkeypatch.setattr(minigpt.read_chunks, "__defaults__", (size,))
-    text = text_file(tmp_path, raw)
-    assert (text.length, text.alphabet) == (len(raw), sorted(set(raw)))
-    parts = ["".join(text.chunks(part)) for part in ("train", "val")]
-    assert parts == [raw[: int(0.9 * len(raw))], raw[int(0.9 * len(raw)) :]]
-    tokenizer = minigpt.make_tokenizer("bpe", text, 300)
-    assert tokenizer.merges == BPETokenizer.train(parts[0], 300).merges
-    assert len(tokenizer.merges) > 20
-    corpus = encode_corpus(text, tokenizer, 4, tmp_path)
-    assert [corpus.train[:].tolist(), corpus.val[:].tolist()] == list(map(tokenizer.encode, parts))
-    characters = encode_corpus(text, CharTokenizer(text.alphabet), 4, tmp_path)
-    assert [len(characters.train), len(characters.val)] == list(map(len, parts))  # and not those
-    assert characters.val_characters == len(parts[1]) - 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ru_maxrss")
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Batches from all over a file of 64 MB, in a process of its own. Fails if the file is read as
-    a whole, or if the pages that were touched stay mapped."""
-    script = """
-import resource, sys, torch, minigpt
-from pathlib import Path
-tokens = minigpt.MappedTokens(Path(sys.argv[1]), 65)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-minigpt.get_batch(tokens, 64, 16)
-before = peak()
-for _ in range(4000):
-    minigpt.get_batch(tokens, 64, 4)
-print(len(tokens), (peak() - before) * (1 if sys.platform == "darwin" else 1024))
-"""
-    with open(tmp_path / "t.bin", "wb") as file:
-        for _ in range(64):
-            file.write(bytes(2**20))
-        file.write(bytes(32))  # in place of the checksum
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "t.bin"], cwd=HERE, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    n, grown = map(int, done.stdout.split())
-    assert n == 2**26 and grown < 2**24
-
-
-@pytest.mark.parametrize("vocab_size, width", [(256, 1), (257, 2), (32768, 2), (32769, 4)])
-def test_tokens_in_a_file_are_those_that_were_written(tmp_path, vocab_size, width):
-    """In as few bytes as the vocabulary allows. Fails for a limit that is off by one."""
-    ids = [0, vocab_size - 1, 1, vocab_size - 2]
-    tokens = minigpt.MappedTokens(tmp_path / "t.bin", vocab_size)
-    tokens.write([ids, ids[:1]])
-    assert tokens.path.stat().st_size == 5 * width + 32 and len(tokens) == 5  # and a checksum
-    assert tokens[:].tolist() == [*ids, 0] and tokens[torch.tensor([[3, 1]])].tolist() == [
-        [vocab_size - 2, vocab_size - 1]]
-    x, y = get_batch(tokens, 4, 1)
-    assert x.dtype == torch.int64 and y.tolist() == [[*ids[1:], 0]]
-
-
-# ==================================================================================================
-# The parts
-# ==================================================================================================
-
-
-@pytest.mark.parametrize("bias, fused", [(True, False), (False, False), (True, True)])
-def test_layernorm_equals_torch_in_value_and_gradient(bias, fused):
-    """Fails for a variance over C - 1, a missing eps, a forgotten gain or bias; in both its forms,
-    written out and as one kernel."""
-    torch.manual_seed(0)
-    ours, theirs = LayerNorm(6, bias, fused=fused).double(), nn.LayerNorm(6, bias=bias).double()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        nn.init.normal_(p)
-        q.data.copy_(p.data)
-    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
-        x = (torch.randn(2, 3, 6, dtype=torch.float64) * scale + offset).requires_grad_()
-        z = x.detach().clone().requires_grad_()
-        weight = torch.randn(2, 3, 6, dtype=torch.float64)
-        assert_close(ours(x), theirs(z))
-        (ours(x) * weight).sum().backward()
-        (theirs(z) * weight).sum().backward()
-        assert_close(x.grad, z.grad)
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            assert_close(p.grad, q.grad, 1e-9)
-            p.grad = q.grad = None
-
+# ---- Attention -----------------------------------------------------------------------------------
+KINDS = [CausalSelfAttention, Attention, FusedAttention]
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("T", [1, 2, 8])
-def test_attention_explicit_equals_fused_equals_torch_multihead(bias, T):
-    """Three implementations, one function, in value and in every gradient. Fails for a missing
+@pytest.mark.parametrize("T, n_head", [(1, 3), (2, 3), (8, 3), (8, 1), (8, 12)])
+def test_attention_explicit_equals_fused_equals_torch_multihead(bias, T, n_head):
+    """Four implementations, one function, in value and in every gradient. Fails for a missing
     1/sqrt(hs), a mask off by one, heads split along the wrong axis, q and k exchanged."""
-    torch.manual_seed(0)
-    config = small_config(n_embd=12, n_head=3, bias=bias)
-    ours = CausalSelfAttention(config).double()
-    reference = nn.MultiheadAttention(12, 3, bias=bias, batch_first=True).double()
-    reference.in_proj_weight.data.copy_(ours.c_attn.weight)
-    reference.out_proj.weight.data.copy_(ours.c_proj.weight)
-    if bias:
-        reference.in_proj_bias.data.copy_(ours.c_attn.bias)
-        reference.out_proj.bias.data.copy_(ours.c_proj.bias)
-    x = torch.randn(2, T, 12, dtype=torch.float64)
-    weight = torch.randn(2, T, 12, dtype=torch.float64)
-    results = []
+    reference = stir(nn.MultiheadAttention(12, n_head, bias=bias, batch_first=True))
+    weight, z = random_x(2, T, 12, seed=1), random_x(2, T, 12).requires_grad_()
+    theirs = {"c_attn.weight": reference.in_proj_weight, "c_attn.bias": reference.in_proj_bias,
+              "c_proj.weight": reference.out_proj.weight, "c_proj.bias": reference.out_proj.bias}
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    for explicit in (True, False, None):
-        z = x.clone().requires_grad_()
-        if explicit is None:
-            module, y = reference, reference(z, z, z, attn_mask=future, need_weights=False)[0]
-            first, last = reference.in_proj_weight, reference.out_proj.weight
-        else:
-            ours.explicit = explicit
-            ours.zero_grad()
-            module, y = ours, ours(z)
-            first, last = ours.c_attn.weight, ours.c_proj.weight
+    expected = reference(z, z, z, attn_mask=future, need_weights=False)[0]
+    (expected * weight).sum().backward()
+    for kind in KINDS:
+        ours = kind(small_config(n_embd=12, n_head=n_head, bias=bias)).double()
+        ours.load_state_dict({name: theirs[name] for name in ours.state_dict()})
+        x = z.detach().clone().requires_grad_()
+        y = ours(x)
         (y * weight).sum().backward()
-        results.append([t.clone() for t in (y, z.grad, first.grad, last.grad)])
-        assert all(p.grad is not None for p in module.parameters())
-    for a, b, c in zip(*results):
-        assert_close(a, c)
-        assert_close(b, c)
+        assert_close(y, expected)
+        assert_close(x.grad, z.grad)
+        for name, p in ours.named_parameters():
+            assert_close(p.grad, theirs[name].grad)
 
-
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_the_future_cannot_be_seen_by_perturbation(attention):
-    """Changing token t changes the logits at t and later, and nothing before. Fails for a mask off
-    by one in either direction: one too far lets t be seen early, one too short hides it from t."""
-    model = small_model(attention=attention)
-    idx = random_ids(1, 8)
-    before = model(idx)[0]
-    for t in range(8):
-        changed = idx.clone()
-        changed[0, t] = (changed[0, t] + 1) % 11
-        moved = (model(changed)[0] - before).abs().amax(dim=(0, 2))
-        assert torch.all(moved[:t] == 0)
-        assert torch.all(moved[t:] > 1e-6)
-
-
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_the_future_cannot_be_seen_by_gradient(attention):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_future_cannot_be_seen_by_gradient(kind):
     """d output[t] / d input[s] is zero exactly for s > t: training cannot use the future either."""
-    torch.manual_seed(0)
-    layer = CausalSelfAttention(small_config(attention=attention)).double()
-    x = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+    layer, x = stir(kind(small_config())), random_x(1, 6, 8).requires_grad_()
     for t in range(6):
         (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
         seen = gradient.abs().sum(dim=-1)[0] > 1e-12
         assert seen.tolist() == [s <= t for s in range(6)]
 
+def check_dropped(dropped, whole, p):
+    """Each entry is zero or 1 / (1 - p) times what it was, and the share of zeros is about p."""
+    dropped, whole = (t[whole.abs() > 1e-9] for t in (dropped, whole))
+    zero = dropped.abs() < 1e-9
+    assert_close(dropped[~zero], whole[~zero] / (1 - p), 1e-8)
+    assert abs(zero.double().mean().item() - p) < 0.05
 
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_attention_drops_weights_in_training_only(attention):
-    """Dropout acts on the attention weights in both implementations, and never in evaluation."""
+def test_dropout_drops_attention_weights_and_what_leaves_a_part():
+    """Not scores, not what comes of the weights: division by the values shows them. Then the output
+    of attention and of the MLP, and the sum of two vectors before the first block."""
     torch.manual_seed(0)
-    layer = CausalSelfAttention(small_config(attention=attention, dropout=0.5)).double()
-    layer.resid_dropout.p = 0.0  # leaves only the dropout on the weights
-    x = torch.randn(1, 8, 8, dtype=torch.float64)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
+    q, k, x = random_x(90, 1, 8, 8), random_x(90, 1, 8, 8, seed=1), random_x(50, 8, 8)
+    v = random_x(8, 8, seed=2).expand(90, 1, 8, 8)
+    for kind in (*KINDS, minigpt.MLP, minigpt.GatedMLP):
+        layer, twin = (kind(small_config(n_head=1, dropout=0.25)).double() for _ in range(2))
+        if kind in KINDS:
+            dropped, whole = (m.attend(q, k, v) @ v.inverse() for m in (layer, twin.eval()))
+            check_dropped(dropped, whole, 0.25)
+            layer.attn_dropout.p = 0.0
+        check_dropped(layer(x), layer.eval()(x), 0.25)
+    model, idx = small_model(dropout=0.25, n_embd=16), random_ids(50, 8)
+    model.h, model.ln_f, model.lm_head = nn.ModuleList(), nn.Identity(), nn.Identity()
+    check_dropped(model(idx)[0], model.eval()(idx)[0], 0.25)
+    assert_close(model(idx)[0], model.wte.weight[idx] + model.wpe.weight)
 
-
-def test_mlp_is_its_equation():
-    """GELU in the tanh form, four times as wide inside. Fails for the erf form or a plain ReLU."""
-    torch.manual_seed(0)
-    mlp = MLP(small_config()).double()
-    x = torch.randn(2, 3, 8, dtype=torch.float64) * 3
-    h = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
-    assert h.shape[-1] == 4 * 8
-    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    assert_close(mlp(x), h @ mlp.c_proj.weight.T + mlp.c_proj.bias)
-
-
-def test_positions_tell_equal_tokens_apart():
-    """The same token everywhere: without position vectors all outputs would be the same."""
-    model = small_model()
-    logits = model(torch.zeros(1, 8, dtype=torch.long))[0][0]
-    assert (logits[0] - logits[1:]).abs().amax(dim=-1).min() > 1e-3
-    nn.init.zeros_(model.wpe.weight)
-    logits = model(torch.zeros(1, 8, dtype=torch.long))[0][0]
-    assert_close(logits, logits[:1].expand_as(logits))
-
-
-# ---- Variations ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [True, False])
-def test_rmsnorm_equals_torch_in_value_and_gradient(scale):
-    """Fails for a forgotten mean (a sum), a missing eps or gain, or a mean subtracted."""
-    torch.manual_seed(0)
-    ours = minigpt.RMSNorm(6, scale).double()
-    theirs = nn.RMSNorm(6, eps=ours.eps, elementwise_affine=scale).double()
-    if scale:
-        nn.init.normal_(ours.weight)
-        theirs.weight.data.copy_(ours.weight)
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    z = x.detach().clone().requires_grad_()
-    assert_close(ours(x), theirs(z), 1e-6)  # the mean of squares is taken in float32
-    (ours(x) ** 3).sum().backward()
-    (theirs(z) ** 3).sum().backward()
-    assert_close(x.grad, z.grad, 1e-5)
-    if scale:
-        assert_close(ours.weight.grad, theirs.weight.grad, 1e-5)
-    assert_close(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0])), torch.tensor([0.8485, 1.1314]), 1e-4)
-
-
-def test_the_norm_that_is_asked_for_is_the_norm_that_is_built():
-    """Everywhere in the model, with and without gain and bias."""
-    kinds = {"layernorm": LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
-    for norm, kind in kinds.items():
-        model = GPT(small_config(norm=norm))
-        for built in (model.h[0].ln_1, model.h[1].ln_2, model.ln_f):
-            assert type(built) is kind
-    assert not list(GPT(small_config(norm="rmsnorm", norm_scale=False)).ln_f.parameters())
-    assert [n for n, _ in GPT(small_config(norm_scale=False)).ln_f.named_parameters()] == ["bias"]
-    assert [n for n, _ in GPT(small_config(bias=False)).ln_f.named_parameters()] == ["weight"]
-    for attention in ("fused", "explicit"):
-        assert GPT(small_config(attention=attention)).ln_f.fused == (attention == "fused")
-
-
-def test_rope_scores_depend_only_on_distance():
-    """q at t and k at s: the same score wherever t - s is the same; and lengths are kept. Fails if
-    queries and keys turn by different angles, or if v, not k, is turned."""
-    torch.manual_seed(0)
-    rotate = minigpt.Rotary(50, 8).double()
-    rotate.cos, rotate.sin = (f(minigpt.angles(50, 8).double()) for f in (torch.cos, torch.sin))
-    q, k = torch.randn(2, 8, dtype=torch.float64)
-    turned_q, turned_k = (rotate(v.expand(1, 50, 1, 8))[0, :, 0] for v in (q, k))
-    assert torch.equal(rotate(q.expand(1, 5, 1, 8), start=7)[0, :, 0], turned_q[7:12])
-    scores = turned_q @ turned_k.T  # (50, 50)
-    for distance in range(-49, 50):
-        diagonal = scores.diagonal(distance)
-        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
-    assert_close(turned_q.norm(dim=-1), q.norm().expand(50), 1e-6)
-    assert (scores[0] - scores[0, 0]).abs()[1:].min() > 1e-4  # and it does depend on distance
-    turn = minigpt.Rotary(20, 2)
-    one = turn(torch.tensor([1.0, 0.0]).expand(1, 20, 1, 2))[0, :, 0]
-    assert round((one[2] @ one[1]).item(), 2) == round((one[12] @ one[11]).item(), 2) == 0.54
-
-
-def test_rope_turns_queries_and_keys_and_nothing_else():
-    """The first position is not turned at all, and a value passes as it is: with one key only, the
-    output does not depend on rotation. Fails if v is rotated or if places start at 1."""
-    torch.manual_seed(0)
-    layer = CausalSelfAttention(small_config(pos="rope", n_head=1, attention="explicit")).double()
-    x = torch.randn(1, 8, 8, dtype=torch.float64)
-    q, k, v = (t.view(1, 8, 1, 8) for t in layer.c_attn(x).split(8, dim=2))
-    turned = layer.rotate(q), layer.rotate(k), v
-    expected = layer.c_proj(layer.attend(*(t.transpose(1, 2) for t in turned))[:, 0])
-    assert_close(layer(x), expected, 1e-6)
-    assert_close(turned[0][:, 0], q[:, 0], 1e-6)
-    assert (turned[0][:, 1] - q[:, 1]).abs().max() > 1e-2
-
-
-def test_sinusoids_shift_by_a_rotation():
-    """Moving by s places turns each (sine, cosine) pair by s w_i, whatever the place: one matrix
-    serves all places. Fails for frequencies that do not match, or for a table that is learned."""
-    table = minigpt.sinusoids(40, 12).double() * math.sqrt(12)
-    w = 10000.0 ** (-torch.arange(0, 12, 2, dtype=torch.float64) / 12)
-    for s in (1, 7):
-        sin, cos = table[:, 0::2], table[:, 1::2]
-        c, n = torch.cos(s * w), torch.sin(s * w)
-        assert_close(table[s:, 0::2], (sin * c + cos * n)[:-s], 1e-5)
-        assert_close(table[s:, 1::2], (cos * c - sin * n)[:-s], 1e-5)
-    model = GPT(small_config(pos="sinusoidal"))
-    assert not model.wpe.weight.requires_grad
-    assert torch.equal(model.wpe.weight, minigpt.sinusoids(8, 8))
-    held = [p for g in make_optimizer(model, TrainConfig(), CPU.device).param_groups
-            for p in g["params"]]
-    assert not any(p is model.wpe.weight for p in held)
-    learned = GPT(small_config()).num_parameters()
-    assert model.num_parameters() == GPT(small_config(pos="rope")).num_parameters() == learned - 64
-
-
+# ---- MLP, norms, block ---------------------------------------------------------------------------
 @pytest.mark.parametrize("activation, bend", [
+    ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
     ("relu", lambda h: h.clamp(min=0)), ("relu2", lambda h: h.clamp(min=0) ** 2),
     ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:]),
 ])
-def test_activations_are_their_equations(activation, bend):
-    """Fails for exchanged halves in SwiGLU, or a missing square."""
-    torch.manual_seed(0)
-    mlp = MLP(small_config(activation=activation, mlp_ratio=2.0)).double()
-    x = torch.randn(2, 3, 8, dtype=torch.float64) * 3
-    h = x @ mlp.c_fc.weight.T + mlp.c_fc.bias
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlps_are_their_equations(activation, bend, bias):
+    """Fails for GELU's erf form, exchanged halves in SwiGLU, a missing square, a fixed width. All
+    have as many weights: SwiGLU has three matrices in place of two, and two thirds of the width."""
+    config = small_config(activation=activation, mlp_ratio=2.0, bias=bias)
+    mlp, x = stir(minigpt.MLPS[activation](config)), random_x(2, 3, 8) * 3
+    b, c = (mlp.c_fc.bias, mlp.c_proj.bias) if bias else (0.0, 0.0)
+    h = x @ mlp.c_fc.weight.T + b
     assert h.shape[-1] == (20 if activation == "swiglu" else 16)
-    assert_close(mlp(x), bend(h) @ mlp.c_proj.weight.T + mlp.c_proj.bias)
+    assert_close(mlp(x), bend(h) @ mlp.c_proj.weight.T + c)
+    config = small_config(activation=activation, n_embd=96, bias=False)
+    assert minigpt.count_parameters(minigpt.MLPS[activation](config)) == 8 * 96 * 96
 
+@pytest.mark.parametrize("ours, theirs, tolerance", [
+    *((kind(6, bias), nn.LayerNorm(6, bias=bias), 1e-9) for bias in (True, False)
+      for kind in (LayerNorm, minigpt.FusedLayerNorm)),
+    (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it squares in float32
+def test_norms_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
+    """For inputs small, large and far from zero. Fails for a variance over C - 1, a missing eps,
+    gain or bias; for RMSNorm: a sum in place of the mean, a mean subtracted, squares in 16 bits."""
+    ours.double().load_state_dict(stir(theirs).state_dict())
+    weight = random_x(2, 3, 6, seed=1)
+    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
+        x = (random_x(2, 3, 6) * scale + offset).requires_grad_()
+        y, expected = ours(x), theirs(x)
+        assert_close(y, expected, tolerance)
+        for a, b in zip(*(torch.autograd.grad((out * weight).sum(), [x, *norm.parameters()])
+                          for out, norm in ((y, ours), (expected, theirs)))):
+            assert_close(a, b, 10 * tolerance)
+    for dtype in (torch.float16, torch.bfloat16):
+        y = minigpt.RMSNorm(2)(torch.tensor([300.0, 400.0], dtype=dtype))
+        assert y.dtype == dtype
+        assert_close(y.float(), torch.tensor([0.8485, 1.1314]), 4e-3)
 
-def test_swiglu_has_as_many_weights_as_the_others():
-    """Two thirds of the width, three matrices in place of two."""
-    count = {a: sum(p.numel() for p in MLP(GPTConfig(65, n_embd=96, bias=False, activation=a,
-                                                     n_head=2)).parameters())
-             for a in ("gelu", "swiglu")}
-    assert count["gelu"] == count["swiglu"] == 8 * 96 * 96
+def test_the_parts_that_are_asked_for_are_the_parts_that_are_built():
+    """Everywhere in the model, with and without bias."""
+    kinds = {"layernorm": LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
+    for norm, kind in kinds.items():
+        model = GPT(small_config(norm=norm, qk_norm=True))
+        for block in model.h:
+            for built in (block.ln_1, block.ln_2, block.attn.qk_norm, model.ln_f):
+                assert type(built) is kind
+    for attention, kind, norm in (("explicit", Attention, LayerNorm),
+                                  ("fused", FusedAttention, minigpt.FusedLayerNorm)):
+        model = GPT(small_config(attention=attention))
+        assert type(model.h[0].attn) is kind and type(model.h[0].ln_1) is type(model.ln_f) is norm
+    for bias in (True, False):
+        biased = [m.bias is not None for m in GPT(small_config(bias=bias)).modules()
+                  if isinstance(m, (nn.Linear, LayerNorm))]
+        assert biased == [bias] * 13 + [False]  # the head has none
 
+def layer_norm(x, norm):
+    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias)
 
-def test_post_norm_output_is_normalized():
-    """Mean 0, variance 1 for each token, and no ln_f after the last block."""
-    torch.manual_seed(0)
-    block = Block(small_config(norm_position="post")).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    y = block(x)
-    assert y.mean(dim=-1).abs().max() < 1e-10
-    assert_close(y.var(dim=-1, correction=0), torch.ones(2, 5, dtype=torch.float64), 1e-3)
-    middle = F.layer_norm(x + block.attn(x), (8,))
-    assert_close(y, F.layer_norm(middle + block.mlp(middle), (8,)))
-    assert "ln_f.weight" not in GPT(small_config(norm_position="post")).state_dict()
-
-
-def test_qk_norm_makes_scores_blind_to_the_size_of_the_input():
-    """Ten times the queries and keys, the same attention."""
-    torch.manual_seed(0)
-    layer = CausalSelfAttention(small_config(qk_norm=True, bias=False)).double()
-    x = torch.randn(1, 6, 8, dtype=torch.float64)
-    before = layer(x)
-    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k
-    assert_close(layer(x), before, 1e-4)
-    plain = CausalSelfAttention(small_config(bias=False)).double()
-    before = plain(x)
-    plain.c_attn.weight.data[:16] *= 10
-    assert (plain(x) - before).abs().max() > 1e-2
-
-
-def test_untied_head_is_a_matrix_of_its_own():
-    tied, untied = GPT(small_config()), GPT(small_config(tie_weights=False))
-    assert untied.lm_head.weight is not untied.wte.weight
-    assert untied.num_parameters() == tied.num_parameters() + 11 * 8
-    assert list(untied.state_dict()) == list(tied.state_dict())
-
-
-VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "bias"), values))
-            for values in itertools.product(
-                ("layernorm", "rmsnorm", "none"), ("pre", "post"),
-                ("learned", "sinusoidal", "rope"), ("gelu", "relu", "relu2", "swiglu"),
-                (False, True), (True, False))
-            if values[:2] != ("none", "post")]
-
-
-def test_the_future_cannot_be_seen_in_any_combination():
-    """All of them, with both kinds of attention: changing the last token leaves all but the last
-    output as they were, and each variation has a working gradient."""
-    idx = random_ids(1, 8)
-    changed = idx.clone()
-    changed[0, 5] = (changed[0, 5] + 1) % 11
-    for i, variant in enumerate(VARIANTS):
-        model = small_model(attention=("explicit", "fused")[i % 2], **variant)
-        logits, loss = model(idx, idx)
-        loss.backward()
-        moved = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
-        assert torch.all(moved[:5] == 0) and moved[5] > 0, variant
-        assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters()
-                   if p.requires_grad and "c_attn.bias" not in n), variant
-    assert len(VARIANTS) == 240
-
-
-@pytest.mark.parametrize("changes, why", [
-    (dict(pos="rope", n_embd=6, n_head=2), "even head size"),
-    (dict(pos="sinusoidal", n_embd=9, n_head=3), "even --n_embd"),
-    (dict(norm="none", norm_position="post"), "means nothing"),
-    (dict(mlp_ratio=0.01), "fewer than 2 channels"),
-])
-def test_combinations_that_make_no_sense_are_refused_with_the_reason(changes, why):
-    with pytest.raises(UserError, match=why):
-        small_config(**changes)
-
-
-# ==================================================================================================
-# The model
-# ==================================================================================================
-
-
-def test_block_is_pre_norm_with_residuals():
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)); a block whose parts are silent passes x on."""
-    torch.manual_seed(0)
-    block = Block(small_config()).double()
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    middle = x + block.attn(F.layer_norm(x, (8,)))
-    assert_close(block(x), middle + block.mlp(F.layer_norm(middle, (8,))))
+def test_block_has_its_norms_and_residuals_in_their_places():
+    """pre: x + attn(ln_1(x)), x + mlp(ln_2(x)). post: the norm follows each addition."""
+    block, x = stir(minigpt.Block(small_config())), random_x(2, 5, 8)
+    middle = x + block.attn(layer_norm(x, block.ln_1))
+    assert_close(block(x), middle + block.mlp(layer_norm(middle, block.ln_2)))
+    post = minigpt.PostNormBlock(small_config()).double()
+    post.load_state_dict(block.state_dict())
+    middle = layer_norm(x + block.attn(x), block.ln_1)
+    assert_close(post(x), layer_norm(middle + block.mlp(middle), block.ln_2))
     for projection in (block.attn.c_proj, block.mlp.c_proj):
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
     assert torch.equal(block(x), x)
+    assert type(GPT(small_config(norm_position="post")).h[1]) is minigpt.PostNormBlock
 
-
-def test_forward_is_tables_blocks_norm_and_head():
+# ---- The model -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes", [{}, dict(bias=False, n_head=1, mlp_ratio=2.0),
+                                     dict(tie_weights=False, n_layer=3)])
+def test_forward_is_tables_blocks_norm_and_head(changes):
     """Fails if the final norm, the position table or the order of the blocks is lost."""
-    model = small_model()
-    idx = random_ids(2, 6)
-    x = model.wte.weight[idx] + model.wpe.weight[:6]
-    for i in range(2):
-        x = model.h[i](x)
-    x = F.layer_norm(x, (8,), model.ln_f.weight, model.ln_f.bias)
-    assert_close(model(idx)[0], x @ model.wte.weight.T)
+    model, idx = small_model(**changes), random_ids(2, 6)
+    for start in (0, 2):
+        x = model.wte.weight[idx] + model.wpe.weight[start : start + 6]
+        for i in range(model.config.n_layer):
+            x = model.h[i](x)
+        assert_close(model(idx, start=start)[0], layer_norm(x, model.ln_f) @ model.lm_head.weight.T)
 
-
-@pytest.mark.parametrize("place", ["drop", "h.0.attn.resid_dropout", "h.0.mlp.dropout"])
-def test_every_dropout_acts_in_training_and_rests_in_evaluation(place):
-    """Each by itself, the others switched off. (That on the attention weights: see above.)"""
-    model = small_model(dropout=0.0)
-    model.get_submodule(place).p = 0.5
-    idx = random_ids(1, 8)
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-    model.eval()
-    assert torch.equal(model(idx)[0], model(idx)[0])
-
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_logits_are_those_of_hugging_faces_gpt2(bias):
+    """With our weights, the c_ ones transposed: a foreign implementation of the whole model."""
+    transformers = pytest.importorskip("transformers")
+    model, idx = small_model(bias=bias, n_layer=3).float().eval(), random_ids(4, 8)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=3, n_head=2)).eval()
+    state = {key: torch.zeros_like(value) for key, value in theirs.state_dict().items()
+             if key.endswith("bias") and not bias}
+    for key, value in model.state_dict().items():
+        place = key if key == "lm_head.weight" else f"transformer.{key}"
+        state[place] = value.t() if "c_" in key else value
+    theirs.load_state_dict(state)
+    assert_close(model(idx)[0], theirs(idx).logits, 1e-5)
 
 def test_state_dict_has_the_names_of_gpt2():
     """Other tools find the weights by these names."""
@@ -969,45 +502,45 @@ def test_state_dict_has_the_names_of_gpt2():
     assert list(GPT(small_config()).state_dict()) == expected
     assert not any("bias" in k for k in GPT(small_config(bias=False)).state_dict())
 
-
-@pytest.mark.parametrize("name", ["gpt", "laptop", "bigram"])
-def test_initial_loss_is_that_of_knowing_nothing(name):
-    """Near ln V. Fails for weights drawn too large, or logits that start out opinionated."""
-    names = {f.name for f in fields(GPTConfig)}
-    settings = {k: v for k, v in PRESETS[name].settings.items() if k in names}
-    torch.manual_seed(0)
-    model = minigpt.build_model(GPTConfig(vocab_size=65, **settings)).eval()
-    idx = random_ids(2, 65, vocab_size=65)[:, : model.config.block_size + 1]
-    loss = model(idx[:, :-1], idx[:, 1:])[1].item()
-    assert abs(loss - math.log(65)) < 0.15
-
-
-def test_initialization_is_gpt2s():
-    """0.02 everywhere, the projections onto the residual stream smaller by sqrt(2 n_layer)."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=65, n_layer=8, n_embd=192))
+@pytest.mark.parametrize("changes", [dict(tie_weights=False), dict(model="bigram"),
+                                     dict(pos="rope", activation="swiglu", qk_norm=True)])
+def test_initialization_is_gpt2s(changes):
+    """0.02; projections onto the stream less by sqrt(2 n_layer). So the first loss is near ln V."""
+    sizes = dict(vocab_size=65, block_size=64, n_layer=8, n_head=4, n_embd=192)
+    model = minigpt.new_model(GPTConfig(**sizes, **changes), 0).eval()
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
             assert abs(p.std().item() / expected - 1) < 0.05, name
-            assert abs(p.mean().item()) < expected / 10, name
         else:
             assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
+    loss = model(*pair(random_ids(2, 65, vocab_size=65)))[1].item()
+    assert abs(loss - math.log(65)) < 0.15
 
+def test_first_weights_depend_on_the_seed_alone_and_on_all_of_it():
+    """Not on what was drawn before; and 2^32 + 1 is not 1, as it would be in 32 bits."""
+    seeds = (1, 1, 2, 2**32 + 1)
+    a, b, *others = (minigpt.new_model(small_config(), seed).wte.weight for seed in seeds)
+    assert torch.equal(a, b) and not any(torch.equal(a, other) for other in others)
+    numbers = [*itertools.product(range(-9, 30), range(30)), (1,), (2**32 + 1,), (11,), (0,)]
+    derived = {minigpt.derived_seed(*some) for some in numbers}
+    assert len(derived) == len(numbers) and 0 <= min(derived) <= max(derived) < 2**32
 
 def test_head_and_token_table_are_one_matrix():
-    """Tied before and after a step, counted once, and gradients from both uses add up."""
-    model = small_model()
-    assert model.lm_head.weight is model.wte.weight
-    total = sum(p.numel() for p in set(model.state_dict(keep_vars=True).values()))
-    assert model.num_parameters() == total
-    c = TrainConfig(batch_size=2, grad_accum=1, learning_rate=0.1)
-    x = random_ids(2, 9)
-    before = model.wte.weight.detach().clone()
-    train_step(model, make_optimizer(model, c, CPU.device), lambda: (x[:, :-1], x[:, 1:]), c, CPU)
-    assert model.lm_head.weight is model.wte.weight
-    assert not torch.equal(before, model.wte.weight)
-
+    """Also after a step; gradients from both uses add up. Untied, each has its own."""
+    model, untied = small_model(), small_model(tie_weights=False)
+    batch, before = pair(random_ids(2, 9)), model.wte.weight.detach().clone()
+    assert minigpt.count_parameters(untied) == minigpt.count_parameters(model) + 11 * 8
+    untied.load_state_dict(model.state_dict())
+    for m in (model, untied):
+        m(*batch)[1].backward()
+    table, head = untied.wte.weight.grad, untied.lm_head.weight.grad
+    assert_close(model.wte.weight.grad, table + head, 1e-6)
+    assert (table - head).abs().max() > 1e-3
+    for m in (model, untied):
+        fit(m, batch, 1, learning_rate=0.1)
+    assert model.lm_head.weight is model.wte.weight and not torch.equal(before, model.wte.weight)
+    assert not torch.equal(untied.lm_head.weight, untied.wte.weight)
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameter_count_formula(bias):
@@ -1015,1344 +548,63 @@ def test_parameter_count_formula(bias):
     V, T, L, C = 65, 32, 3, 24
     config = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=2, n_embd=C, bias=bias)
     vectors = (2 * L + 1) * C + ((2 * L + 1) * C + 9 * L * C if bias else 0)
-    assert GPT(config).num_parameters() == 12 * L * C * C + V * C + T * C + vectors
+    assert minigpt.count_parameters(GPT(config)) == 12 * L * C * C + V * C + T * C + vectors
 
+def test_what_does_not_fit_is_refused():
+    """There are no positions beyond block_size; heads share the channels; pairs need two."""
+    for start, n in ((0, 9), (3, 6)):
+        with pytest.raises(ValueError, match="9 tokens given, but block_size is 8"):
+            small_model()(random_ids(1, n), start=start)
+    with pytest.raises(UserError, match="--n_embd 8: must be divisible by --n_head 3"):
+        small_config(n_head=3)
+    for changes in (dict(pos="rope", n_embd=6), dict(pos="sinusoidal", n_embd=9, n_head=3)):
+        with pytest.raises(UserError, match="--pos: .* even number of channels, not [39]"):
+            GPT(small_config(**changes))
 
-def test_loss_is_the_mean_negative_log_probability():
-    """By hand, in float64. Fails for a sum, a base-2 logarithm, or targets out of line."""
-    model = small_model()
-    idx = random_ids(3, 9)
-    x, y = idx[:, :-1], idx[:, 1:]
-    logits, loss = model(x, y)
-    p = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
-    by_hand = -sum(p[b, t, y[b, t]].log() for b in range(3) for t in range(8)) / 24
-    assert abs(loss.item() - by_hand.item()) < 1e-6  # the loss itself is computed in float32
-    assert model(x)[1] is None and logits.shape == (3, 8, 11)
-
-
-def test_too_long_an_input_is_refused():
-    """There are no position vectors beyond block_size."""
-    with pytest.raises(ValueError, match="9 tokens given, but block_size is 8"):
-        small_model()(random_ids(1, 9))
-
-
-def test_one_batch_can_be_memorized():
-    """The first check of any training code: with dropout off, the loss on one batch goes to zero.
-    Targets of pure noise cannot be predicted, only memorized, so every part has to work."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
-    c = TrainConfig(batch_size=4, grad_accum=1, learning_rate=1e-2, min_lr=1e-3, weight_decay=0.0)
-    optimizer = make_optimizer(model, c, CPU.device)
-    idx = random_ids(4, 9)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_descends_and_one_batch_can_be_memorized(optimizer):
+    """Targets of pure noise can only be memorized, for which every part has to work."""
+    idx, model = random_ids(4, 9), minigpt.new_model(small_config(n_embd=32), 0)
     idx[:, 0] = torch.arange(4)  # nothing could tell apart the successors of a shared beginning
-    for _ in range(150):
-        loss, _ = train_step(model, optimizer, lambda: (idx[:, :-1], idx[:, 1:]), c, CPU)
-    assert loss.item() < 0.02
-
-
-def test_bigram_learns_the_frequencies_of_pairs():
-    """Its optimum is known: row i tends to the frequencies of what follows i in the data, and the
-    loss to the conditional entropy."""
-    text = "abracadabra abracadabra"
-    tokenizer = CharTokenizer.train(text)
-    ids = torch.tensor(tokenizer.encode(text))
-    V = tokenizer.vocab_size
-    counts = torch.zeros(V, V)
-    for a, b in itertools.pairwise(ids.tolist()):
-        counts[a, b] += 1
-    frequencies = counts / counts.sum(dim=1, keepdim=True)
-    entropy = -(counts[counts > 0] * frequencies[counts > 0].log()).sum() / counts.sum()
-    model = minigpt.build_model(GPTConfig(vocab_size=V, block_size=len(ids) - 1, model="bigram"))
-    c = TrainConfig(batch_size=1, grad_accum=1, learning_rate=0.3, min_lr=0.1, weight_decay=0.0)
-    optimizer = make_optimizer(model, c, CPU.device)
-    for _ in range(200):
-        loss, _ = train_step(model, optimizer, lambda: (ids[None, :-1], ids[None, 1:]), c, CPU)
-    assert abs(loss.item() - entropy.item()) < 0.01
-    assert_close(torch.softmax(model.wte.weight, dim=-1), frequencies, 0.02)
-
-
-# ==================================================================================================
-# Learning
-# ==================================================================================================
-
-
-def test_optimizer_decays_matrices_only_and_holds_every_parameter_once():
-    """Fails if biases or norm gains are decayed, or if the tied matrix is updated twice."""
-    model = GPT(small_config())
-    decayed, spared = make_optimizer(model, TrainConfig(), CPU.device).param_groups
-    assert decayed["weight_decay"] == TrainConfig.weight_decay and spared["weight_decay"] == 0.0
-    assert all(p.dim() == 2 for p in decayed["params"])
-    assert all(p.dim() == 1 for p in spared["params"])
-    held = [id(p) for p in decayed["params"] + spared["params"]]
-    assert sorted(held) == sorted({id(p) for p in model.parameters()})
-    assert decayed["betas"] == (TrainConfig.beta1, TrainConfig.beta2)
-
-
-def test_adamw_is_the_equation_in_the_text():
-    """Three steps by hand, with the bias correction and the decoupled decay."""
-    torch.manual_seed(0)
-    c = TrainConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
-    layer = nn.Linear(3, 2, bias=False).double()
-    w, m, v = layer.weight.detach().clone(), 0.0, 0.0
-    optimizer = make_optimizer(layer, c, CPU.device)
-    for t in (1, 2, 3):
-        g = torch.randn(2, 3, dtype=torch.float64)
-        layer.weight.grad = g.clone()
-        optimizer.step()
-        m, v = c.beta1 * m + (1 - c.beta1) * g, c.beta2 * v + (1 - c.beta2) * g * g
-        m_hat, v_hat = m / (1 - c.beta1**t), v / (1 - c.beta2**t)
-        w = w - c.learning_rate * (m_hat / (v_hat.sqrt() + 1e-8) + c.weight_decay * w)
-        assert_close(layer.weight.detach(), w)
-
-
-def test_orthogonalize_levels_the_singular_values_and_keeps_the_vectors():
-    """Of tall and wide matrices in a stack: U and V as they were, S near 1. Fails for a wrong
-    constant, a missing round or division, or if X X^T is taken where X^T X is meant."""
-    torch.manual_seed(0)
-    for shape in ((2, 6, 20), (2, 20, 6), (2, 8, 8)):
-        U, _, V = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-        S = torch.logspace(-2.4, 0, U.shape[-1], dtype=torch.float64)
-        G = U @ torch.diag(S) @ V * torch.tensor([1e-3, 50.0], dtype=torch.float64)[:, None, None]
-        core = U.mT @ minigpt.orthogonalize(G) @ V.mT
-        levelled = core.diagonal(dim1=1, dim2=2)
-        assert 0.67 < levelled.min() and levelled.max() < 1.21
-        assert_close(core, torch.diag_embed(levelled))
-
-
-def test_muon_is_torchs_but_for_the_parts_of_c_attn():
-    """Three steps beside torch.optim.Muon with the same settings, on matrices of equal and of other
-    shapes; the q, k and v rows of c_attn are matrices of their own. Fails for a wrong factor or
-    momentum, for a decay that is not decoupled, or if stacked matrices change places."""
-    torch.manual_seed(0)
-    c = TrainConfig(optimizer="muon", learning_rate=0.1, weight_decay=0.5, dtype="bfloat16")
-    model = GPT(small_config(bias=False, n_embd=16))
-    for p in model.parameters():
-        p.data.mul_(50)  # large enough for the decay to matter
-    peers = []
-    for name, p in model.named_parameters():
-        if name.startswith("h.") and p.dim() == 2:
-            parts = p.detach().clone().split(16) if "c_attn" in name else [p.detach().clone()]
-            peers.append((p, [nn.Parameter(part) for part in parts]))
-    assert len(peers) == 8
-    theirs = torch.optim.Muon([part for _, parts in peers for part in parts], lr=0.1, momentum=0.95,
-                              weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
-    ours = make_optimizer(model, c, CPU.device)
-    for _ in range(3):
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        for p, parts in peers:
-            for part, gradient in zip(parts, p.grad.split(16) if len(parts) == 3 else [p.grad]):
-                part.grad = gradient.clone()
-        ours.step()
-        theirs.step()
-        for p, parts in peers:
-            assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
-
-
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
-    """Each weight in one of them, at the one learning rate; embeddings and gains in AdamW."""
-    model, c = GPT(small_config()), TrainConfig(optimizer="muon", learning_rate=0.25)
-    muon, adamw = make_optimizer(model, c, CPU.device).optimizers
-    held = [p for g in muon.param_groups for p in g["params"]]
-    assert [(g["parts"], g["lr"]) for g in muon.param_groups] == [(3, 0.25), (1, 0.25)]
-    assert {id(p) for p in held} == {id(p) for n, p in model.named_parameters()
-                                     if n.startswith("h.") and p.dim() == 2}
-    held += [p for g in adamw.param_groups for p in g["params"]]
-    assert len(held) == len(list(model.parameters())) == len({id(p) for p in held})
-    before, ids = [p.detach().clone() for p in model.parameters()], random_ids(2, 8)
-    train_step(model, make_optimizer(model, c, CPU.device), lambda: (ids, ids), c, CPU)
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
-    assert all(p.grad is None for p in model.parameters())
-    optimizer = make_optimizer(minigpt.Bigram(small_config()), c, CPU.device)
-    assert isinstance(optimizer, torch.optim.AdamW)  # there are no blocks
-
-
-def test_schedule_at_named_points():
-    """First step, peak, middle, floor, beyond. Fails for a warm-up off by one."""
-    c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
-    assert [get_lr(s, c) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert get_lr(14, c) == pytest.approx(0.6)  # half-way between peak and floor
-    assert get_lr(9, c) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
-    assert get_lr(24, c) == get_lr(1000, c) == 0.2
-    rates = [get_lr(s, c) for s in range(4, 25)]
-    assert all(a > b for a, b in itertools.pairwise(rates))
-    line = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24,
-                       schedule="linear")
-    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
-    no_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=0, max_steps=10)
-    assert get_lr(0, no_warmup) == 1.0
-    only_warmup = TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_steps=10, max_steps=5)
-    assert get_lr(4, only_warmup) == pytest.approx(5 / 11)
-
-
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
-def test_clipping_equals_torch_and_keeps_the_direction(max_norm):
-    """One norm over all tensors; small gradients and max_norm 0 leave everything as it is."""
-    torch.manual_seed(0)
-    ours = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5)]
-    theirs = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5)]
-    for p, q in zip(ours, theirs):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    norm = clip_gradients(ours, max_norm)
-    assert_close(norm, nn.utils.clip_grad_norm_(theirs, max_norm or math.inf))
-    for p, q in zip(ours, theirs):
-        assert_close(p.grad, q.grad)
-
-
-@pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_accumulated_micro_batches_equal_the_large_batch(clip):
-    """Same loss, same norm, same weights after two steps, to rounding in float64. Fails if the loss
-    is not divided by grad_accum, or if gradients are clipped or cleared between micro-steps."""
-    idx = random_ids(2, 12, 9)
-    results = []
-    for accum in (1, 3, 12):
-        model = small_model()
-        c = TrainConfig(batch_size=12 // accum, grad_accum=accum, learning_rate=0.01,
-                        grad_clip=clip)
-        optimizer = make_optimizer(model, c, CPU.device)
-        logged = []
-        for step in range(2):
-            parts = iter(idx[step].split(c.batch_size))
-
-            def next_batch(parts=parts):
-                part = next(parts)
-                return part[:, :-1], part[:, 1:]
-
-            logged.append(train_step(model, optimizer, next_batch, c, CPU))
-        results.append((logged, list(model.parameters())))
-    (logged, weights), *others = results
-    for other_logged, other_weights in others:
-        for a, b in zip(itertools.chain(*logged), itertools.chain(*other_logged)):
-            assert_close(a.double(), b.double(), 1e-6)  # losses are float32 by design
-        for a, b in zip(weights, other_weights, strict=True):
-            assert_close(a, b, 2e-5)
-
-
-def test_a_step_descends():
-    """A small step along the gradient lowers the loss. Fails for a sign or a lost gradient."""
-    model = small_model()
-    c = TrainConfig(batch_size=2, grad_accum=1, learning_rate=1e-3, weight_decay=0.0)
-    idx = random_ids(2, 9)
-    batch = idx[:, :-1], idx[:, 1:]
-    before = model(*batch)[1].item()
-    train_step(model, make_optimizer(model, c, CPU.device), lambda: batch, c, CPU)
-    assert model(*batch)[1].item() < before
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-def test_mixed_precision_is_nearly_float32(dtype, tolerance):
-    """Loss and gradient norm agree to the precision of the format: the scaler's factor must have
-    been taken out of the gradients before they are clipped."""
-    idx = random_ids(4, 9)
-    results = []
-    for engine in (CPU, Engine(torch.device("cpu"), dtype)):
-        model = small_model().float()
-        c = TrainConfig(batch_size=4, grad_accum=2, grad_clip=1.0)
-        optimizer = make_optimizer(model, c, engine.device)
-        loss, norm = train_step(model, optimizer, lambda: (idx[:, :-1], idx[:, 1:]), c, engine)
-        results.append((loss.item(), norm.item()))
-        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-        assert engine.scaler.is_enabled() == (engine.dtype == torch.float16)
-    assert results[0] == pytest.approx(results[1], rel=tolerance)
-    assert results[0] != results[1]  # the narrow format was really used
-
-
-def small_corpus(n=200):
-    ids = random_ids(n)
-    return minigpt.Corpus(ids[: n - 50], ids[n - 50 :], val_characters=49, sha256="")
-
-
-def test_estimating_the_loss_leaves_no_trace():
-    """Dropout is off, the global random state stays where it was, the model goes on training, and
-    two estimates of the same weights are the same number."""
-    model = small_model(dropout=0.5)
-    model.train()
-    c = TrainConfig(batch_size=3, eval_batches=4)
-    before = torch.get_rng_state()
-    first, second = (estimate_loss(model, small_corpus(), c, CPU) for _ in range(2))
-    assert first == second and set(first) == {"train", "val"}
-    with minigpt.evaluating(model):
-        assert not torch.is_grad_enabled() and not model.training
-    assert torch.equal(before, torch.get_rng_state())
-    assert model.training
-    model.eval()
-    for name, tokens in (("train", small_corpus().train), ("val", small_corpus().val)):
-        generator = torch.Generator().manual_seed(0)
-        losses = [model(*get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
-        assert first[name] == pytest.approx(sum(losses) / 4)
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
-def test_evaluation_counts_every_token_once(n):
-    """Token by token with its own window, in float64. Fails if the rest is dropped, if windows
-    overlap, or if a mean of batch means gives a short last batch too much weight."""
-    model = small_model(dropout=0.5)
-    tokens = random_ids(n)
-    total = 0.0
-    model.eval()
-    for t in range(1, n):
-        start = (t - 1) // 8 * 8
-        logits = model(tokens[None, start:t])[0][0, -1]
-        total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
-    model.train()
-    for batch_size in (1, 4, 64):
-        assert evaluate(model, tokens, batch_size=batch_size) == pytest.approx(
-            total / (n - 1), abs=1e-6)
-    assert model.training
-
-
-# ==================================================================================================
-# Checkpoints
-# ==================================================================================================
-
-
-def test_checkpoint_is_tensors_and_plain_values(tmp_path):
-    """So it loads with weights_only=True and comes back equal."""
-    model = small_model()
-    state = {"format": minigpt.CHECKPOINT_FORMAT, "model": model.state_dict(), "step": 3,
-             "best": math.inf, "names": ["é", "\n"]}
-    save_checkpoint(tmp_path / "a.pt", state)
-    loaded = load_checkpoint(tmp_path / "a.pt")
-    assert {k: v for k, v in loaded.items() if k != "model"} == \
-        {k: v for k, v in state.items() if k != "model"}
-    assert all(torch.equal(loaded["model"][k], v) for k, v in model.state_dict().items())
-    assert os.listdir(tmp_path) == ["a.pt"]
-
-
-def test_truncated_or_foreign_checkpoint_is_refused(tmp_path):
-    """Cut short at any length: an error that names the file, never a crash or a half-read model."""
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, {"format": minigpt.CHECKPOINT_FORMAT, "w": torch.randn(100)})
-    whole = path.read_bytes()
-    for length in (*range(0, len(whole), 23), len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="a.pt"):
-            load_checkpoint(path)
-    for foreign in (b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": "x"}),
-                    b"PK\x03\x04", b"\0" * 1000):
-        path.write_bytes(foreign)
-        with pytest.raises(UserError, match="a.pt"):
-            load_checkpoint(path)
-    torch.save({"format": minigpt.CHECKPOINT_FORMAT}, path)  # without a checksum
-    with pytest.raises(UserError, match="checksum"):
-        load_checkpoint(path)
-    for other in ({"format": "other"}, [1, 2], {}):
-        torch.save(other, path)
-        with pytest.raises(UserError, match="not a checkpoint"):
-            load_checkpoint(path)
-
-
-def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
-    """Every byte of the file in turn: the checksum covers all, the tensors above all, in which a
-    flip would go unnoticed. And the file is one that PyTorch reads as it is."""
-    path, state = tmp_path / "a.pt", {"format": minigpt.CHECKPOINT_FORMAT, "w": torch.randn(50)}
-    save_checkpoint(path, state)
-    assert torch.equal(torch.load(path, weights_only=True)["w"], state["w"])
-    assert_same(load_checkpoint(path), state)
-    whole = path.read_bytes()
-    for i in range(len(whole)):
-        assert not minigpt.sealed(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
-    middle = len(whole) // 3
-    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
-    with pytest.raises(UserError, match="a.pt"):
-        load_checkpoint(path)
-
-
-@pytest.mark.slow
-def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(tmp_path):
-    """Named, and the run that goes on from there is the run it would have been; a checkpoint that
-    was asked for by name is not replaced by another."""
-    train_tiny(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    latest, previous = tmp_path / "b" / "latest.pt", tmp_path / "b" / minigpt.PREVIOUS
-    assert load_checkpoint(previous)["progress"]["step"] == 3
-    whole = latest.read_bytes()
-    for damaged in (whole[:-1000], whole[:5000] + b"?" + whole[5001:], None):
-        latest.unlink(missing_ok=True)
-        if damaged:
-            latest.write_bytes(damaged)
-        code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")
-        assert code == 0 and "latest.pt: " in err and minigpt.PREVIOUS in err, err
-        assert "at step 3" in err
-        assert_same_weights(tmp_path / "a" / "latest.pt", latest)
-        assert load_checkpoint(previous)["progress"]["step"] == 3  # not the damaged one
-        if damaged:
-            assert (tmp_path / "b" / "latest_damaged.pt").read_bytes() == damaged
-        shutil.copy(tmp_path / "a" / minigpt.PREVIOUS, previous)
-    latest.write_bytes(whole[:-1])
-    code, _, err = run_main("--mode", "train", "--resume", "--checkpoint", latest, "--out_dir",
-                            tmp_path / "b")
-    assert code == 2 and err.count("\n") == 1
-    previous.unlink()
-    assert run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")[0] == 2
-
-
-def test_malicious_checkpoint_runs_nothing(tmp_path):
-    """A pickle may hold calls; weights_only=True refuses to make them."""
-    marker = tmp_path / "was_here"
-
-    class Malice:
-        def __reduce__(self):
-            return os.mkdir, (str(marker),)
-
-    path = tmp_path / "bad.pt"
-    for write in (lambda: torch.save({"format": Malice()}, path),
-                  lambda: path.write_bytes(pickle.dumps(Malice()))):
-        write()
-        with pytest.raises(UserError, match="bad.pt"):
-            load_checkpoint(path)
-        assert not marker.exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_failed_write_leaves_the_old_checkpoint(tmp_path):
-    """A disk that refuses more bytes (here: a limit on the size of a file) costs the new file and
-    nothing else. Fails if the checkpoint is written in place, or if the partial file stays."""
-    import resource
-
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, {"format": minigpt.CHECKPOINT_FORMAT, "step": 1})
-    old = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        with pytest.raises(UserError, match="cannot write a.pt"):
-            save_checkpoint(path, {"w": torch.randn(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.pt"]
-
-
-# ==================================================================================================
-# The training loop, through the real entry point
-# ==================================================================================================
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_trains(tmp_path, name):
-    """One real step of each, smaller where the size is beyond a test, and text from the result."""
-    small = {"gpt": ["--n_layer", "1", "--batch_size", "1", "--grad_accum", "2"],
-             "gpt2": ["--n_layer", "1", "--batch_size", "1", "--grad_accum", "2", "--block_size",
-                      "64", "--n_embd", "96"]}
-    code, _, err = run_main(
-        "--mode", "train", "--preset", name, "--data", SAMPLE, "--out_dir", tmp_path, "--max_steps",
-        "1", "--eval_batches", "1", "--sample_tokens", "3", "--batch_size", "2",
-        *small.get(name, []))
-    assert code == 0 and f"preset {name} (as asked)" in err, err
-    code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
-                              "--prompt", "THE")
-    assert code == 0 and out.startswith("THE"), err
-
-
-def test_bpe_run_resumes_evaluates_and_writes(tmp_path):
-    """The tokenizer travels in the checkpoint; bits per character count characters, not tokens; and
-    the resumed run is the run it would have been."""
-    argv = [*TINY, "--tokenizer", "bpe", "--vocab_size", "300", "--checkpoint_interval", "2"]
-    assert run_main(*argv, "--out_dir", tmp_path / "a")[0] == 0
-    code, _, err = run_main("--mode", "train", "--resume", "--checkpoint",
-                            tmp_path / "a" / "step_000002.pt", "--out_dir", tmp_path / "b")
-    assert code == 0, err
-    assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
-    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path / "a")
-    tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
-                          for unit in ("tokens", "nats", "bits"))
-    n_characters = len(SAMPLE.read_text(encoding="utf-8")) / 10
-    assert tokens < 0.8 * n_characters
-    assert bits == pytest.approx(nats / math.log(2) * tokens / n_characters, rel=2e-3)
-    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path / "a", "--prompt",
-                            "Ünïcødé")
-    assert code == 0 and out.startswith("Ünïcødé")
-
-
-def test_generation_ends_at_the_end_of_text():
-    """What comes after the end-of-text token is not written, in a stream or in a batch."""
-    tokenizer = BPETokenizer.train("ab " * 9, 260)
-    model = minigpt.build_model(GPTConfig(tokenizer.vocab_size, model="bigram", block_size=8))
-    nn.init.zeros_(model.wte.weight)
-    model.wte.weight.data[tokenizer.encode("b")[0], tokenizer.end] = 99.0
-    model.wte.weight.data[tokenizer.encode("a")[0], tokenizer.encode("b")[0]] = 99.0
-    for num_samples in (1, 2):
-        out = io.StringIO()
-        config = GenerateConfig(prompt="a", max_tokens=9, num_samples=num_samples)
-        minigpt.write_text(model, tokenizer, config, CPU, 1, out)
-        assert out.getvalue() == "---------------\n".join(["ab\n"] * num_samples)
-
-
-TINY = ["--mode", "train", "--preset", "laptop", "--data", str(SAMPLE), "--device", "cpu",
-        "--dtype", "float32", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size",
-        "16", "--batch_size", "4", "--grad_accum", "2", "--max_steps", "6", "--eval_interval", "3",
-        "--eval_batches", "2", "--warmup_steps", "2", "--log_interval", "1", "--dropout", "0.1"]
-
-
-def run_main(*argv):
-    """The command in this process, on the CPU: its exit code, and what it wrote to both streams."""
-    argv = [*argv, *([] if "--device" in argv or "--mode" not in argv else ["--device", "cpu"])]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(a) for a in argv])
-    return code, out.getvalue(), err.getvalue()
-
-
-def train_tiny(out_dir, *argv):
-    code, out, err = run_main(*TINY, "--out_dir", out_dir, *argv)
-    assert code == 0 and out == "", err
-    return err
-
-
-def weights_of(path):
-    return load_checkpoint(path)["model"]
-
-
-def assert_same(a, b):
-    """Two nested values, tensors among them, bit by bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, (dict, list, tuple)):
-        assert len(a) == len(b)
-        for key in a if isinstance(a, dict) else range(len(a)):
-            assert_same(a[key], b[key])
-    else:
-        assert a == b
-
-
-def assert_same_weights(a, b):
-    a, b = weights_of(a), weights_of(b)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def metrics_of(out_dir):
-    return minigpt.read_metrics(out_dir)
-
-
-def step_losses(out_dir):
-    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics_of(out_dir) if "loss" in r]
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    """One small finished run that several tests look at."""
-    folder = tmp_path_factory.mktemp("tiny")
-    err = train_tiny(folder, "--checkpoint_interval", "2")
-    return folder, err
-
-
-def test_a_run_writes_what_it_promises(tiny_run):
-    """best, latest and snapshots named after completed steps; metrics and config; the score."""
-    folder, err = tiny_run
-    assert {re.sub("_[0-9a-f]{12}", "", p.name) for p in folder.iterdir()} - {"loss.png"} == {
-        "tokens_train.bin", "tokens_val.bin", "best.pt", "latest.pt", minigpt.PREVIOUS,
-        "step_000002.pt", "step_000004.pt", "step_000006.pt", "metrics.jsonl", "config.json"}
-    for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
-        assert load_checkpoint(folder / f"{name}.pt")["progress"]["step"] == step
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["train_config"]["max_steps"] == 6 and config["model_config"]["n_embd"] == 16
-    assert [r["step"] for r in metrics_of(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in metrics_of(folder) if "val_loss" in r] == [0, 3, 6]
-    assert "4,032 parameters (0.0M)" in err or re.search(r"model gpt: [\d,]+ parameters", err)
-    assert "    | " in err  # a sample at each evaluation
-
-
-def test_best_checkpoint_has_the_lowest_validation_loss(tiny_run):
-    """And the score printed at the end is the one that eval gives for it."""
-    folder, err = tiny_run
-    evaluations = [r for r in metrics_of(folder) if "val_loss" in r]
-    best = min(evaluations, key=lambda r: r["val_loss"])
-    assert load_checkpoint(folder / "best.pt")["progress"]["step"] == best["step"]
-    assert all(r["val_perplexity"] == math.exp(r["val_loss"]) for r in evaluations)
-    code, out, _ = run_main("--mode", "eval", "--out_dir", folder)
-    assert code == 0 and out.strip() == err.strip().split("\n")[-1]
-    assert "nats per token" in out and "perplexity" in out and "bits per character" in out
-    state = load_checkpoint(folder / "best.pt")
-    model, tokenizer = minigpt.model_from_checkpoint(state)
-    corpus = encode_corpus(minigpt.Text.survey(SAMPLE), tokenizer, 16, folder)
-    assert f"{evaluate(model, corpus.val):.4f} nats" in out
-
-
-def test_final_score_is_the_best_models_and_not_the_last_ones(tmp_path):
-    """A rate far too high makes the model worse than it was at the start."""
-    err = train_tiny(tmp_path, "--learning_rate", "30", "--eval_interval", "1")
-    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] < 6
-    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
-    assert out.strip() == err.strip().split("\n")[-1]
-    _, out, _ = run_main("--mode", "eval", "--checkpoint", tmp_path / "latest.pt")
-    assert out.strip() != err.strip().split("\n")[-1]
-
-
-def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
-    """Named by a relative path, and scored from elsewhere without naming it again."""
-    (tmp_path / "mine.txt").write_text(SAMPLE.read_text(encoding="utf-8")[:9000].upper())
-    monkeypatch.chdir(tmp_path)
-    err = train_tiny("out", "--data", "mine.txt")
-    monkeypatch.chdir(HERE)
-    code, out, err2 = run_main("--mode", "eval", "--out_dir", tmp_path / "out")
-    assert code == 0 and out.strip() == err.strip().split("\n")[-1] and "note" not in err2
-
-
-def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
-    """Recomputed from the model at its start: both micro-batches, not the last one alone."""
-    folder, _ = tiny_run
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    torch.manual_seed(config["train_config"]["seed"])
-    model = minigpt.build_model(GPTConfig(**config["model_config"])).train()
-    text = minigpt.Text.survey(SAMPLE)
-    corpus = encode_corpus(text, CharTokenizer(text.alphabet), 16, folder)
-    batches = torch.Generator().manual_seed(config["train_config"]["seed"])
-    losses = [model(*get_batch(corpus.train, 16, 4, batches))[1].item() for _ in range(2)]
-    first = step_losses(folder)[0][1]
-    assert first == pytest.approx(sum(losses) / 2, abs=1e-6)
-    assert first != pytest.approx(losses[1], abs=1e-6)
-
-
-@pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
-def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
-    """k steps, resume, the rest: bit-identical weights, optimizer, and logged losses, with dropout
-    and accumulation on; 3 is right after an evaluation. Fails if any random state, the optimizer
-    or the step is not restored, or if the evaluation is repeated and counted twice."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
-    train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
-               tokenizer, *size)
-    for k in (2, 3, 4):
-        shutil.copytree(whole, parts, dirs_exist_ok=True)
-        (parts / "latest.pt").unlink()
-        code, _, err = run_main("--mode", "train", "--out_dir", parts, "--resume", "--checkpoint",
-                                parts / f"step_00000{k}.pt")
-        assert code == 0, err
-        assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
-        a, b = (load_checkpoint(folder / "latest.pt") for folder in (whole, parts))
-        for state in ("model", "optimizer", "random", "scaler"):
-            assert_same(a[state], b[state])
-        assert [r["step"] for r in metrics_of(parts) if "val_loss" in r] == [0, 3, 6]
-
-
-def test_resume_elsewhere_or_from_an_old_snapshot_spares_the_best(tmp_path):
-    """A best.pt that this run's past does not know is neither overwritten nor taken for its own;
-    the search for the best begins anew, also where the folder is empty and the run is over."""
-    folder = tmp_path / "a"
-    train_tiny(folder, "--checkpoint_interval", "2")
-    best = (folder / "best.pt").read_bytes()
-    assert load_checkpoint(folder / "best.pt")["progress"]["step"] > 2
-    resume = ["--mode", "train", "--resume", "--checkpoint"]
-    code, _, err = run_main(*resume, folder / "step_000006.pt", "--out_dir", tmp_path / "b")
-    assert code == 0, err
-    assert load_checkpoint(tmp_path / "b" / "best.pt")["progress"]["best_step"] == 6
-    for _ in range(2):
-        code, _, err = run_main(*resume, folder / "step_000002.pt", "--out_dir", folder,
-                                "--max_steps", "5")
-        assert code == 0 and "best_000006.pt" in err or "best_000005.pt" in err
-        assert (folder / "best_000006.pt").read_bytes() == best
-
-
-def test_resume_into_the_folder_of_another_run_sets_that_one_aside(tmp_path):
-    """Same settings, same steps, another run: its model is not taken for ours, and nothing of it is
-    lost. Also at step 0, which is what a run killed early leaves."""
-    ours = train_tiny(tmp_path / "ours", "--checkpoint_interval", "3").strip().split("\n")[-1]
-    train_tiny(tmp_path / "other", "--seed", "5")
-    best = (tmp_path / "other" / "best.pt").read_bytes()
-    resume = ["--mode", "train", "--resume", "--checkpoint"]
-    code, _, err = run_main(*resume, tmp_path / "ours" / "latest.pt", "--out_dir",
-                            tmp_path / "other")
-    assert code == 0 and err.strip().split("\n")[-1] == ours
-    assert (tmp_path / "other" / "earlier_1" / "best.pt").read_bytes() == best
-
-    train_tiny(tmp_path / "zero", "--learning_rate", "1e-30", "--weight_decay", "0")
-    start = tmp_path / "zero" / "best.pt"
-    assert load_checkpoint(start)["progress"]["step"] == 0
-    for folder in ("zero", "empty", "ours"):
-        code, _, err = run_main(*resume, start, "--out_dir", tmp_path / folder)
-        assert code == 0, err
-        assert [r["step"] for r in metrics_of(tmp_path / folder) if "val_loss" in r] == [0, 3, 6]
-
-
-def test_resume_may_change_the_number_format(tmp_path):
-    """A run in float32 has no loss scaler to restore; float16 starts with a new one."""
-    train_tiny(tmp_path)
-    code, _, err = run_main("--mode", "train", "--out_dir", tmp_path, "--resume", "--dtype",
-                            "float16", "--max_steps", "8")
-    assert code == 0, err
-    assert load_checkpoint(tmp_path / "latest.pt")["scaler"]["scale"] > 0
-
-
-def test_the_rate_of_the_schedule_is_the_rate_of_the_step(tiny_run):
-    """What the optimizer used, as logged: step n is taken with get_lr(n - 1). Fails if the rate is
-    set late, early or never."""
-    folder, _ = tiny_run
-    config = TrainConfig(**load_checkpoint(folder / "latest.pt")["train_config"])
-    optimizers = load_checkpoint(folder / "latest.pt")["optimizer"]
-    groups = [group for state in optimizers.values() for group in state["param_groups"]]
-    assert [group["lr"] for group in groups] == [get_lr(5, config)] * 3  # two of Muon's, AdamW's
-    used = [r["lr"] for r in metrics_of(folder) if "lr" in r]
-    assert used == [get_lr(step, config) for step in range(6)] and len(set(used)) > 3
-
-
-def test_watching_changes_nothing(tiny_run, tmp_path):
-    """Evaluating, sampling, logging and saving more or less often: the same weights. Fails if any
-    of them draws from the training's random state."""
-    folder, _ = tiny_run
-    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_tokens", "5",
-               "--log_interval", "4", "--checkpoint_interval", "0")
-    assert_same_weights(folder / "latest.pt", tmp_path / "latest.pt")
-
-
-def test_another_seed_is_another_run(tiny_run, tmp_path):
-    """And the same seed the same run: the seed reaches weights, batches and dropout."""
-    folder, _ = tiny_run
-    train_tiny(tmp_path / "a")
-    assert_same_weights(folder / "latest.pt", tmp_path / "a" / "latest.pt")
-    train_tiny(tmp_path / "b", "--seed", "1")
-    assert step_losses(folder)[0] != step_losses(tmp_path / "b")[0]
-
-
-def test_resuming_what_another_version_wrote_is_refused(tiny_run, tmp_path):
-    """A setting that this one does not know: one line, no traceback."""
-    for part in ("model_config", "train_config", "progress"):
-        state = load_checkpoint(tiny_run[0] / "latest.pt")
-        state[part]["unheard_of"] = 1
-        save_checkpoint(tmp_path / "latest.pt", state)
-        code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path)
-        assert code == 2 and "error: --checkpoint: its parts do not fit together" in err
-
-
-def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
-    """max_steps may change; what gives the earlier steps their meaning may not: the refusal names
-    both values and leaves the files alone."""
-    train_tiny(tmp_path)
-    resume = ["--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume"]
-    before = (tmp_path / "latest.pt").read_bytes()
-    for flag, new, old in (("n_embd", 32, 16), ("batch_size", 8, 4), ("grad_accum", 4, 2),
-                           ("preset", "mini", "laptop")):
-        code, _, err = run_main(*resume, f"--{flag}", new)
-        last = err.strip().split("\n")[-1]
-        assert code == 2 and last.startswith(f"error: --{flag} {new}: ") and f"{old}" in last
-    other = tmp_path / "other.txt"
-    other.write_text(SAMPLE.read_text(encoding="utf-8")[:-1] + "λ", encoding="utf-8")
-    code, _, err = run_main(*resume, "--data", other)
-    assert code == 2 and "other.txt: cannot change on --resume; its sha256" in err
-    assert (tmp_path / "latest.pt").read_bytes() == before
-    code, _, err = run_main(*resume, "--max_steps", "8", "--preset", "laptop")
-    assert code == 0, err
-    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 8
-    assert [r["step"] for r in metrics_of(tmp_path) if "val_loss" in r] == [0, 3, 6, 8]
-
-
-def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
-    """A forgotten --resume must not cost a night's work."""
-    train_tiny(tmp_path, "--max_steps", "2")
-    old = (tmp_path / "best.pt").read_bytes()
-    train_tiny(tmp_path, "--max_steps", "1")
-    assert (tmp_path / "earlier_1" / "best.pt").read_bytes() == old
-    moved = {p.name for p in (tmp_path / "earlier_1").iterdir()} - {"loss.png"}
-    assert moved == {"best.pt", "latest.pt", minigpt.PREVIOUS, "metrics.jsonl", "config.json"}
-    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 1
-    # To go on with it sets the other one aside, and spares the one that goes on.
-    code, _, err = run_main("--mode", "train", "--resume", "--checkpoint",
-                            tmp_path / "earlier_1" / "latest.pt", "--out_dir", tmp_path)
-    assert code == 0, err
-    assert load_checkpoint(tmp_path / "earlier_2" / "latest.pt")["progress"]["step"] == 1
-    assert (tmp_path / "earlier_1" / "best.pt").read_bytes() == old
-
-
-def test_a_snapshot_is_a_save_like_others(tmp_path):
-    """A run that goes on begins at the latest one, also where no evaluation was near; and writes
-    the file that a crash, between latest.pt and the snapshot, left out."""
-    every_two = ["--checkpoint_interval", "2"]
-    train_tiny(tmp_path / "a", *every_two, "--eval_interval", "100", "--max_steps", "5")
-    previous = tmp_path / "a" / minigpt.PREVIOUS  # the last save before the one at the end
-    assert load_checkpoint(previous)["progress"]["step"] == 4
-    train_tiny(tmp_path / "c", *every_two, "--eval_interval", "100", "--max_steps", "3")
-    assert load_checkpoint(tmp_path / "c" / minigpt.PREVIOUS)["progress"]["step"] == 2
-    (tmp_path / "b").mkdir()
-    shutil.copy(previous, tmp_path / "b" / "latest.pt")
-    code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path / "b")
-    assert code == 0 and "at step 4" in err, err
-    assert [p.name for p in (tmp_path / "b").glob("step_*.pt")] == ["step_000004.pt"]
-    assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
-
-
-def test_token_files_are_used_again_and_go_with_their_corpus(tmp_path):
-    """Same text and tokenizer, same file; another of either, other files, and the old ones leave
-    with the run that they belonged to."""
-    train_tiny(tmp_path, "--max_steps", "1")
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens_*")}
-    train_tiny(tmp_path, "--max_steps", "1")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens_*")} == first
-    assert len(first) == 2
-    train_tiny(tmp_path, "--max_steps", "1", "--tokenizer", "bpe", "--vocab_size", "300")
-    second = set(tmp_path.glob("tokens_*"))
-    assert len(second) == 2 and not second & set(first)
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
-    """With a vanishing learning rate the first evaluation stays the best one: two more are one too
-    many for a patience of two. The best checkpoint is that of the first."""
-    err = train_tiny(tmp_path, "--learning_rate", "1e-30", "--weight_decay", "0", "--eval_interval",
-                     "1", "--patience", "2", "--max_steps", "50")
-    assert "stopped early: no better validation loss in 2 evaluations" in err
-    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 2
-    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] == 0
-
-
-def test_broken_loss_stops_the_run_and_spares_the_checkpoints(tmp_path):
-    """A learning rate of 1e30 blows up at once: one error line, and the files are still those of
-    step 0, whose weights are numbers."""
-    code, _, err = run_main(*TINY, "--out_dir", tmp_path, "--learning_rate", "1e30", "--grad_clip",
-                            "0", "--log_interval", "100", "--checkpoint_interval", "2")
-    last = err.strip().split("\n")[-1]
-    assert code == 2 and last.startswith("error: the run has diverged: at step 2 the loss is ")
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
-    state = load_checkpoint(tmp_path / "latest.pt")
-    assert state["progress"]["step"] == 0
-    assert all(v.isfinite().all() for v in state["model"].values())
-
-
-@pytest.mark.parametrize("interval", ["1", "100"])
-def test_weights_that_overflow_are_neither_saved_nor_sampled(tmp_path, interval):
-    """One step of size 1e39 leaves a finite loss behind it and infinite weights: the evaluation
-    that meets them ends the run, and the checkpoint of step 0 stays."""
-    code, _, err = run_main(*TINY, "--out_dir", tmp_path, "--learning_rate", "1e39", "--grad_clip",
-                            "0", "--log_interval", "100", "--eval_interval", interval)
-    assert code == 2 and err.strip().split("\n")[-1].startswith("error: the run has diverged")
-    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 0
-
-
-def test_torn_metrics_line_does_not_stop_a_resume(tmp_path):
-    """A crash can cut the last line short; records beyond the resumed step are dropped."""
-    train_tiny(tmp_path, "--checkpoint_interval", "2")
-    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 9, "lo')
-    code, _, err = run_main("--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume",
-                            "--checkpoint", tmp_path / "step_000004.pt")
-    assert code == 0, err
-    assert [s for s, *_ in step_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_leaves(tmp_path, number, code):
-    """Ctrl-C or SIGTERM in mid-run: latest.pt is of the last completed step, and resumes."""
-    command = [sys.executable, HERE / "minigpt.py", *TINY, "--max_steps", "1000000",
-               "--eval_interval", "1000000", "--out_dir", tmp_path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("step 20/"):
-            process.send_signal(number)
-    assert process.wait(60) == code, "".join(lines)
-    assert lines[-1] == "saved; go on with --resume\n"
-    step = load_checkpoint(tmp_path / "latest.pt")["progress"]["step"]
-    assert step >= 20
-    code, _, err = run_main("--mode", "train", "--data", SAMPLE, "--out_dir", tmp_path, "--resume",
-                            "--max_steps", step + 1)
-    assert code == 0 and f"resuming {tmp_path / 'latest.pt'} at step {step}" in err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("phase, seen, evaluated", [
-    ("--eval_batches", "model gpt", -1), ("--sample_tokens", "step 0: train loss", 0)])
-def test_a_signal_is_heard_while_evaluating_and_sampling(tmp_path, phase, seen, evaluated):
-    """Both would go on for hours here. An evaluation that was cut short is not counted, and the
-    run that goes on begins with it; a sample cut short costs nothing but its end."""
-    command = [sys.executable, HERE / "minigpt.py", *TINY, phase, "100000000"]
-    process = subprocess.Popen([*command, "--out_dir", tmp_path], stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8")
-    killer = threading.Timer(50, process.kill)  # should it be deaf
-    killer.start()
-    for line in process.stderr:
-        if line.startswith(seen):
-            while not (tmp_path / "metrics.jsonl").exists():  # the run has not begun yet
-                time.sleep(0.1)
-            time.sleep(1.0)
-            process.send_signal(signal.SIGTERM)
-    killer.cancel()
-    assert process.wait(60) == 143
-    progress = load_checkpoint(tmp_path / "latest.pt")["progress"]
-    assert (progress["step"], progress["evaluated_at"]) == (0, evaluated)
-    assert (tmp_path / "best.pt").exists() == (evaluated == 0)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals of POSIX")
-def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(tiny_run, tmp_path):
-    """On a terminal the line is rewritten after a carriage return; in a file there are none."""
-    import pty
-
-    _, err = tiny_run
-    assert "\r" not in err and len(re.findall(r"^step \d/6 \| loss", err, re.M)) == 6
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, HERE / "minigpt.py", *TINY, "--out_dir", tmp_path,
-                                "--sample_tokens", "0"], stdout=slave, stderr=slave)
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # how the end looks to the reader on Linux
-        while piece := os.read(master, 65536):
-            shown += piece
-    os.close(master)
-    assert process.wait(60) == 0
-    screen = [line.rpartition(b"\r")[2] for line in shown.replace(b"\r\n", b"\n").split(b"\n")]
-    assert len(re.findall(rb"\rstep \d/6 \|", shown)) == 6
-    assert not any(b"tokens/s |" in line for line in screen)  # each was wiped before real text
-
-
-# ---- Attacks -------------------------------------------------------------------------------------
-
-OFTEN = ["--eval_interval", "1", "--checkpoint_interval", "20", "--sample_tokens", "0",
-         "--max_steps", "100000", "--eval_batches", "1"]
-
-
-def main_in_a_process(argv, log):
-    with open(log, "a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stderr(file):
-        sys.exit(main([str(a) for a in argv]))
-
-
-@pytest.fixture(scope="module")
-def start_main():
-    """Starts the command in a new process without its seconds of importing: the processes are
-    forked from a server that has imported what they need."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system cannot fork")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minigpt", "torch._dynamo", "matplotlib.figure"])
-
-    def start(argv, log):
-        process = context.Process(target=main_in_a_process, args=(argv, log))
-        process.start()
-        return process
-
-    return start
-
-
-def last_step(log):
-    """The latest step in a status line of a log."""
-    steps = re.findall(r"^step (\d+)/", log.read_text(encoding="utf-8"), re.M)
-    return int(steps[-1]) if steps else 0
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_moment_costs_no_completed_save(tmp_path, start_main):
-    """25 kills at random moments of a run that saves three files after each step. Whenever it dies,
-    latest.pt is whole and of the last step whose save was complete, and the run that goes on is the
-    run that was never killed. Fails if a checkpoint is written in place, or latest.pt is absent
-    for a moment between its old and its new content."""
-    killed, spared = tmp_path / "killed", tmp_path / "spared"
-    dice, log, caught = random.Random(2), tmp_path / "log", 0
-    for round in range(25):
-        begun = last_step(log) if round else 0
-        resume = ["--resume"] if (killed / "latest.pt").exists() else []
-        process = start_main([*TINY, *OFTEN, "--out_dir", killed, *resume], log)
-        while process.is_alive() and (not log.exists() or last_step(log) <= begun + 1):
-            time.sleep(0.01)  # until it trains
-        time.sleep(dice.uniform(0, 0.5))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, log.read_text(encoding="utf-8")
-        caught += any(p.suffix == ".partial" for p in killed.iterdir())
-        # A step is reported only after the save before it.
-        assert load_checkpoint(killed / "latest.pt")["progress"]["step"] >= last_step(log) - 1
-        load_checkpoint(killed / minigpt.PREVIOUS), load_checkpoint(killed / "best.pt")
-    assert caught >= 3  # the kills did hit saves
-    assert "warning" not in log.read_text(encoding="utf-8")
-    snapshot = sorted(killed.glob("step_*.pt"))[-1]
-    process = start_main([*TINY, *OFTEN, "--out_dir", spared], tmp_path / "log2")
-    while process.is_alive() and not (spared / snapshot.name).exists():
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    a, b = load_checkpoint(snapshot), load_checkpoint(spared / snapshot.name)
-    for state in ("model", "optimizer", "random"):
-        assert_same(a[state], b[state])
-    upto = int(snapshot.stem.removeprefix("step_"))
-    assert step_losses(killed)[:upto] == step_losses(spared)[:upto]
-
-
-RESUME = ["--mode", "train", "--resume", "--out_dir"]
-
-
-def resume_tiny(out_dir, *argv):
-    code, _, err = run_main(*RESUME, out_dir, *argv)
-    assert code == 0, err
-    return err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_a_damaged_token_file_is_made_anew(tmp_path, part):
-    """Wherever it was damaged: a shorter one would give another score, one of zeros another
-    model, without a word."""
-    train_tiny(tmp_path, "--max_steps", "1")
-    (path,) = tmp_path.glob(f"tokens_{part}_*.bin")
-    whole = path.read_bytes()
-    for damaged in (whole[:3000], bytes(len(whole)), b"\xc8" * len(whole), whole[:-1], b""):
-        path.write_bytes(damaged)
-        resume_tiny(tmp_path)
-        assert path.read_bytes() == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("garbage", [b"\xff\xfe\x80\n", b"5\n", b'{"a": 1}\n', b'{"step": "x"}\n',
-                                     b"\0" * 99])
-def test_garbage_in_the_metrics_does_not_stop_a_resume(tmp_path, garbage):
-    """What a disk may leave behind after a crash; the records before it stay."""
-    train_tiny(tmp_path, "--max_steps", "2")
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(garbage)
-    resume_tiny(tmp_path, "--max_steps", 3)
-    assert [s for s, *_ in step_losses(tmp_path)] == [1, 2, 3]
-
-
-def test_a_damaged_best_checkpoint_is_kept_and_found_anew(tmp_path):
-    """A resume must not end over it, nor take it for its best."""
-    train_tiny(tmp_path)
-    damaged = (tmp_path / "best.pt").read_bytes()[:-100]
-    (tmp_path / "best.pt").write_bytes(damaged)
-    assert "damaged or not of this run's past" in resume_tiny(tmp_path)
-    assert load_checkpoint(tmp_path / "best.pt")["progress"]["step"] == 6
-    assert (tmp_path / "best_000000.pt").read_bytes() == damaged
-
-
-@pytest.mark.slow
-def test_no_best_checkpoint_is_lost_when_a_run_branches_twice(tmp_path):
-    """Two branches whose best is of the same step, and the trunk: three files."""
-    train_tiny(tmp_path, "--checkpoint_interval", "2")
-    first = (tmp_path / "best.pt").read_bytes()
-    for kind in ("bfloat16", "float32"):
-        resume_tiny(tmp_path, "--checkpoint", tmp_path / "step_000002.pt", "--dtype", kind)
-    assert first in [p.read_bytes() for p in tmp_path.glob("best_*.pt")]
-    assert len(list(tmp_path.glob("best*.pt"))) == 3
-
-
-@pytest.mark.slow
-def test_a_best_checkpoint_of_another_run_is_not_taken_for_ours(tmp_path):
-    """Not even where it is of the same step, and alone in the folder."""
-    train_tiny(tmp_path / "ours")
-    train_tiny(tmp_path / "other", "--seed", "5")
-    best = (tmp_path / "other" / "best.pt").read_bytes()
-    for name in ("latest.pt", minigpt.PREVIOUS):
-        (tmp_path / "other" / name).unlink()
-    resume_tiny(tmp_path / "other", "--checkpoint", tmp_path / "ours" / "latest.pt")
-    assert (tmp_path / "other" / "earlier_1" / "best.pt").read_bytes() == best
-
-
-@pytest.mark.slow
-def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
-    """For want of memory or of a permission: the file keeps its name, and is not replaced by the
-    one before it."""
-    train_tiny(tmp_path)
-    before, load, read = (tmp_path / "latest.pt").read_bytes(), torch.load, Path.read_bytes
-    starved = iter([MemoryError])
-
-    def load_once_starved(*args, **options):
-        for problem in starved:
-            raise problem
-        return load(*args, **options)
-
-    def refuse(path):
-        if path.name == "latest.pt":
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path)
-
-    for owner, name, instead in ((torch, "load", load_once_starved), (Path, "read_bytes", refuse)):
-        with monkeypatch.context() as m:
-            m.setattr(owner, name, instead)
-            assert run_main(*RESUME, tmp_path)[0] == 2
-        assert (tmp_path / "latest.pt").read_bytes() == before
-
-
-def test_a_checkpoint_without_one_of_its_parts_is_refused(tmp_path):
-    """In one line, as what another version wrote, and not by a traceback in mid-start."""
-    train_tiny(tmp_path, "--max_steps", "1")
-    for part in ("run", "optimizer", "scaler", "random", "corpus", "corpus_sha256"):
-        state = load_checkpoint(tmp_path / "best.pt")
-        (state["progress"] if part == "run" else state).pop(part)
-        save_checkpoint(tmp_path / "x.pt", state)
-        code, _, err = run_main(*RESUME, tmp_path, "--checkpoint", tmp_path / "x.pt")
-        assert code == 2 and "do not fit together" in err
-
-
-@pytest.mark.slow
-def test_a_corpus_that_changed_in_its_place_is_refused(tmp_path):
-    """Also where no --data is typed; the same characters in another order are another text, and
-    have token files of their own."""
-    text, mine = SAMPLE.read_text(encoding="utf-8"), tmp_path / "mine.txt"
-    out_dir = tmp_path / "out"
-    mine.write_text(text, encoding="utf-8")
-    train_tiny(out_dir, "--data", mine, "--max_steps", "1")
-    first = set(out_dir.glob("tokens_*"))
-    mine.write_text(text[::-1], encoding="utf-8")
-    code, _, err = run_main(*RESUME, out_dir)
-    assert code == 2 and "cannot change on --resume" in err
-    train_tiny(out_dir, "--data", mine, "--max_steps", "1")
-    second = set(out_dir.glob("tokens_*"))
-    assert len(first) == len(second) == 2 and not first & second
-
-
-@pytest.mark.slow
-def test_a_lengthened_run_has_one_score_and_a_new_run_none_of_the_old_files(tmp_path):
-    """The full score comes last; snapshots and best checkpoints of the earlier run move aside."""
-    train_tiny(tmp_path, "--checkpoint_interval", "1")
-    resume_tiny(tmp_path, "--max_steps", 8)
-    scored = ["full_val_loss" in r for r in metrics_of(tmp_path)]
-    assert scored.index(True) == len(scored) - 1
-    old = (tmp_path / "step_000001.pt").read_bytes()
-    (tmp_path / "best_000003.pt").touch()
-    train_tiny(tmp_path, "--max_steps", "1", "--seed", "5", "--checkpoint_interval", "1")
-    assert (tmp_path / "earlier_1" / "step_000001.pt").read_bytes() == old
-    assert (tmp_path / "step_000001.pt").read_bytes() != old
-    assert not (tmp_path / "best_000003.pt").exists() and not list(tmp_path.glob("step_000002*"))
-
-
-def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
-    """A rename that comes before the sync may survive a power failure that the content does not.
-    And best.pt before latest.pt, which speaks of it."""
-    seen, sync, replace, save = [], os.fsync, os.replace, minigpt.save_checkpoint
-    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(os.fstat(fd).st_size), sync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append("renamed"), replace(a, b)))
-    with minigpt.replacing(tmp_path / "a") as file:
-        file.write(b"12345")
-    assert seen == [5, "renamed"]
-    saved = []
-    monkeypatch.setattr(minigpt, "save_checkpoint",
-                        lambda path, state: (saved.append(path.name), save(path, state)))
-    train_tiny(tmp_path, "--max_steps", "1", "--checkpoint_interval", "0")
-    assert saved[:2] == ["best.pt", "latest.pt"]
-
-
-def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path, monkeypatch):
-    """Not every file system lets a file have two names."""
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    train_tiny(tmp_path)
-    assert load_checkpoint(tmp_path / minigpt.PREVIOUS)["progress"]["step"] == 3
-
-
-@pytest.mark.slow
-def test_a_resume_restores_the_scale_of_float16_and_the_time(tmp_path):
-    """With another scale other steps would be skipped. And `auto` has become a format: another
-    machine must not choose another one."""
-    train_tiny(tmp_path, "--dtype", "float16", "--checkpoint_interval", "3")
-    state = load_checkpoint(tmp_path / "step_000003.pt")
-    state["scaler"]["scale"], state["progress"]["seconds"] = 1024.0, 7200.0
-    save_checkpoint(tmp_path / "s.pt", state)
-    err = resume_tiny(tmp_path / "b", "--checkpoint", tmp_path / "s.pt")
-    assert "trained in 2h00m" in err
-    assert load_checkpoint(tmp_path / "b" / "latest.pt")["scaler"]["scale"] == 1024.0
-    train_tiny(tmp_path / "c", "--max_steps", "1", "--dtype", "auto")
-    assert load_checkpoint(tmp_path / "c" / "latest.pt")["train_config"]["dtype"] != "auto"
-
-
-def test_signals_are_as_before_when_training_is_over(tmp_path):
-    """Or Ctrl-C would do nothing in the final scoring, and between two runs of an ablation."""
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    train_tiny(tmp_path, "--max_steps", "1")
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-@pytest.mark.slow
-def test_a_signal_at_any_moment_saves_the_last_step(tmp_path, start_main):
-    """Ten SIGTERM, most of them in the midst of a save: each ends the run with its code when all
-    completed steps are on disk. Fails if a save is cut short, or a step is lost."""
-    dice, log, out_dir = random.Random(3), tmp_path / "log", tmp_path / "out"
-    for round in range(10):
-        begun = last_step(log) if round else 0
-        process = start_main([*TINY, *OFTEN, "--out_dir", out_dir, *["--resume"][:round]], log)
-        while process.is_alive() and (not log.exists() or last_step(log) <= begun + 1):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.2))
-        process.terminate()
-        process.join(20)
-        assert process.exitcode == 143, log.read_text(encoding="utf-8")
-        assert load_checkpoint(out_dir / "latest.pt")["progress"]["step"] == last_step(log)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
-    """Not even a byte of the files that were complete changes. Here the disk is a limit on the
-    size of a file, which a checkpoint hits in its middle."""
-    import resource
-
-    train_tiny(tmp_path)
-    names = ("best.pt", "latest.pt")
-    before = {name: (tmp_path / name).read_bytes() for name in names}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (2000, len(before["latest.pt"]) // 2, len(before["latest.pt"]) - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path,
-                                    "--max_steps", "9")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
-        assert err.splitlines()[-1].startswith("error: ") and str(tmp_path) in err
-        assert {name: (tmp_path / name).read_bytes() for name in names} == before
-        assert not list(tmp_path.glob("*.partial"))
-    (tmp_path / "step_000001.pt.0.partial").touch()  # as a crash would leave it
-    code, _, err = run_main("--mode", "train", "--resume", "--out_dir", tmp_path, "--max_steps", 9)
-    assert code == 0, err
-    assert load_checkpoint(tmp_path / "latest.pt")["progress"]["step"] == 9
-    assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number):
-    """After the first it would finish an evaluation batch, which takes many seconds here."""
-    deep = ["--n_layer", "500", "--batch_size", "1500", "--out_dir", tmp_path / "out"]
-    process = start_main([*TINY, *deep], tmp_path / "log")
-    while not (tmp_path / "out" / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    for _ in range(2):
-        time.sleep(1)
-        assert process.is_alive()
-        os.kill(process.pid, number)
-    process.join(3)
-    assert process.exitcode == -number
-
-
-# ==================================================================================================
-# Generation
-# ==================================================================================================
-
-
-def kept(probabilities, **options):
-    """Which tokens of one distribution may still be drawn."""
-    logits = torch.tensor([probabilities], dtype=torch.float64).log()
-    return filter_logits(logits, **options).isfinite()[0].tolist()
-
-
-@pytest.mark.parametrize("k, expected", [(1, "0100"), (2, "0101"), (3, "1101"), (4, "1111")])
-def test_top_k_keeps_the_k_likeliest(k, expected):
-    assert kept([0.2, 0.4, 0.1, 0.3], top_k=k) == [c == "1" for c in expected]
-
-
-def test_top_k_keeps_exactly_k_among_equals():
-    """Ties must not let more than k through."""
-    assert sum(kept([0.25] * 4, top_k=2)) == 2
-
-
-@pytest.mark.parametrize("p, expected", [
-    (0.01, "0100"), (0.5, "0100"), (0.51, "0101"), (0.75, "0101"), (0.76, "1101"), (0.875, "1101"),
-    (0.88, "1111"), (1.0, "1111"),
-])
-def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
-    """The probabilities are exact in binary, so the boundary is exact too: 0.5 alone reaches 0.5,
-    and for 0.51 the token that crosses the line stays. Fails if it is cut, or if one more stays."""
-    assert kept([0.125, 0.5, 0.125, 0.25], top_p=p) == [c == "1" for c in expected]
-
-
-def test_top_p_works_on_what_top_k_left():
-    """0.4 and 0.3 are 4/7 and 3/7 of what is left: 0.57 is reached by the first alone."""
-    assert kept([0.2, 0.4, 0.1, 0.3], top_k=2, top_p=0.57) == [False, True, False, False]
-    assert kept([0.2, 0.4, 0.1, 0.3], top_k=2, top_p=0.58) == [False, True, False, True]
-
-
-def test_filters_leave_the_surviving_odds_alone():
-    """Survivors keep their logits, row by row; no filter leaves everything."""
-    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    for options in (dict(top_k=3), dict(top_p=0.7), dict(top_k=5, top_p=0.5), {}):
-        filtered = filter_logits(logits, **options)
-        alive = filtered.isfinite()
-        assert torch.equal(filtered[alive], logits[alive]) and alive.any(dim=-1).all()
-        assert torch.equal(logits.argmax(-1), filtered.argmax(-1))
-    assert torch.equal(filter_logits(logits), logits)
-
+    before = model(*pair(idx))[1].item()
+    fit(model, pair(idx), 1, optimizer=optimizer, learning_rate=1e-3)
+    assert model(*pair(idx))[1].item() < before and all(p.grad is None for p in model.parameters())
+    assert fit(model, pair(idx), 150, optimizer=optimizer, learning_rate=1e-2) < 0.02
+
+# ---- Writing -------------------------------------------------------------------------------------
+def kept(*probabilities, **options):
+    """Which tokens of one distribution may still be drawn; their logits are as they were."""
+    logits = torch.tensor([probabilities, probabilities[::-1]], dtype=torch.float64).log()
+    filtered = filter_logits(logits, **options)
+    alive = filtered.isfinite()
+    assert torch.equal(filtered[alive], logits[alive])
+    return "".join(str(int(one)) for one in alive[0])
+
+def test_filters_keep_the_smallest_set_that_reaches_p_and_the_k_likeliest():
+    """0.5 alone reaches 0.5 (exact in binary); for 0.51 the token that crosses the line stays; k is
+    k, also among equals; and top-p counts what top-k left, 4/7 and 3/7."""
+    for p, expected in ((0.1, "0100"), (0.5, "0100"), (0.51, "0101"), (0.75, "0101"),
+                        (0.76, "1101"), (0.875, "1101"), (0.88, "1111"), (1.0, "1111")):
+        assert kept(0.125, 0.5, 0.125, 0.25, top_p=p) == expected
+    for k, expected in ((1, "0100"), (2, "0101"), (3, "1101"), (4, "1111"), (9, "1111")):
+        assert kept(0.2, 0.4, 0.1, 0.3, top_k=k) == expected
+    assert kept(0.25, 0.25, 0.25, 0.25, top_k=2) == "1100"
+    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.57) == "0100"
+    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.58) == "0101"
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_tempered_distribution(temperature):
-    """100,000 draws against p^(1/T) normalized. Fails if logits are multiplied by the temperature
-    instead of divided."""
+    """100,000 draws against p^(1/T). Fails if logits are multiplied by the temperature."""
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    logits = p.log().expand(100_000, 4)
-    drawn = draw_token(logits, temperature, generator=torch.Generator().manual_seed(0))
+    drawn = draw_token(p.log().expand(100_000, 4), temperature,
+                       generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (100_000, 1)
     expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
     assert_close(drawn.flatten().bincount(minlength=4) / 100_000, expected, 0.01)
 
-
-def test_temperature_zero_is_greedy_and_tiny_temperatures_are_safe():
-    """No division by zero, no overflow to NaN."""
-    logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
-    assert draw_token(logits, temperature=0).tolist() == [[1], [0]]
-    assert draw_token(logits, temperature=1e-30).tolist() == [[1], [0]]
-    assert draw_token(logits * 1e30, temperature=1e-30).tolist() == [[1], [0]]
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_continues_and_halves_a_full_window(use_cache):
-    """Greedy text, step by step, far beyond block_size: when 8 tokens are in the window and one
-    more is asked for, the newer 4 stay. Fails if the window is cut too early, too late or short."""
-    model = small_model()
-    model.train()
-    before = torch.get_rng_state()
-    for n in (1, 3, 8, 20):  # prompts shorter and longer than the context of 8
-        idx = random_ids(6, n, seed=n)
-        out = model.generate(idx, 14, temperature=0, use_cache=use_cache)
-        assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx) and model.training
-        start = max(0, n - 8)
-        for t in range(n, n + 14):
-            if t - start == 9:
-                start = t - 4
-            logits, _ = model(out[:, start:t])
-            assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
-        assert torch.equal(model.generate(idx, 0), idx)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("pos", ["learned", "sinusoidal", "rope"])
-@pytest.mark.parametrize("changes", [
-    dict(attention="explicit"), dict(attention="fused"), dict(norm_position="post", qk_norm=True),
-    dict(attention="explicit", norm="rmsnorm", activation="swiglu", qk_norm=True, block_size=1),
-    dict(attention="explicit", block_size=3), dict(model="bigram")])
-def test_the_cache_changes_nothing_but_the_time(pos, changes):
-    """Logits, not only choices: prefill, every decoded token, and past the window. Fails for keys
-    that are rotated for the wrong place, a place off by one, or a cache kept when the window
-    moves."""
-    model = small_model(pos=pos, **changes).eval()
-    forward, logits = model.forward, []
-
-    def watched(*args, **options):
-        logits.append(forward(*args, **options)[0][:, -1:])
-        return logits[-1], None
-
-    model.forward = watched
-    for use_cache in (True, False):
-        for n in (1, 4, 11):
-            model.generate(random_ids(3, n), 21, 1.0, generator=torch.Generator().manual_seed(0),
-                           use_cache=use_cache)
-    assert len(logits) == 2 * 63
-    assert_close(torch.cat(logits[:63]), torch.cat(logits[63:]), 1e-5)
-
-
-def test_the_cache_is_read_in_turn_and_spares_the_work():
-    """One token at a time goes through the model, but for prompts and windows that moved; and what
-    is kept is as large as the window, not larger."""
-    model, widths = small_model().eval(), []
-    forward = model.forward
-    model.forward = lambda idx, caches: widths.append(idx.shape[1]) or forward(idx, caches=caches)
-    model.generate(random_ids(2, 5), 12)
-    assert widths == [5, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1]
-    for attention in ("explicit", "fused"):  # a text may come in several parts, too
-        other, ids = small_model(attention=attention).eval(), random_ids(2, 8)
-        caches = other.new_caches()
-        parts = [other(part, caches=caches)[0] for part in ids.split([3, 1, 2, 2], dim=1)]
-        assert_close(torch.cat(parts, dim=1), other(ids)[0])
-    caches = model.new_caches()
-    forward(random_ids(2, 5), caches=caches)
-    assert [(c.length, c.k.shape, c.v.shape) for c in caches] == 2 * [
-        (5, (2, 2, 8, 4), (2, 2, 8, 4))]
-    with pytest.raises(ValueError, match="9 tokens"):
-        forward(random_ids(2, 4), caches=caches)
-
-
 def test_filters_reach_the_draw_and_act_after_the_temperature():
     """At temperature 5, top_k 1 or a tiny top_p still leave only the likeliest token; and top_p
-    counts the tempered probabilities. Fails if a filter is dropped on its way, or comes first."""
+    counts the tempered probabilities. Tiny temperatures are greedy, too, and never overflow."""
     model, idx = small_model(), random_ids(4, 3)
     greedy = model.generate(idx, 6, temperature=0)
     for options in (dict(top_k=1), dict(top_p=1e-9), dict(top_p=1e-46)):
@@ -2360,178 +612,1349 @@ def test_filters_reach_the_draw_and_act_after_the_temperature():
     logits = torch.tensor([2.0, 1.0, 0.0]).expand(200, 3)  # 0.87, 0.12, 0.02 at 0.5
     assert draw_token(logits, temperature=0.5, top_p=0.7).unique().tolist() == [0]
     assert draw_token(logits, temperature=1.0, top_p=0.7).unique().tolist() == [0, 1]
+    logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
+    for temperature, size in ((0, 1), (1e-30, 1), (1e-30, 1e30)):
+        assert draw_token(logits * size, temperature).tolist() == [[1], [0]]
 
-
-def test_same_dice_same_text():
-    """A seeded generator repeats the text, another one does not, and the global state is free."""
-    model = small_model()
-    texts = [model.generate(random_ids(1, 1), 30, generator=torch.Generator().manual_seed(s))
-             for s in (1, 1, 2)]
+def test_the_same_random_numbers_write_the_same_text():
+    """Without dropout. And the likeliest tokens are told with their probabilities."""
+    model, idx = small_model(dropout=0.5), random_ids(1, 1)
+    tokenizer = CharTokenizer(list("abcdefghijk"))
+    texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert model.training
+    shares, ids = torch.softmax(model.eval()(idx)[0][0, -1], dim=-1).topk(3)
+    told = minigpt.likeliest(model, tokenizer, tokenizer.decode(idx[0].tolist()), 3)
+    assert [name for name, _ in told] == [tokenizer.itos[i] for i in ids]
+    assert [share for _, share in told] == pytest.approx(shares.tolist(), abs=6e-4)
+    assert not model.training
 
+def test_the_window_moves_by_halves_and_only_when_it_is_full():
+    """Against a text that grows token by token. Fails for a start off by one."""
+    for block_size in range(1, 10):
+        start = 0
+        for length in range(1, 40):
+            start += (block_size + 1) // 2 if length - start > block_size else 0
+            assert minigpt.window_start(length, block_size) == start
 
-def test_stop_text_ends_the_stream_however_it_is_cut():
-    """What comes out is the text before the first stop, for every way of cutting it in pieces;
-    nothing is lost, doubled, or shown too early."""
+@pytest.mark.parametrize("options", [dict, lambda: dict(read=CachedReader())])
+def test_generation_continues_and_halves_a_full_window(options):
+    """Greedy text, step by step, far beyond block_size, for short and long prompts."""
+    model, before = small_model(dropout=0.5), torch.get_rng_state()
+    for n in (1, 3, 8, 20):
+        idx = random_ids(6, n, seed=n)
+        out = model.generate(idx, 14, temperature=0, **options())
+        assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx) and model.training
+        for t in range(n, n + 14):
+            logits, _ = model.eval()(out[:, max(0, math.ceil((t - 8) / 4) * 4) : t])
+            assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
+        assert torch.equal(model.train().generate(idx, 0), idx)
+    assert torch.equal(before, torch.get_rng_state())
+
+# ---- Learning ------------------------------------------------------------------------------------
+def test_adamw_is_the_equation_in_the_text_and_decays_matrices_only():
+    """Three steps by hand, with the bias correction, and the decoupled decay for matrices. Fails if
+    biases or gains are decayed, if a setting is lost, or if the tied matrix is updated twice."""
+    c = TrainConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    model = small_model()
+    optimizer = minigpt.make_adamw(model, c)
+    before = [p.detach().clone() for p in model.parameters()]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+    m, v = [0.0] * len(before), [0.0] * len(before)
+    for t in (1, 2, 3):
+        for i, p in enumerate(model.parameters()):
+            g = random_x(*p.shape, seed=t) * 1e-7  # so small that eps counts
+            p.grad = g.clone()
+            m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.9 * v[i] + 0.1 * g * g
+            move = m[i] / (1 - 0.8**t) / ((v[i] / (1 - 0.9**t)).sqrt() + 1e-8)
+            before[i] = before[i] - 0.1 * (move + (0.5 * before[i] if p.dim() == 2 else 0.0))
+        optimizer.step()
+    for p, w in zip(model.parameters(), before, strict=True):
+        assert_close(p.detach(), w)
+
+def test_schedule_at_named_points():
+    """First step, peak, middle, floor, beyond. Fails for a warm-up off by one."""
+    c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
+    assert [get_lr(s, c) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [get_lr(s, c) for s in (9, 14, 24, 1000)] == pytest.approx(
+        [0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
+    line = replace(c, schedule="linear")
+    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
+    assert get_lr(0, replace(c, warmup_steps=0)) == 1.0
+    assert get_lr(4, replace(c, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
+    with pytest.raises(UserError, match="--min_lr 0.2: must be at most --learning_rate, 0.1"):
+        replace(c, learning_rate=0.1)
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
+def test_clipping_equals_torch_and_keeps_the_direction(max_norm):
+    """One norm over all tensors; small gradients and max_norm 0 leave everything as it is."""
+    ours, theirs = ([nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5, 1)]
+                    for _ in range(2))
+    for p, q in zip(ours[:2], theirs):  # the third one has no gradient
+        p.grad = random_x(*p.shape)
+        q.grad = p.grad.clone()
+    norm = minigpt.clip_gradients(iter(ours), max_norm)
+    assert_close(norm, nn.utils.clip_grad_norm_(theirs, max_norm or math.inf))
+    for p, q in zip(ours[:2], theirs):
+        assert_close(p.grad, q.grad)
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_accumulated_micro_batches_equal_the_large_batch(clip):
+    """Loss, norm and weights of two steps by hand. Fails if the loss is not divided by grad_accum,
+    or if gradients are clipped or cleared between micro-steps, or never."""
+    idx = random_ids(2, 12, 9)
+    for accum in (1, 3, 12):
+        model, c = small_model(), TrainConfig(grad_accum=accum, grad_clip=clip)
+        weights, vector = list(model.parameters()), nn.utils.parameters_to_vector
+        optimizer = torch.optim.SGD(weights, lr=0.1)
+        for part in idx:
+            before, loss = vector(weights).detach(), model(*pair(part))[1].double()
+            gradient = vector(torch.autograd.grad(loss, weights))
+            logged = train_step(model, optimizer, map(pair, part.split(12 // accum)), c)
+            assert_close(torch.stack([x.double() for x in logged]),
+                         torch.stack([loss.detach(), gradient.norm()]), 1e-6)
+            if clip:
+                gradient *= clip / gradient.norm()
+            assert_close(vector(weights).detach(), before - 0.1 * gradient, 1e-6)
+
+# ---- Evaluation and checkpoints ------------------------------------------------------------------
+def small_corpus():
+    return Corpus(*random_ids(200).split([150, 50]), val_characters=100)
+
+def test_estimating_the_loss_leaves_no_trace():
+    """No dropout, no random numbers used, back to training; the same batches each time."""
+    model, c = small_model(dropout=0.5), TrainConfig(batch_size=3, eval_batches=4)
+    before, corpus = torch.get_rng_state(), small_corpus()
+    first = minigpt.estimate_loss(model, corpus, c)
+    assert first == minigpt.estimate_loss(model, corpus, c) and model.training
+    assert torch.equal(before, torch.get_rng_state())
+    with minigpt.evaluating(model):
+        assert not torch.is_grad_enabled() and not model.training
+    model.eval()
+    for name, tokens in (("train", corpus.train), ("val", corpus.val)):
+        generator = torch.Generator().manual_seed(0)
+        losses = [model(*get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
+        assert first[name] == pytest.approx(sum(losses) / 4)
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
+def test_evaluation_counts_every_token_once(n):
+    """Token by token with its own window, in float64. Fails if the rest is dropped, if windows
+    overlap, or if a mean of batch means gives a short last batch too much weight."""
+    model, tokens, total = small_model(dropout=0.5).eval(), random_ids(n), 0.0
+    for t in range(1, n):
+        logits = model(tokens[None, (t - 1) // 8 * 8 : t])[0][0, -1]
+        total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
+    for batch_size in (1, 4, 64):
+        shares = []
+        nats = evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
+        assert nats == pytest.approx(total / (n - 1), abs=1e-6) and model.training
+        assert shares == sorted(shares) and shares[-1] == 1.0
+    assert minigpt.describe_loss(math.log(8), small_corpus()).endswith(
+        "49 tokens: 2.0794 nats per token, perplexity 8, 1.5000 bits per character")  # 2 to a token
+
+def test_checkpoint_is_tensors_and_plain_values_whole_or_not_there(tmp_path, monkeypatch):
+    """What else could be in a file is refused unrun. A disk that fills up in the middle of a write
+    leaves the old file, and no half of a new one."""
+    path, code = tmp_path / "a.pt", tmp_path / "b.pt"
+    state = {"model": small_model().state_dict(), "step": 3, "best": math.inf, "names": ["é"],
+             "tokenizer": ("bpe", [(b"a", b"\xff")])}
+    minigpt.save_checkpoint(path, state)
+    torch.save({"code": os.system}, code)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load_checkpoint(code)
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        minigpt.save_checkpoint(path, {"step": 4})
+    assert_same(load_checkpoint(path), state)
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
+
+# ---- The training loop ---------------------------------------------------------------------------
+def small_run(folder, model=None, **changes):
+    config = TrainConfig(**{**TINY, **changes})
+    model = model or minigpt.new_model(small_config(dropout=0.3), config.seed)
+    return minigpt.Run(model, CharTokenizer(list("\nabcdefghij")), small_corpus(), config, folder)
+
+def test_batches_are_a_function_of_the_seed_and_the_step(tmp_path):
+    """grad_accum of them, all different; the same in every run that comes to this step; and dropout
+    is seeded with them. Fails if seed + step takes the place of both."""
+    def batches(step, others=0, **changes):
+        run = small_run(tmp_path, minigpt.Bigram(small_config()), grad_accum=3, **changes)
+        run.step, drawn = step, []
+        for batch in run.batches():
+            drawn.append(batch)
+            torch.rand(others)  # as dropout may draw in between
+        next(run.batches())
+        return [*drawn, torch.rand(9)]
+
+    first = batches(4)
+    assert len(first) == 4 and all(x.shape == y.shape == (4, 8) for x, y in first[:3])
+    assert_same(batches(4, others=7, max_steps=99, optimizer="muon"), first)
+    drawn = [first, batches(5), batches(4, seed=1338), batches(3, seed=1338)]
+    assert len({tuple(x.flatten().tolist()) for some in drawn for x, _ in some[:3]}) == 12
+    assert len({tuple(some[3].tolist()) for some in drawn}) == 4
+    windows = small_corpus().train.unfold(0, 9, 1)  # of the training part, not of the other
+    for row in torch.cat(first[0], dim=1):
+        assert (windows == torch.cat([row[:8], row[15:]])).all(dim=1).any()
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_step_has_its_rate_and_comes_in_its_order(tmp_path, monkeypatch, optimizer):
+    """The rate is that of the step's number, in every group; dropout acts; evaluation at step 0, at
+    intervals and in the end; snapshots in between. Fails for a step counted early or late."""
+    run = small_run(tmp_path, optimizer=optimizer, max_steps=7, eval_interval=3, log_interval=2,
+                    checkpoint_interval=2)
+    steps, said, saved, report, save = [], [], [], run.report, run.save
+    monkeypatch.setattr(run, "report", lambda loss, norm: report(loss, norm) or steps.append(
+        (run.model.training, *{group["lr"] for group in run.optimizer.param_groups})))
+    monkeypatch.setattr(run, "say", said.append)
+    monkeypatch.setattr(run, "save", lambda name: save(name) or saved.append((run.step, name)))
+    run.model.eval()
+    minigpt.train(run)
+    assert steps == [(True, get_lr(step, run.config)) for step in range(7)]
+    assert [(step, name[:4]) for step, name in saved if name != "best.pt"] == [
+        (0, "late"), (2, "step"), (2, "late"), (3, "late"), (4, "step"), (4, "late"), (6, "late"),
+        (6, "step"), (6, "late"), (7, "late")]
+    assert load_checkpoint(tmp_path / "step_000004.pt")["step"] == 4
+    lines = [line.split(" | ")[0].split(": training")[0] for line in said if line[:4] == "step"]
+    assert lines == ["step 0", "step 2/7", "step 3", "step 4/7", "step 6/7", "step 6", "step 7"]
+    for _ in range(2):
+        run.show_sample()
+    assert said[-1] == said[-2] != ""
+
+def scripted(monkeypatch, run, losses):
+    """Evaluations give these validation losses, with training losses that say the opposite."""
+    script = iter(losses)
+    monkeypatch.setattr(minigpt, "estimate_loss", lambda model, corpus, config: {
+        "val": (loss := next(script)), "train": -loss})
+
+@pytest.mark.parametrize("losses, best", [([5, 3, 2, 4], 4), ([1, 2, 3, 4], 0), ([5, 3, 3, 3], 2),
+                                          ([5, 4, 3, 2], 6), ([9, 5, math.nan, 7], 2)])
+def test_the_best_model_has_the_lowest_validation_loss(tmp_path, monkeypatch, losses, best):
+    """Not the lowest training loss, not the last; among equals the first. Its score counts."""
+    run = small_run(tmp_path)
+    weights = {0: run.model.wte.weight.detach().clone()}
+    scripted(monkeypatch, run, losses)
+    monkeypatch.setattr(run, "report", lambda loss, norm: weights.update(
+        {run.step: run.model.wte.weight.detach().clone()}))
+    score, _ = trained(run)
+    state = load_checkpoint(tmp_path / "best.pt")
+    assert (state["step"], state["best_step"], state["best_val"]) == (best, best, losses[best // 2])
+    assert torch.equal(state["model"]["wte.weight"], weights[best])
+    assert_same(dict(run.model.state_dict()), dict(state["model"]))
+    assert score == evaluate(run.model, run.corpus.val) and run.step == 6
+
+@pytest.mark.parametrize("patience, losses, end", [
+    (1, [5, 4, 4], 4), (2, [5, 4, 6, 5], 6), (2, [1, 2, 2], 4), (2, [5, 6, 4, 5, 3.9, 5, 5], 12),
+    (0, [1, 2, 3, 4, 5, 6, 7, 8], 13), (3, [1, 2, 3, 4], 6)])
+def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, losses, end):
+    """After so many evaluations without a better one, not a step more or less; 0 waits for ever."""
+    run = small_run(tmp_path, patience=patience, max_steps=13, sample_tokens=0)
+    scripted(monkeypatch, run, losses)
+    trained(run)
+    assert run.step == end
+
+# ---- Part II: variations of the model ------------------------------------------------------------
+def test_rope_turns_channel_i_with_i_plus_half_by_the_position():
+    """(1, 0) becomes (cos t w_i, sin t w_i), t from 0. Fails for another pairing or direction."""
+    rotary = minigpt.Rotary(20, 4)
+    for i, w in ((0, 1.0), (1, 0.01)):
+        unit = torch.eye(4, dtype=torch.float64)[[i, i + 2]].view(1, 2, 1, 4).expand(1, 2, 9, 4)
+        t = w * torch.arange(9, dtype=torch.float64)
+        for start in (0, 7):
+            turned, a = rotary(unit, start)[0], t + w * start
+            expected = torch.zeros(2, 9, 4, dtype=torch.float64)
+            expected[0, :, i], expected[0, :, i + 2] = a.cos(), a.sin()
+            expected[1, :, i], expected[1, :, i + 2] = -a.sin(), a.cos()
+            assert_close(turned, expected, 1e-5)  # the tables are float32
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("kind", [Attention, FusedAttention])
+def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(norm, kind):
+    """With gains that are not 1, for which the order matters. Fails if v is turned, if k is not."""
+    layer = stir(kind(small_config(pos="rope", qk_norm=True, norm=norm)))
+    x = random_x(3, 8, 8)
+    q, k, v = CausalSelfAttention.heads(layer, x)
+    q, k = (layer.rotary(layer.qk_norm(t), 0) for t in (q, k))
+    y = CausalSelfAttention.attend(layer, q, k, v).transpose(1, 2).flatten(2)
+    assert_close(layer(x), layer.c_proj(y), 1e-6)
+    layer = kind(small_config(qk_norm=True, norm=norm, bias=False)).double()
+    before = layer(x)
+    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k: their size is normalized away
+    assert_close(layer(x), before, 1e-3)
+
+def test_sinusoids_are_the_papers_over_the_root_of_the_width():
+    """Entry by entry, sine and cosine side by side; not learned, not saved."""
+    table = GPT(small_config(pos="sinusoidal", n_embd=12, block_size=40)).wpe(torch.arange(40))
+    for t, i in itertools.product((0, 1, 7, 39), range(6)):
+        a, entries = t * 10000 ** (-2 * i / 12), table[t, 2 * i : 2 * i + 2] * math.sqrt(12)
+        assert entries.tolist() == pytest.approx([math.sin(a), math.cos(a)], abs=1e-5)
+    names = list(GPT(small_config()).state_dict())
+    for pos in ("sinusoidal", "rope"):
+        assert list(GPT(small_config(pos=pos)).state_dict()) == [n for n in names if "wpe" not in n]
+
+VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "bias"), values))
+            for values in itertools.product(minigpt.NORMS, minigpt.BLOCKS, minigpt.POSITIONS,
+                                            minigpt.ACTIVATIONS, (False, True), (True, False))]
+
+def test_the_future_cannot_be_seen_in_any_combination():
+    """All of them, and the rest in turn; and each weight has a gradient."""
+    idx = random_ids(1, 8)
+    changed = idx.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 11
+    for i, variant in enumerate(VARIANTS):
+        model = small_model(attention=("explicit", "fused")[i % 2], tie_weights=i % 3 > 0,
+                            n_head=(2, 1, 4)[i % 5 % 3], mlp_ratio=(4.0, 2.0)[i % 7 % 2], **variant)
+        logits, loss = model(idx, idx)
+        loss.backward()
+        moved = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
+        assert torch.all(moved[:5] == 0) and moved[5] > 0, variant
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters()), variant
+
+# ---- The cache -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("pos", minigpt.POSITIONS)
+@pytest.mark.parametrize("changes", [
+    dict(attention="explicit"), dict(attention="fused"), dict(norm_position="post", qk_norm=True),
+    dict(norm="rmsnorm", activation="swiglu", qk_norm=True, block_size=1),
+    dict(attention="fused", block_size=3), dict(model="bigram")])
+def test_the_cache_changes_nothing_but_the_time(pos, changes):
+    """Logits, past the window too, of two texts read in turn. Fails for a key turned for the wrong
+    place, a place off by one, a cache that stays when the window moves or is another reader's."""
+    model = small_model(pos=pos, dropout=0.5, **changes)
+    for first in (1, 4, 11):
+        texts = [(random_ids(3, 25), CachedReader()), (random_ids(1, 25, seed=1), CachedReader())]
+        for n, (idx, reader) in itertools.product(range(first, first + 13), texts):
+            logits = reader(model, idx[:, :n])
+            assert_close(logits, minigpt.next_logits(model, idx[:, :n]), 1e-5)
+            assert model.training and not logits.requires_grad
+    assert all(layer.cache is None for layer in model.modules() if isinstance(layer, Attention))
+
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_the_cache_reads_each_token_once(attention):
+    """But for windows that moved; and what is kept are the keys and values in the window."""
+    model, reader, read = small_model(attention=attention), CachedReader(), []
+    forward = model.forward
+    model.forward = lambda idx, **o: read.append((idx.shape[1], o["start"])) or forward(idx, **o)
+    model.generate(random_ids(2, 5), 12, read=reader)
+    moved = [(5, 0), (1, 5), (1, 6), (1, 7)]
+    assert read == moved * 3
+    assert [(c.length, c.k.shape, c.v.shape) for c in reader.caches] == 2 * [
+        (8, (2, 2, 8, 4), (2, 2, 8, 4))]
+
+# ---- Muon ----------------------------------------------------------------------------------------
+def test_orthogonalize_levels_the_singular_values_and_keeps_the_vectors():
+    """Of tall and wide matrices in a stack. Fails for a wrong constant, round or division."""
+    for shape in ((2, 6, 20), (2, 20, 6), (2, 8, 8)):
+        U, _, V = torch.linalg.svd(random_x(*shape), full_matrices=False)
+        S = torch.logspace(-2, 0, U.shape[-1], dtype=torch.float64)
+        G = U @ torch.diag(S) @ V * torch.tensor([1e-3, 50.0], dtype=torch.float64)[:, None, None]
+        S = S / S.norm()
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        assert_close(minigpt.orthogonalize(G), U @ torch.diag(S) @ V, 1e-3)
+        assert 0.67 < S.min() and S.max() < 1.15
+
+def test_muon_is_torchs_but_for_the_parts_of_c_attn():
+    """Fails for a wrong factor, momentum, decay, or stacked matrices that change places."""
+    c = TrainConfig(optimizer="muon", learning_rate=1.0, momentum=0.8, weight_decay=0.1,
+                    dtype="bfloat16")
+    model, peers = GPT(small_config(bias=False, n_embd=16, mlp_ratio=2.0)), []
+    for name, p in model.named_parameters():
+        p.data = torch.randn_like(p) * 3  # large enough for the decay to matter
+        if name.startswith("h.") and p.dim() == 2:
+            n = 3 if "c_attn" in name else 1
+            peers.append((p, [nn.Parameter(part) for part in p.detach().clone().chunk(n)]))
+    theirs = torch.optim.Muon([part for _, parts in peers for part in parts], lr=1.0, momentum=0.8,
+                              weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours = minigpt.make_muon(model, c)
+    for _ in range(4):
+        for p, parts in peers:
+            p.grad = torch.randn_like(p)
+            for part, gradient in zip(parts, p.grad.chunk(len(parts))):
+                part.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+        for p, parts in peers:
+            assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """Each weight in one of them, at the one learning rate; tables and gains take AdamW's step."""
+    c = TrainConfig(learning_rate=0.25, momentum=0.7, weight_decay=0.3, grad_accum=1)
+    model, twin = small_model(), small_model()
+    optimizer, adamw = minigpt.make_muon(model, c), minigpt.make_adamw(twin, c)
+    muon = [g for g in optimizer.param_groups if "parts" in g]
+    settings = sorted((g["parts"], g["lr"], g["momentum"], g["weight_decay"]) for g in muon)
+    assert settings == [(1, 0.25, 0.7, 0.3), (3, 0.25, 0.7, 0.3)]
+    assert optimizer.dtype == torch.float32
+    everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(everything) == sorted(map(id, model.parameters()))
+    for m, o in ((model, optimizer), (twin, adamw)):
+        train_step(m, o, [pair(random_ids(2, 9))], c)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(p, q) == (not name.startswith("h.") or p.dim() == 1) and p.grad is None
+    assert fit(minigpt.Bigram(small_config()), pair(random_ids(2, 9)), 9, optimizer="muon",
+               learning_rate=1.0) < 2  # there are no blocks
+
+# ---- Part II: byte-pair encoding -----------------------------------------------------------------
+def naive_bpe(text, vocab_size):
+    """The oracle: count all pairs anew for every merge; ties go to the older tokens."""
+    words = ["".join(chr(minigpt.BYTES.index(b)) for b in piece.encode())
+             for piece in minigpt.piece_pattern().findall(text)]
+    tokens, merges = [bytes([b]) for b in minigpt.BYTES], []
+    while len(tokens) < vocab_size - 1:
+        counts = collections.Counter(two for word in words for two in itertools.pairwise(word))
+        if max(counts.values(), default=0) < 2:
+            break
+        a, b = min(counts, key=lambda two: (-counts[two], two))
+        words = [word.replace(a + b, chr(len(tokens))) for word in words]
+        merges.append((tokens[ord(a)], tokens[ord(b)]))
+        tokens.append(b"".join(merges[-1]))
+    return merges
+
+def random_text(rng, n, alphabets=("ab", "abc ", " \n\t'sdt", "aé漢🎭٣Ⅷ\u0301\u00a0\x1c.,")):
+    return "".join(rng.choices(rng.choice(alphabets), k=n))
+
+def test_bpe_training_equals_the_naive_trainer():
+    """Fails if a count is missed where merges touch ("aaaa"), or for other ties."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        texts = [random_text(rng, rng.randrange(1, 30)) + " " for _ in range(rng.randrange(1, 40))]
+        vocab_size = 257 + rng.randrange(60)
+        merges = naive_bpe("".join(texts), vocab_size)
+        assert BPETokenizer.train("".join(texts), vocab_size).merges == merges
+    text = SAMPLE.read_text(encoding="utf-8")[:10_000]
+    merges = naive_bpe(text, 400)
+    assert BPETokenizer.train(text, 400).merges == merges and len(merges) == 400 - 257
+    chunks = re.findall(r"\n*[^\n]+|\n+", text)  # that tear no piece
+    assert BPETokenizer.train(chunks, 400).merges == merges
+    merges = BPETokenizer.train("aaabdaaabac", 999).merges  # the example of the chapter
+    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
+    assert [len(BPETokenizer(merges[:n]).encode("aaabdaaabac")) for n in range(4)] == [11, 9, 7, 5]
+    with pytest.raises(UserError, match="--vocab_size 256: must be at least 257"):
+        BPETokenizer.train("ab", 256)
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
+
+def test_bpe_loses_nothing_and_survives_everything(bpe):
+    """Half characters become U+FFFD; one word of 100,000 characters does not hang."""
+    rng = random.Random(1)
+    texts = ["", "\0", "a" * 100_000, "".join(rng.choices("abcdefgh", k=100_000)), " " * 1000,
+             "".join(map(chr, range(0xD800))), *(random_text(rng, 50) for _ in range(200))]
+    assert all(bpe.decode(bpe.encode(text)) == text for text in texts)
+    assert bpe.decode(bpe.encode("a\ud800b\udfff") + bpe.encode("é")[:1]) == "a\ufffdb\ufffd\ufffd"
+    assert BPETokenizer.train("x" * 100_000 + " \ud83d", 300).vocab_size > 257
+    assert sorted(bpe.tokens[:256]) == [bytes([b]) for b in range(256)]
+
+def test_end_of_text_is_one_token_that_no_merge_touches():
+    """In the corpus it separates texts; in generation it ends them."""
+    tokenizer = BPETokenizer.train("ab<|endoftext|>ab" * 9, 270)
+    ids, (ab,) = tokenizer.encode("ab<|endoftext|>ab"), tokenizer.encode("ab")
+    assert ids == [ab, tokenizer.end, ab] and tokenizer.decode(ids) == "ab<|endoftext|>ab"
+    assert tokenizer.end == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
+    assert not any(b"<" in a + b for a, b in tokenizer.merges)
+
+def test_bpe_files_are_gpt2s(bpe, tmp_path):
+    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved. A file may
+    hold what our trainer never learns, two merges that make one token: the ids must not shift."""
+    bpe.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert vocab["!"] == 0 and vocab["Ġ"] == 220 and vocab["Ċ"] == 198  # as in GPT-2's own file
+    assert vocab["<|endoftext|>"] == bpe.end and len(vocab) == bpe.vocab_size == 600
+    for same in (BPETokenizer.load(tmp_path), BPETokenizer(bpe.state)):
+        text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
+        assert same.merges == bpe.merges and same.encode(text) == bpe.encode(text)
+    a, b, c = b"a", b"b", b"c"
+    twice = BPETokenizer([(a, b), (b, c), (a + b, c), (a, b + c), (c, c)])
+    assert twice.vocab_size == 256 + 4 + 1 and twice.encode("abccc") == [258, 259]
+    assert twice.decode([258, 259, 260]) == "abccc<|endoftext|>"
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+def assigned_characters():
+    """Every character that this Python's Unicode tables know, but the surrogates."""
+    return [c for c in map(chr, range(sys.maxunicode + 1))
+            if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
+
+def test_pieces_are_those_of_the_reference_pattern():
+    """GPT-2's own expression, run by the package regex, on every assigned character and on random
+    mixtures. Fails for a letter that is a number too (ideographs), or for Python's wider \\s."""
+    pattern, characters = pytest.importorskip("regex").compile(GPT2_PATTERN), assigned_characters()
+    pairs = itertools.product(characters[:128], characters[:128])
     rng = random.Random(0)
-    for _ in range(2000):
-        text = "".join(rng.choices("ab\n", k=rng.randrange(12)))
-        stop = "".join(rng.choices("ab\n", k=rng.randrange(1, 4)))
-        pieces, rest = [], text
-        while rest:
-            n = rng.randrange(1, 4)
-            pieces, rest = pieces + [rest[:n]], rest[n:]
-        assert "".join(until_stop(pieces, stop)) == text.split(stop)[0]
-        assert "".join(until_stop(pieces, None)) == text
+    texts = [random_text(rng, 30) + "".join(rng.choices(characters, k=9)) for _ in range(2000)]
+    for text in ("".join(f"a{c}1{c}.{c} {c}\n" for c in characters), *texts,
+                 "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c, d in pairs)):
+        assert minigpt.piece_pattern().findall(text) == pattern.findall(text)
 
+def test_ids_are_those_of_tokenizers_and_tiktoken(bpe, tmp_path):
+    """On random Unicode; and the Rust trainer learns the same merges from the same text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tiktoken = pytest.importorskip("tiktoken")
+    bpe.save(tmp_path)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
+    theirs.pre_tokenizer = byte_level
+    open_ai = tiktoken.Encoding("ours", pat_str=GPT2_PATTERN, special_tokens={}, mergeable_ranks={
+        token: i for i, token in enumerate(bpe.tokens[:-1])})
+    rng, characters = random.Random(0), assigned_characters()
+    texts = [random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000)]
+    for text in [SAMPLE.read_text(encoding="utf-8"), *texts]:
+        assert bpe.encode(text) == theirs.encode(text).ids == open_ai.encode(text)
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = byte_level
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, min_frequency=2, show_progress=False,
+                                             initial_alphabet=byte_level.alphabet())
+    trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
+    learned = [" ".join(two) for two in json.loads(trained.to_str())["model"]["merges"]]
+    assert learned == (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
 
-def test_only_the_text_goes_to_stdout(tiny_run, monkeypatch):
-    """So that output can be piped; the same seed gives the same text, the prompt leads it."""
-    folder, _ = tiny_run
-    generate = ["--mode", "generate", "--out_dir", folder, "--prompt", "THE", "--max-tokens", "40"]
-    code, out, err = run_main(*generate)
-    assert code == 0 and out.startswith("THE") and out.endswith("\n") and len(out) == 3 + 40 + 1
-    assert "best.pt" in err
-    assert run_main(*generate)[1] == out
-    assert run_main(*generate, "--seed", "2")[1] != out
-    assert len(run_main(*generate, "--max_tokens", "0")[1]) == 4
-    assert run_main("--mode", "generate", "--out_dir", folder)[1][0] == "\n"  # without a prompt
-    exact = run_main(*generate, "--dtype", "float32")[1]
-    monkeypatch.delattr(minigpt, "KeyValueCache")
-    monkeypatch.setattr(GPT, "new_caches", None)
-    assert run_main(*generate, "--dtype", "float32", "--no_cache")[1] == exact
+# ---- Whole runs, through the real entry point --------------------------------------------------
+FOLDER = tempfile.TemporaryDirectory()
+SHORT = Path(FOLDER.name, "short.txt")  # enough for models this small
+SHORT.write_text(SAMPLE.read_text(encoding="utf-8")[:12_000], encoding="utf-8")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX has it, Windows has not")
+TRAIN = ["--mode", "train", "--preset", "laptop", "--data", str(SHORT), "--device", "cpu",
+         "--dtype", "float32", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size",
+         "16", "--batch_size", "4", "--grad_accum", "2", "--max_steps", "6", "--eval_interval", "3",
+         "--eval_batches", "2", "--warmup_steps", "2", "--log_interval", "1", "--dropout", "0.1",
+         "--sample_tokens", "12"]
+RESUME = ["--mode", "train", "--resume", "--out_dir"]
 
+def run_main(*argv):
+    """The command in this process, on the CPU: its exit code, and what it wrote to both streams."""
+    argv = [*argv, *([] if "--device" in argv or "--mode" not in argv else ["--device", "cpu"])]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = minigpt.main([str(a) for a in argv])
+    return code, out.getvalue(), err.getvalue()
 
-def test_several_samples_are_several_texts(tiny_run):
-    """Separated by a line; each continues the prompt; --stop ends each by itself."""
-    folder, _ = tiny_run
-    generate = ["--mode", "generate", "--out_dir", folder, "--prompt", "I", "--num_samples", "3"]
-    code, out, _ = run_main(*generate, "--max_tokens", "30", "--temperature", "1.5")
-    texts = out.split("---------------\n")
-    assert code == 0 and len(set(texts)) == 3 and all(len(t) == 32 and t[0] == "I" for t in texts)
-    code, out, _ = run_main(*generate, "--max_tokens", "400", "--stop", "e")
-    assert code == 0 and "e" not in out
-    code, out, _ = run_main(*generate, "--temperature", "0", "--top_k", "1", "--top_p", "1.0")
-    assert len(set(out.rstrip("\n").split("\n---------------\n"))) == 1
+def succeed(*argv):
+    """The same, for a command that must succeed: what it wrote to stderr."""
+    code, out, err = run_main(*argv)
+    assert code == 0 and out == "", err
+    return err
 
+def train_tiny(out_dir, *argv):
+    return succeed(*TRAIN, "--out_dir", out_dir, *argv)
 
-def test_text_streams_as_it_is_drawn(tiny_run):
-    """Every character is flushed before the next is drawn: a reader of the pipe sees it at once."""
-    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tiny_run[0] / "best.pt"))
-    events = []
+def resume_tiny(out_dir, *argv):
+    return succeed(*RESUME, out_dir, *argv)
 
-    class Out:
-        def write(self, text):
-            events.append(text)
+def step_of(path):
+    return load_checkpoint(path)["step"]
 
-        def flush(self):
-            events.append("flush")
+def assert_same_run(a, b, *parts):
+    """Two checkpoints: the weights, the optimizer's state and the step."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+    for part in parts or ("model", "optimizer", "step"):
+        assert_same(a[part], b[part])
 
-    config = GenerateConfig(prompt="A", max_tokens=4)
-    minigpt.write_text(model, tokenizer, config, CPU, 1, Out())
-    assert events[0] == "A" and events[2::2] == ["flush"] * 5 and events[9] == "\n"
-    assert all(len(piece) == 1 for piece in events[1::2])
+def metrics_of(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
+def step_losses(out_dir):
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics_of(out_dir) if "loss" in r]
 
-# ==================================================================================================
-# Engine room
-# ==================================================================================================
+def evaluated(out_dir):
+    return [r["step"] for r in metrics_of(out_dir) if "val_loss" in r]
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-def test_device_and_precision_are_found():
-    """auto takes what is there; the CPU is always there."""
-    assert minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
-    engine = minigpt.make_engine("cpu", "auto")
-    assert engine.device.type == "cpu" and engine.dtype in (torch.float32, torch.bfloat16)
-    assert minigpt.make_engine("cpu", "bfloat16").dtype == torch.bfloat16
-    with pytest.raises(UserError, match="--device nonsense: unknown; this machine has auto, .*cpu"):
-        minigpt.find_device("nonsense")
-    with pytest.raises(UserError, match="--device cuda:99: not found here"):
-        minigpt.find_device("cuda:99")
+def last_line(err):
+    return err.strip().split("\n")[-1]
 
+def score(err):
+    """The line with the figures of the final evaluation."""
+    return re.search("^full validation split.*", err, re.M)[0]
+
+def importable(name):
+    return __import__("importlib.util").util.find_spec(name) is not None
+
+@pytest.fixture
+def pictures():
+    """For tests of the curves, which take longer to draw than a tiny model to train."""
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(minigpt, "draw_curves", lambda *_, **__: None)
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """One small finished run that several tests look at."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, train_tiny(folder, "--checkpoint_interval", "2")
+
+def in_a_process(argv, out, err):
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(minigpt.main([str(a) for a in argv]))
+
+@pytest.fixture(scope="session")
+def start_main():
+    """Starts the command in a process of its own without its seconds of importing: it is forked
+    from a server that has imported what it needs."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minigpt", "matplotlib.figure", __name__])
+
+    def start(argv, err, out=os.devnull):
+        process = context.Process(target=in_a_process, args=(argv, str(out), str(err)))
+        process.start()
+        return process
+
+    return start
+
+def run_command(*argv, cwd=HERE, script="minigpt.py", **env):
+    """The real command in a process of its own."""
+    return subprocess.run([sys.executable, script, *map(str, argv)], cwd=cwd, capture_output=True,
+                          env={**os.environ, **env}, text=True, encoding="utf-8", timeout=120)
+
+def tiny_full_run(out_dir, model=None, **settings):
+    """A FullRun of a small model, as nobody needs to type it."""
+    config = TrainConfig(**{"batch_size": 3, "dtype": "float32", "wandb": False, **settings})
+    corpus = Corpus(torch.arange(500) % 11, torch.arange(500) % 11, 500)
+    model = minigpt.new_model(small_config(), 0) if model is None else model
+    return minigpt.FullRun(model, CharTokenizer([*"abcdefghijk"]), corpus, config, out_dir,
+                           torch.device("cpu"), {})
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_and_writes(tmp_path, name):
+    """One real step of each, smaller where the size is beyond a test; its other settings arrive."""
+    small = {"--max_steps": 1, "--eval_batches": 1, "--batch_size": 2}
+    if name in ("gpt", "gpt2", "modern"):
+        small |= {"--n_layer": 1, "--n_embd": 96, "--block_size": 64}
+    err = succeed("--mode", "train", "--preset", name, "--data", SHORT, "--out_dir", tmp_path,
+                  "--sample_tokens", "3", *itertools.chain.from_iterable(small.items()))
+    assert f"preset {name} (as asked)" in err
+    state = load_checkpoint(tmp_path / "latest.pt")
+    stored = {**state["model_config"], **state["train_config"]}
+    for setting, value in PRESETS[name].settings.items():
+        assert f"--{setting}" in small or setting == "vocab_size" or stored[setting] == value
+    code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
+                              "--prompt", "THE")
+    assert code == 0 and out.startswith("THE"), err
+
+def test_bpe_run_evaluates_and_writes(tmp_path):
+    """The tokenizer travels in the checkpoint, and was learned from the training part alone; bits
+    per character count characters, not tokens."""
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
+    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
+    tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
+                          for unit in ("tokens", "nats", "bits"))
+    text = SHORT.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    assert tokens < 0.8 * (len(text) - cut)
+    assert bits == pytest.approx(nats / math.log(2) * (tokens + 1) / (len(text) - cut), rel=1e-3)
+    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--prompt", "Ünïcødé")
+    assert code == 0 and out.startswith("Ünïcødé")
+    _, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
+    assert tokenizer.state == BPETokenizer.train([text[:cut]], 300).state
+
+def test_a_run_writes_what_it_promises(tiny_run):
+    """Checkpoints named after completed steps, metrics, config, the score. Nothing else: the tokens
+    are in files without a name."""
+    folder, err = tiny_run
+    assert {p.name for p in folder.iterdir()} - {"loss.png"} == {
+        "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
+        "metrics.jsonl", "config.json"}
+    for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
+        assert step_of(folder / f"{name}.pt") == step
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["train_config"]["max_steps"] == 6 and config["model_config"]["n_embd"] == 16
+    assert [step for step, *_ in step_losses(folder)] == [1, 2, 3, 4, 5, 6]
+    assert evaluated(folder) == [0, 3, 6] and "full_val_loss" in metrics_of(folder)[-1]
+    assert err.count("    | ") >= 3  # a sample at each evaluation
+    assert set(load_checkpoint(folder / "best.pt")) == {
+        "format", "model", "optimizer", "step", "best_val", "best_step", "tokenizer",
+        "model_config", "train_config", "seconds", "corpus"}
+
+def test_what_a_run_says_of_itself_is_right(tiny_run):
+    """The parameters, the tokens, the units of the score; and the status line says what is
+    logged."""
+    folder, err = tiny_run
+    text, state = SHORT.read_text(encoding="utf-8"), load_checkpoint(folder / "latest.pt")
+    cut = int(0.9 * len(text))
+    assert f"{cut:,} training and {len(text) - cut:,} validation tokens" in err
+    model, tokenizer = minigpt.model_from_checkpoint(state)
+    n = sum(p.numel() for p in model.parameters())
+    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads" in err
+    assert f"vocabulary {tokenizer.vocab_size}\n" in err and tokenizer.vocab_size == len(set(text))
+    assert re.search(rf"best model.* of step {state['best_step']}: {folder / 'best.pt'}", err)
+    nats, perplexity, bits = map(float, re.search(
+        r": ([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits", score(err)).groups())
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-3)  # a token is a character here
+    status = re.findall(r"loss ([\d.]+) \| lr ([\d.e-]+) \| ([\d,]+) tokens/s", err)
+    assert status == [(f"{r['loss']:.4f}", f"{r['lr']:.2e}", f"{r['tokens_per_second']:,}")
+                      for r in metrics_of(folder) if "lr" in r] and len(status) == 6
+
+def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
+    """Half a second a step and 100 s an evaluation, by a clock that only those move: the rate is
+    that of training alone, also where a report spans several steps or an evaluation; the time is
+    that of all, also after a resume; what is left follows from what it took so far."""
+    clock, step, estimate = [0.0], minigpt.train_step, minigpt.estimate_loss
+
+    def taking(seconds, function):
+        def slow(*args):
+            clock[0] += seconds
+            return function(*args)
+        return slow
+
+    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(minigpt, "train_step", taking(0.5, step))
+    monkeypatch.setattr(minigpt, "estimate_loss", taking(100.0, estimate))
+    err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4")
+    rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
+    assert rates == [4 * 2 * 16 * 2] * 2  # 4 x 2 windows of 16 tokens a step, two steps a second
+    assert "step 2/4" in err and "0:01:41 left" in err and "trained in 0:05:02;" in err
+    assert metrics_of(tmp_path)[-1]["seconds"] == 302.0
+    err = resume_tiny(tmp_path, "--max_steps", "6")
+    assert "trained in 0:06:43;" in err and "0:00:00 left" in err
+
+def test_the_score_is_that_of_the_best_model(tiny_run):
+    """As evaluate gives it, and --mode eval."""
+    folder, err = tiny_run
+    state = load_checkpoint(folder / "best.pt")
+    code, out, _ = run_main("--mode", "eval", "--out_dir", folder)
+    assert code == 0 and out.strip() == score(err)
+    model, tokenizer = minigpt.model_from_checkpoint(state)
+    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
+    nats = evaluate(model, corpus.val)
+    assert f"{nats:.4f} nats" in out
+    assert metrics_of(folder)[-1]["full_val_loss"] == pytest.approx(nats, rel=1e-6)
+
+def test_final_score_is_the_best_models_and_not_the_last_ones(tmp_path):
+    """A rate far too high makes the model worse than it was at the start."""
+    err = train_tiny(tmp_path, "--learning_rate", "30", "--eval_interval", "1")
+    assert step_of(tmp_path / "best.pt") < 6
+    assert run_main("--mode", "eval", "--out_dir", tmp_path)[1].strip() == score(err)
+    _, out, _ = run_main("--mode", "eval", "--checkpoint", tmp_path / "latest.pt")
+    assert out.strip() != score(err)
+
+def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
+    """Named by a relative path, and scored from elsewhere; another text is scored with a note."""
+    text = SHORT.read_text(encoding="utf-8").upper()
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    err = train_tiny("out", "--data", "mine.txt")
+    monkeypatch.chdir(HERE)
+    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out")
+    assert code == 0 and out.strip() == score(err) and "note" not in said
+    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out", "--data",
+                               tmp_path / "other.txt")
+    assert code == 0 and "note: " in said and "other.txt is not the text" in said
+
+def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
+    """Recomputed from the seeds, with dropout: both micro-batches of the third step, not the last
+    one alone; fails if the typed dropout does not reach the model, or the seeds are others."""
+    state = load_checkpoint(tiny_run[0] / "step_000002.pt")
+    model, tokenizer = minigpt.model_from_checkpoint(state)
+    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
+    seed = minigpt.derived_seed(1337, 2)
+    torch.manual_seed(seed)
+    dice = torch.Generator().manual_seed(seed)
+    losses = [model.train()(*get_batch(corpus.train, 16, 4, dice))[1].item() for _ in "ab"]
+    third = step_losses(tiny_run[0])[2][1]
+    assert model.drop.p == 0.1 and third == pytest.approx(sum(losses) / 2, abs=1e-6)
+    assert third != pytest.approx(losses[1], abs=1e-6)
+
+@pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
+def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
+    """k steps, resume, the rest: bit-identical weights, optimizer, and logged losses, with dropout
+    and accumulation on; 3 is right after an evaluation. Fails if a random number depends on more
+    than seed and step, if the optimizer, the step or the best are not restored, or if an evaluation
+    is repeated."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
+               tokenizer, *size)
+    for k in (2, 3):
+        shutil.copytree(whole, parts)
+        shutil.copy(whole / f"step_00000{k}.pt", parts / "latest.pt")
+        assert re.search(rf"^resuming.* at step {k}$", resume_tiny(parts), re.M)
+        assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
+        assert_same_run(whole / "latest.pt", parts / "latest.pt",
+                        "model", "optimizer", "step", "best_val", "best_step", "tokenizer")
+        assert evaluated(parts) == [0, 3, 6] and not (parts / "earlier_1").exists()
+        shutil.rmtree(parts)
+
+def test_a_branch_sets_aside_what_is_in_the_folder(tmp_path):
+    """--resume --checkpoint FILE: the earlier files lie together in earlier_N, and the search for
+    the best begins anew. FILE is out_dir's latest.pt itself: nothing moves. FILE may be one of
+    those that move; the weights become what they would have been."""
+    folder = tmp_path / "a"
+    train_tiny(folder, "--checkpoint_interval", "2")
+    before, end = contents(folder), load_checkpoint(folder / "latest.pt")
+    assert step_of(folder / "best.pt") > 2
+    branch = ["--mode", "train", "--resume", "--checkpoint"]
+    succeed(*branch, folder / ".." / "a" / "latest.pt", "--out_dir", folder)
+    assert contents(folder).keys() == before.keys()
+    assert metrics_of(folder)[-1]["best_step"] == step_of(folder / "best.pt")
+    before = contents(folder)
+    succeed(*branch, folder / "step_000006.pt", "--out_dir", tmp_path / "b")  # a finished run
+    assert step_of(tmp_path / "b" / "best.pt") == 6 and evaluated(tmp_path / "b") == [6]
+    err = succeed(*branch, folder / "step_000002.pt", "--out_dir", folder, "--max_steps", "5")
+    aside = folder / "earlier_1"
+    assert f"{aside}" in err and contents(aside) == {aside / p.name: v for p, v in before.items()}
+    assert step_of(folder / "latest.pt") == 5 and evaluated(folder) == [2, 3, 5]
+    succeed(*branch, aside / "step_000002.pt", "--out_dir", tmp_path / "c")
+    assert_same(load_checkpoint(tmp_path / "c" / "latest.pt")["model"], end["model"])
+
+def test_resume_where_nothing_was_saved_begins_a_new_run(tmp_path):
+    """So that one command line serves for both, as under torchrun --max_restarts."""
+    err = train_tiny(tmp_path / "a", "--resume")
+    assert f"--resume: there is no {tmp_path / 'a' / 'latest.pt'} yet, so a new run begins" in err
+    train_tiny(tmp_path / "b")
+    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+    assert "a new run" not in train_tiny(tmp_path / "a", "--resume", "--max_steps", "7")
+    assert step_of(tmp_path / "a" / "latest.pt") == 7
+
+def test_typed_settings_reach_the_optimizer_and_the_schedule(tmp_path):
+    """What the optimizer used, as saved and logged: step n is taken with get_lr(n - 1). Fails if
+    the rate is set late, early or never, or a setting stops on its way."""
+    train_tiny(tmp_path, "--optimizer", "muon", "--beta1", "0.71", "--beta2", "0.83", "--momentum",
+               "0.6", "--weight_decay", "0.37", "--learning_rate", "0.01", "--min_lr", "0.002",
+               "--schedule", "cosine", "--warmup_steps", "1")
+    config = TrainConfig(**load_checkpoint(tmp_path / "latest.pt")["train_config"])
+    groups = load_checkpoint(tmp_path / "latest.pt")["optimizer"]["param_groups"]
+    assert {tuple(group["betas"]) for group in groups} == {(0.71, 0.83)}
+    assert {group["momentum"] for group in groups if "parts" in group} == {0.6}
+    assert {group["weight_decay"] for group in groups} == {0.37, 0.0}
+    assert {group["lr"] for group in groups} == {get_lr(5, config)}
+    used = [r["lr"] for r in metrics_of(tmp_path) if "lr" in r]
+    assert used == [get_lr(step, config) for step in range(6)]
+    assert used[0] == pytest.approx(0.005) and used[1] == 0.01  # one step of warm-up
+    assert used[2] == pytest.approx(0.002 + 0.008 * (1 + math.cos(math.pi / 5)) / 2)
+
+def test_watching_changes_nothing(tiny_run, tmp_path):
+    """Evaluating, sampling, logging and saving more or less often: the same weights. Fails if any
+    of them draws from the training's random numbers, or leaves the model in another mode."""
+    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_tokens", "5",
+               "--log_interval", "4", "--checkpoint_interval", "0")
+    assert_same_run(tiny_run[0] / "latest.pt", tmp_path / "latest.pt")
+
+def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
+    """max_steps may change; what gives the earlier steps their meaning may not: the refusal names
+    both values and leaves the files alone."""
+    train_tiny(tmp_path)
+    before = contents(tmp_path)
+    for flag, new, old in (("n_embd", 32, 16), ("batch_size", 8, 4), ("grad_accum", 4, 2),
+                           ("preset", "mini", "laptop"), ("seed", 3, 1337), ("dropout", 0.2, 0.1)):
+        code, _, err = run_main(*RESUME, tmp_path, f"--{flag}", new)
+        assert code == 2 and last_line(err).startswith(f"error: --{flag} {new}: cannot change")
+        assert f"was trained with {old};" in last_line(err)
+    assert contents(tmp_path) == before
+    resume_tiny(tmp_path, "--max_steps", "8", "--preset", "laptop")
+    assert step_of(tmp_path / "latest.pt") == 8 and evaluated(tmp_path) == [0, 3, 6, 8]
+    scored = ["full_val_loss" in r for r in metrics_of(tmp_path)]
+    assert scored.index(True) == len(scored) - 1  # one score, the last record
+
+def test_another_corpus_is_refused_on_resume(tmp_path):
+    """Typed, or changed in its place: the same characters in another order are another text."""
+    mine, text = tmp_path / "mine.txt", SHORT.read_text(encoding="utf-8")
+    mine.write_text(text, encoding="utf-8")
+    train_tiny(tmp_path / "out", "--data", mine, "--max_steps", "1")
+    mine.write_text(text[::-1], encoding="utf-8")
+    for argv in ([], ["--data", mine], ["--data", SAMPLE]):
+        code, _, err = run_main(*RESUME, tmp_path / "out", *argv)
+        assert code == 2 and re.match("error: --data .*: cannot change on --resume", last_line(err))
+
+def test_what_may_change_on_resume_does(tmp_path):
+    """The number format, the reports and the patience of the next steps are those now typed; the
+    README lists which they are."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == minigpt.MAY_CHANGE
+    train_tiny(tmp_path, "--max_steps", "2")
+    err = resume_tiny(tmp_path, "--dtype", "float16", "--max_steps", "7", "--eval_interval", "1",
+                      "--sample_tokens", "0", "--log_interval", "3", "--checkpoint_interval", "3",
+                      "--patience", "4", "--no_wandb")
+    assert "cpu, float16" in err and "    | " not in err and (tmp_path / "step_000003.pt").exists()
+    assert [step for step, *_ in step_losses(tmp_path)][:4] == [1, 2, 3, 6]
+    config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
+    assert (config["dtype"], config["patience"], config["wandb"]) == ("float16", 4, False)
+
+def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
+    """A forgotten --resume must not cost a night's work; and to go on with it is possible."""
+    train_tiny(tmp_path, "--max_steps", "2", "--checkpoint_interval", "1")
+    names, aside = {p.name: data for p, data in contents(tmp_path).items()}, tmp_path / "earlier_1"
+    for n in (1, 2):
+        err = train_tiny(tmp_path, "--max_steps", "1")
+        assert f"--resume --out_dir {tmp_path / f'earlier_{n}'}" in err
+    assert {path.name: data for path, data in contents(aside).items()} == names
+    assert step_of(tmp_path / "latest.pt") == 1 and not (tmp_path / "step_000002.pt").exists()
+    resume_tiny(aside, "--max_steps", "3")
+    assert step_of(aside / "latest.pt") == 3 and not (aside / "earlier_1").exists()
+
+def test_training_leaves_the_users_files_alone(tmp_path):
+    """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run,
+    by one that goes on or by one that sets another aside; not even the corpus, or files with the
+    names that earlier versions gave their token files."""
+    corpus = tmp_path / "corpus.txt"
+    shutil.copy(SHORT, corpus)
+    for name in ("tokens_train.bin", "tokens_val_0123456789ab.bin", "notes.txt", "best_000003.pt",
+                 "my_best.pt", "step_2.pt", "latest.pt.bak", "x.partial", "sub/best.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    mine = {path: (data, path.stat().st_mtime_ns) for path, data in contents(tmp_path).items()}
+    train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
+    resume_tiny(tmp_path, "--max_steps", "2")
+    train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
+    assert (tmp_path / "earlier_1").is_dir()
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in mine} == mine
+
+@pytest.mark.parametrize("flag, value, at", [("--checkpoint_interval", 2, 2),
+                                             ("--log_interval", 1, 2), ("--eval_interval", 1, 1)])
+def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, value, at):
+    """A rate of 1e30 blows up at once, whether a save, a report or an evaluation meets it first:
+    one error line, and the files are those of step 0, whose weights are numbers."""
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
+                            "100", "--learning_rate", "1e30", flag, value)
+    assert code == 2 and f"error: the run has diverged: at step {at} its " in last_line(err)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
+    for name in ("best.pt", "latest.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert state["step"] == 0 and all(v.isfinite().all() for v in state["model"].values())
+
+@pytest.mark.parametrize("garbage", [
+    b'{"step": 9, "lo', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99,
+    b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
+def test_damaged_or_unknown_metrics_do_not_stop_a_resume_nor_the_plot(tmp_path, garbage, pictures):
+    """What a crash may leave behind, or another version; the records before it stay, and records
+    beyond the resumed step are dropped."""
+    train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
+    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(garbage)
+    (tmp_path / "loss.png").unlink(missing_ok=True)
+    resume_tiny(tmp_path, "--max_steps", 3)
+    records = [r for r in metrics_of(tmp_path) if "loss" in r and r["loss"] != "high"]
+    assert [r["step"] for r in records] == [1, 2, 3]
+    if importable("matplotlib"):
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+def test_metrics_are_strict_json(tmp_path):
+    """An infinite gradient norm, as float16 has them, becomes null; a loss that is no number ends
+    the run; and a new run's records begin empty."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
+    run = tiny_full_run(tmp_path)
+    with run.watched():
+        run.log(step=1, grad_norm=math.inf)
+        with pytest.raises(minigpt.Diverged, match="val_loss is nan"):
+            run.log(step=1, val_loss=math.nan)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
+
+def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
+    """A status line with the time left, in training and in --mode eval: not an hour of silence."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: next(clock))
+    err = train_tiny(tmp_path, "--max_steps", "1")
+    assert re.search(r"^evaluating .*best.pt: \d+%, \d+:\d\d:\d\d left$", err, re.M)
+    _, _, err = run_main("--mode", "eval", "--out_dir", tmp_path)
+    lines = re.findall(r"^evaluating .*best.pt: (\d+)%, (\S+) left$", err, re.M)
+    assert len(lines) > 5 and lines[-1] == ("100", "0:00:00")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        minigpt.show_progress("x")(0.25)  # after 10 s
+    assert err.getvalue() == "x: 25%, 0:00:30 left\n"
+
+@pytest.mark.slow
+def test_a_real_run_learns(tmp_path):
+    """2.33 to 2.35 nats with three seeds; with a learning rate of a tenth 2.56, with ten times as
+    much 2.78. Fails if anything on the way from the text to the weights is only nearly right."""
+    err = succeed("--mode", "train", "--preset", "plain", "--max_steps", "150", "--warmup_steps",
+                  "10", "--data", SAMPLE, "--dtype", "float32", "--eval_interval", "150",
+                  "--eval_batches", "2", "--checkpoint_interval", "0", "--out_dir", tmp_path)
+    assert 2.0 < float(re.search(r"([\d.]+) nats", score(err))[1]) < 2.4
+
+# ---- Signals and terminals -----------------------------------------------------------------------
+def last_step(log):
+    """The latest step in a status line of a log."""
+    steps = re.findall(r"^step (\d+)/", log.read_text() if log.exists() else "", re.M)
+    return int(steps[-1]) if steps else 0
+
+def wait_for_step(process, log, step):
+    while last_step(log) < step:
+        assert process.is_alive(), log.read_text(encoding="utf-8")
+        time.sleep(0.01)
+
+@POSIX
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(tmp_path, start_main, number, code):
+    """Ctrl-C or SIGTERM in mid-run: latest.pt is of the last completed step, and resumes. In the
+    midst of an evaluation that goes on for hours, the second one ends the process at once."""
+    log, out_dir = tmp_path / "log", tmp_path / "out"
+    process = start_main([*TRAIN, "--max_steps", "1000000", "--eval_interval", "1000000",
+                          "--out_dir", out_dir], log)
+    wait_for_step(process, log, 20)
+    os.kill(process.pid, number)
+    process.join(60)
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert process.exitcode == code and lines[-1] == "saved; go on with --resume"
+    assert "stopping after this step; once more to stop at once" in lines
+    step = step_of(out_dir / "latest.pt")
+    assert step == last_step(log) >= 20
+    resume_tiny(out_dir, "--max_steps", step + 1)
+    assert [n for n, *_ in step_losses(out_dir)] == [*range(1, step + 2)]
+    process = start_main([*TRAIN, "--eval_batches", "100000000", "--out_dir", tmp_path / "b"], log)
+    for said in ("\nmodel ", "stopping after"):
+        while not (tmp_path / "b" / "metrics.jsonl").exists() or log.read_text().count(said) < 2:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        assert process.is_alive()
+        os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == -number
+
+def test_signals_are_as_before_when_training_is_over(tmp_path):
+    """Or Ctrl-C would do nothing between two runs of an ablation."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    train_tiny(tmp_path, "--max_steps", "1")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+@POSIX
+def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(
+        tiny_run, tmp_path, start_main):
+    """On a terminal the line is rewritten after a carriage return; in a file there are none."""
+    import pty
+    import select
+
+    err = tiny_run[1]
+    assert "\r" not in err and len(re.findall(r"^step \d/6 \| loss", err, re.M)) == 6
+    master, slave = pty.openpty()
+    process, shown = start_main([*TRAIN, "--out_dir", tmp_path], os.ttyname(slave)), b""
+    while process.is_alive() or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.1)[0]:
+            shown += os.read(master, 65536)
+    os.close(master), os.close(slave), process.join()
+    assert process.exitcode == 0, shown
+    assert len(re.findall(rb"\r\033\[Kstep \d/6 \|[^\r\n]*left", shown)) == 6
+    screen = [line.rpartition(b"\r\033[K")[2] for line in shown.split(b"\r\n")]
+    assert not any(re.match(rb"step \d/6", line) for line in screen)  # wiped before real text
+    assert any(b"step 3: training loss" in line for line in screen)
+OFTEN = [*TRAIN, "--eval_interval", "1", "--checkpoint_interval", "20", "--sample_tokens", "0",
+         "--max_steps", "100000", "--eval_batches", "1", "--resume"]
+
+@pytest.mark.slow
+@POSIX
+@pytest.mark.parametrize("number, rounds", [(signal.SIGKILL, 12), (signal.SIGTERM, 5)])
+def test_a_signal_at_any_moment_costs_no_completed_save(tmp_path, start_main, number, rounds):
+    """At random moments of a run that saves two files after each step. Whenever it is killed,
+    latest.pt is whole and of the last step whose save was complete; SIGTERM even completes the
+    step; and the run that goes on is the run that was never stopped. Fails if a checkpoint is
+    written in place, or latest.pt is absent for a moment between its old and its new content."""
+    stopped, spared, log, log2 = (tmp_path / name for name in ("stopped", "spared", "log", "log2"))
+    dice = random.Random(2)
+    for _ in range(rounds):
+        begun = last_step(log)
+        process = start_main([*OFTEN, "--out_dir", stopped], log)
+        wait_for_step(process, log, begun + 2)  # until it trains
+        time.sleep(dice.uniform(0, 0.5))
+        os.kill(process.pid, number)
+        process.join(20)
+        assert process.exitcode == (143 if number == signal.SIGTERM else -number)
+        # A step is reported only after the save of the one before it.
+        step = minigpt.read_checkpoint(stopped / "latest.pt")["step"]
+        assert step >= last_step(log) - (number == signal.SIGKILL)
+        minigpt.read_checkpoint(stopped / "best.pt")
+    snapshot = sorted(stopped.glob("step_*.pt"))[-1].name
+    process = start_main([*OFTEN, "--out_dir", spared], log2)
+    wait_for_step(process, log2, (upto := int(snapshot[5:-3])) + 1)
+    process.kill(), process.join()
+    assert_same_run(stopped / snapshot, spared / snapshot)
+    assert step_losses(stopped)[:upto] == step_losses(spared)[:upto]
+
+@POSIX
+def test_ctrl_c_in_the_first_second_shows_no_traceback():
+    """While PyTorch is being imported, which begins when its library is mapped into memory."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("no /proc")
+    process = subprocess.Popen([sys.executable, HERE / "minigpt.py", "--help"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-2, 130) and "Traceback" not in err
+
+@POSIX
+def test_closed_streams_are_no_error(tiny_run):
+    """As a daemon may start it. What is printed goes nowhere."""
+    command = (f"'{sys.executable}' '{HERE / 'minigpt.py'}' --mode generate --max_tokens 3 "
+               f"--out_dir '{tiny_run[0]}' --device cpu --prompt THE ")
+    started = {end: subprocess.Popen(["sh", "-c", command + end], stdout=subprocess.PIPE, text=True,
+                                     stderr=subprocess.PIPE) for end in (">&- 2>&-", "2>&-")}
+    for end, process in started.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == "" and out.startswith("THE") == (end == "2>&-")
+
+# ---- Checkpoints that are not what they should be ------------------------------------------------
+def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
+    """A bit of every fourth byte of the file: a flip is refused, or changes nothing of what is
+    read. The tensors above all, in which it would go unnoticed."""
+    path, refused = tmp_path / "a.pt", 0
+    state = {"format": minigpt.FORMAT, "w": torch.randn(20), "step": 12345}
+    minigpt.save_checkpoint(path, state)
+    whole = path.read_bytes()
+    for i in range(0, len(whole), 4):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+        try:
+            assert_same(minigpt.read_checkpoint(path), state)
+        except UserError as problem:
+            assert "a.pt: " in str(problem)
+            refused += 1
+    assert refused > len(whole) / 8
+
+def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
+    """Cut short at any length, or of another program or version: an error that names the file,
+    never a crash. A pickle may hold calls; weights_only=True refuses to make them."""
+    path, marker = tmp_path / "a.pt", tmp_path / "was_here"
+
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    minigpt.save_checkpoint(path, {"format": minigpt.FORMAT, "w": torch.randn(100)})
+    whole = path.read_bytes()
+    files = [whole[:length] for length in (*range(0, len(whole), 97), len(whole) - 1)]
+    files += [b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": minigpt.FORMAT}),
+              b"PK\x03\x04", b"\0" * 1000, pickle.dumps(Malice())]
+    for state in ({"format": "minigpt-1"}, [1, 2], {}, {"format": Malice()}, Malice()):
+        torch.save(state, file := io.BytesIO())
+        files.append(file.getvalue())
+    for content in files:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^--checkpoint .*a\.pt: "):
+            minigpt.read_checkpoint(path)
+    assert not marker.exists()
+
+def test_a_damaged_checkpoint_is_one_error_that_names_the_cure(tmp_path):
+    """And the cure works: another checkpoint of the run, copied over it. That includes best.pt at
+    the end of a run that found no better one."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    latest, best = tmp_path / "latest.pt", tmp_path / "best.pt"
+    end, whole = load_checkpoint(latest), latest.read_bytes()
+    middle = len(whole) // 2
+    flipped = bytes([whole[middle] ^ 4])
+    for damaged in (whole[:-1000], whole[:middle] + flipped + whole[middle + 1 :]):
+        latest.write_bytes(damaged)
+        before = contents(tmp_path)
+        code, _, err = run_main(*RESUME, tmp_path)
+        assert code == 2 and err.count("\n") == 1 and f"{latest}: damaged" in err
+        assert "best.pt" in err and "step_*.pt" in err and contents(tmp_path) == before
+    shutil.copy(tmp_path / "step_000002.pt", latest)
+    resume_tiny(tmp_path)
+    assert_same(load_checkpoint(latest)["model"], end["model"])
+    best.write_bytes(best.read_bytes()[:-1000])
+    code, _, err = run_main(*RESUME, tmp_path)
+    assert code == 2 and f"{best}: damaged" in last_line(err)
+
+@POSIX
+def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
+    """Here: a limit on the size of a file. Not even a byte of the checkpoints that were complete
+    changes; one error line, which says that space is missing; and when there is some again, the run
+    goes on. Fails if a checkpoint is written in place, or if a partial file stays."""
+    import resource
+
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "600")
+    checkpoints = [tmp_path / "best.pt", tmp_path / "latest.pt"]
+    before = [path.read_bytes() for path in checkpoints]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (9_000, len(before[1]) // 2, len(before[1]) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            code, _, err = run_main(*RESUME, tmp_path, "--max_steps", "9")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert code == 2 and err.count("error: ") == 1 and "free some space" in last_line(err), err
+        assert [path.read_bytes() for path in checkpoints] == before
+        assert not list(tmp_path.glob("*.partial"))
+    (tmp_path / "latest.pt.partial").write_bytes(b"as a crash would leave it")
+    resume_tiny(tmp_path, "--max_steps", 9)
+    assert step_of(tmp_path / "latest.pt") == 9 and not list(tmp_path.glob("*.partial"))
+
+def test_what_cannot_be_read_for_want_of_memory_is_not_called_damaged(tiny_run, monkeypatch):
+    """Nobody should overwrite the file on that account."""
+    monkeypatch.setattr(minigpt, "load_checkpoint", lambda path: (_ for _ in ()).throw(MemoryError))
+    code, _, err = run_main(*RESUME, tiny_run[0])
+    assert code == 2 and "out of memory" in err and "damaged" not in err
+
+@POSIX
+def test_eval_works_with_a_run_folder_that_cannot_be_written():
+    """Such as another user's: nothing is written there."""
+    me = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "run")
+        err = train_tiny(folder, "--max_steps", "1")
+        for path in (folder, SHORT.parent, Path(name)):
+            path.chmod(0o555)
+        try:
+            if me == 0:  # to whom nothing is forbidden
+                os.seteuid(65534)
+            assert not os.access(folder, os.W_OK, effective_ids=True)
+            code, out, said = run_main("--mode", "eval", "--out_dir", folder)
+        finally:
+            os.seteuid(me)
+            for path in (folder, SHORT.parent, Path(name)):
+                path.chmod(0o755)
+    assert code == 0 and out.strip() == score(err), said
+
+# ---- The machine room ----------------------------------------------------------------------------
+def test_device_format_and_preset_are_found(capsys):
+    """auto takes what is there; the CPU is always there. A GPU gets the reference model, a CPU the
+    one that it can train; and auto becomes a format, so that another machine goes on with it."""
+    cpu = minigpt.find_device("cpu")
+    assert cpu.type == "cpu" and minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
+    assert minigpt.find_dtype("float16", cpu) == "float16"
+    for name in ("nonsense", "cuda:99", "cpu:1", "meta", ""):
+        with pytest.raises(UserError, match=f"--device {name}: not here.* auto, .*cpu"):
+            minigpt.find_device(name)
+    for device, preset in (("cuda", "gpt"), ("cpu", "laptop")):
+        config = minigpt.fresh_settings({"dtype": "float32"}, torch.device(device))[1]
+        assert config.preset == preset
+        assert f"preset {preset} (chosen for {device})" in capsys.readouterr().err
+    assert minigpt.fresh_settings({}, cpu)[1].dtype in ("float32", "bfloat16")
+
+def test_the_typed_number_format_is_used_for_the_matrix_products(tiny_run, tmp_path):
+    """Which lose digits; weights, loss and gradients are float32. A run in 16 bits is another one
+    than in float32, and nearly the same."""
+    model, x, kinds = minigpt.new_model(small_config(), 0), torch.arange(16).view(2, 8) % 11, []
+    model.h[0].mlp.c_fc.register_forward_hook(lambda *args: kinds.append(args[2].dtype))
+    loss = minigpt.MixedPrecision(model, "bfloat16")(x, x)[1]
+    loss.backward()
+    assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    exact = [loss for _, loss, _ in step_losses(tiny_run[0])]
+    for name in ("bfloat16", "float16"):
+        train_tiny(tmp_path / name, "--dtype", name)
+        losses = [loss for _, loss, _ in step_losses(tmp_path / name)]
+        assert losses != exact and losses == pytest.approx(exact, rel=1e-2)
+        run = tiny_full_run(tmp_path, dtype=name)
+        assert run.runner.dtype == getattr(torch, name)
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
+    """The loss and the norm that a step returns are those of float32, nearly; an infinite gradient
+    moves nothing, neither weights nor the optimizer's state, and halves the scale; after 1,000
+    sound steps it doubles. Fails if the scale is left in for clipping or logging, if only some
+    weights skip the step, or if a step counts twice."""
+    results = {}
+    for dtype in ("float32", "float16"):
+        run = tiny_full_run(".", dtype=dtype, optimizer=optimizer, grad_accum=2)
+        step = functools.partial(minigpt.train_step, run.runner, run.optimizer, config=run.config)
+        results[dtype] = [v.item() for v in step(batches=run.batches())]
+    assert results["float16"] == pytest.approx(results["float32"], rel=1e-2)
+    assert results["float16"] != results["float32"] and run.runner.scale == 2.0**16
+    run.runner.sound = 998
+    for wanted in (2.0**16, 2.0**17):  # the 999th and the 1,000th
+        step(batches=run.batches())
+        assert run.runner.scale == wanted
+
+    def everything():
+        return {"model": {k: v.clone() for k, v in run.model.state_dict().items()},
+                "optimizer": [{k: v.clone() for k, v in state.items()}
+                              for state in run.optimizer.state.values()]}
+
+    before = everything()
+    run.model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
+    _, norm = step(batches=run.batches())
+    assert not math.isfinite(norm) and run.runner.scale == 2.0**16
+    assert_same(before, everything())
 
 @pytest.mark.slow
 def test_compilation_that_fails_falls_back_with_one_warning(tmp_path):
     """Without a C++ compiler torch.compile cannot work on a CPU: one warning, and the run is the
     same as without it."""
-    env = {**os.environ, "CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
-           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, HERE / "minigpt.py", *TINY, "--max_steps", "2", "--out_dir"]
-    done = subprocess.run([*command, tmp_path / "a", "--compile"], env=env, capture_output=True,
-                          text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    if "torch.compile does not work here" not in done.stderr:
-        pytest.fail("compilation worked without a compiler:\n" + done.stderr)
+    env = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
+           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = run_command(*TRAIN, "--max_steps", "2", "--out_dir", tmp_path / "a", "--compile", **env)
+    assert done.returncode == 0 and "torch.compile does not work here" in done.stderr, done.stderr
     assert done.stderr.count("warning") == 1 and "Traceback" not in done.stderr
     train_tiny(tmp_path / "b", "--max_steps", "2")
-    assert_same_weights(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
 
+def test_a_compiled_model_is_used_where_compilation_works(tmp_path, monkeypatch):
+    """With a backend that needs no compiler: the steps run through it, nothing is left over from
+    the trial, and the run is the one without it."""
+    real, compiled = torch.compile, []
 
-@pytest.mark.slow
-def test_compiled_model_is_used_where_compilation_works():
-    """With a backend that needs no compiler: the runner is the compiled model, no gradient is left
-    over from the trial, and no random state has moved."""
-    model, batches = small_model(dropout=0.5).float(), torch.Generator().manual_seed(1)
-    before = minigpt.random_states(batches, CPU.device)
-    real = torch.compile
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda m: real(m, backend="eager"))
-        runner = minigpt.compile_model(
-            model, TrainConfig(compile=True), CPU,
-            lambda: get_batch(small_corpus().train, 8, 2, batches), batches)
-    after = minigpt.random_states(batches, CPU.device)
-    assert runner is not model and runner._orig_mod is model
-    assert all(p.grad is None for p in model.parameters()) and model.training
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    def compile(runner):
+        compiled.append(real(runner, backend="eager"))
+        return compiled[-1]
 
+    monkeypatch.setattr(torch, "compile", compile)
+    flags = ["--max_steps", "2", "--checkpoint_interval", "0"]
+    assert "does not work" not in train_tiny(tmp_path / "a", "--compile", *flags) and compiled
+    train_tiny(tmp_path / "b", *flags)
+    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+    run = tiny_full_run(".", compile=True)
+    assert run.runner is compiled[-1] and all(p.grad is None for p in run.model.parameters())
 
-def test_auto_picks_the_preset_by_the_device():
-    """A GPU gets the reference model, a CPU the one that it can train."""
-    assert minigpt.choose_preset("auto", torch.device("cuda"))[0] == "gpt"
-    assert minigpt.choose_preset("auto", torch.device("mps"))[0] == "gpt"
-    assert minigpt.choose_preset("auto", torch.device("cpu"))[0] == "laptop"
-
-
-def test_text_is_read_without_the_mark_of_windows(tmp_path):
-    """A byte-order mark is no character of the text, and line ends become one character."""
+def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
+    """Without the mark of Windows and its line ends; the parts are cut at nine tenths of the
+    characters, wherever chunks end; the tokens are those of the whole; words are not torn."""
     (tmp_path / "a.txt").write_bytes("\ufeffà\r\nb".encode())
     assert list(minigpt.read_chunks(tmp_path / "a.txt")) == ["à\nb"]
+    text = SHORT.read_text(encoding="utf-8")
+    small = functools.partial(minigpt.read_chunks, size=100)
+    chunks, cut = list(small(SHORT)), int(0.9 * len(text))
+    assert "".join(chunks) == text and all(chunk[-1] == "\n" for chunk in chunks[:-1])
+    monkeypatch.setattr(minigpt, "read_chunks", small)
+    file = minigpt.TextFile(SHORT)
+    assert (file.length, file.alphabet) == (len(text), sorted(set(text)))
+    assert file.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert ["".join(file.chunks(part)) for part in ("train", "val")] == [text[:cut], text[cut:]]
+    for tokenizer in (CharTokenizer(file.alphabet), BPETokenizer.train([text], 300)):
+        corpus = file.encode(tokenizer, 16, tmp_path)
+        assert corpus.train.tolist() == tokenizer.encode(text[:cut])
+        assert corpus.val.tolist() == tokenizer.encode(text[cut:])
+        assert corpus.val_characters == len(text) - cut and corpus.train.element_size() == 2
+    assert os.listdir(tmp_path) == ["a.txt"]
 
+@pytest.mark.slow
+@POSIX
+def test_a_text_in_one_line_is_never_in_memory_as_a_whole(tmp_path):
+    """60 MB without white space, which as a list of Python's numbers are 480 MB: read and encoded
+    within a fraction of that. And a block_size beyond it is refused before a model is built."""
+    path = tmp_path / "long.txt"
+    path.write_text("abcdefghij" * 6_000_000, encoding="utf-8")
+    script = """
+import resource, sys
+from pathlib import Path
+import minigpt
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+    1 if sys.platform == "darwin" else 1024) / 1e6
+before, text = peak(), minigpt.TextFile(Path(sys.argv[1]))
+corpus = text.encode(text.make_tokenizer("char", 0), 16, Path(sys.argv[1]).parent)
+assert len(corpus.train) == 54e6
+code = minigpt.main(["--mode=train", "--data", sys.argv[1], "--preset=laptop", "--device=cpu",
+                     "--block_size=100000000", "--out_dir", sys.argv[1] + ".out"])
+print(code, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True,
+                          timeout=300)
+    assert "--block_size 100000000 needs at least" in done.stderr, done.stderr
+    code, grown = done.stdout.split()
+    assert code == "2" and float(grown) < 200
 
-def test_metrics_are_strict_json(tmp_path):
-    """An infinite gradient norm, as float16 has them, becomes null; a fresh log begins empty."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
-    minigpt.MetricsLog(tmp_path, minigpt.Progress(), resumed=False).write(step=1, norm=math.inf)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "norm": null}\n'
-
-
-def test_settings_that_may_change_on_resume_are_these():
-    """How long to go on and what to report, as the README lists them. What gave the earlier steps
-    their meaning stays."""
-    free = {f.name for config in (GPTConfig, TrainConfig) for f in fields(config)
-            if f.metadata["resume"]}
-    assert free == {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interval",
-                    "log_interval", "patience", "dtype", "compile", "wandb"}
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
-    assert set(re.findall(r"`(\w+)`", listed)) == free
-
-
-def test_loss_curve_is_drawn_where_matplotlib_is(tiny_run):
+def test_curves_are_drawn_where_matplotlib_is(tmp_path, pictures, monkeypatch):
     """And one line says what to install where it is not."""
-    folder, err = tiny_run
-    try:
-        import matplotlib  # noqa: F401
-
-        assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    except ImportError:
-        assert "pip install matplotlib" in err and not (folder / "loss.png").exists()
-
+    if importable("matplotlib"):
+        train_tiny(tmp_path, "--max_steps", "1")
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "no loss.png: pip install matplotlib" in train_tiny(tmp_path / "b", "--max_steps", "1")
 
 # ---- The downloader, against a local server ------------------------------------------------------
-
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers by path: good, truncated, altered, html, long, missing, slow, flaky or drip."""
@@ -2543,23 +1966,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.hits[kind] += 1
         if kind == "missing" or (kind == "flaky" and self.hits[kind] == 1):
             return self.send_error(404 if kind == "missing" else 503)
-        if kind == "slow":
-            time.sleep(2)
+        time.sleep(2 * (kind == "slow"))
         body = {"altered": BODY[:-1] + b"!", "html": b"<html>sign in</html>", "long": BODY * 2}
         body = body.get(kind, BODY)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client may have left
-            if kind == "drip":
-                for i in range(60):
-                    self.wfile.write(body[i : i + 1])
-                    time.sleep(0.1)
+            for i in range(60 * (kind == "drip")):
+                self.wfile.write(body[i : i + 1])
+                time.sleep(0.1)
             self.wfile.write(body[: len(body) // 2] if kind == "truncated" else body)
 
     def log_message(self, *args):
         pass
-
 
 @pytest.fixture
 def server(monkeypatch):
@@ -2571,82 +1991,72 @@ def server(monkeypatch):
     Handler.hits.clear()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    httpd.server_close()
-
-
-QUICK = dict(backoff=0.01, connect_timeout=5.0, read_timeout=0.7, deadline=1.4)
-
-
-def test_download_puts_the_checked_bytes_in_place(server, tmp_path):
-    """Also into a folder that does not exist yet; no temporary file stays behind."""
-    target = tmp_path / "data" / "input.txt"
-    download_data.download(target, [f"{server}/good"], **QUICK)
-    assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
-
+    httpd.shutdown(), httpd.server_close()
 
 @pytest.mark.parametrize("kind, why, hits", [
     ("truncated", "broke off", 2), ("altered", "altered", 1), ("html", "a web page", 1),
-    ("long", "more than", 1), ("missing", "HTTP status 404", 1), ("slow", "no answer in time", 2),
-    ("drip", "no answer in time", 2),
-])
-def test_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
-    """Each ends in an error that says why, tries again only what may pass, and leaves the old
-    file byte for byte. Fails if a check is skipped or the file is written before it."""
+    ("long", "more than", 1), ("missing", "HTTP status 404", 1), ("slow", "no answer in time", 1),
+    ("drip", "no answer in time", 1)])
+def test_a_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
+    """Each ends in an error that says why, tries again only what may pass and has not timed out,
+    and leaves the old file byte for byte. Fails if a check is skipped or the file is written before
+    it."""
     target = tmp_path / "input.txt"
     target.write_bytes(b"old")
     with pytest.raises(download_data.DownloadError, match=why):
-        download_data.download(target, [f"{server}/{kind}"], **QUICK)
+        download_data.download(target, [f"{server}/{kind}"], 1.0 if kind == "drip" else 30, 0.01,
+                               (5.0, 0.7))
     assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["input.txt"]
     assert Handler.hits[kind] == hits
 
+def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys):
+    """A dead one, a missing one, one that recovers: the corpus arrives from the third, also into a
+    folder that does not exist yet. Five that send a byte now and then share the time, and a good
+    one at the end still delivers."""
+    target, dead = tmp_path / "data" / "input.txt", "http://127.0.0.1:9/dead"
+    download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], pause=0.01)
+    assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
+    assert "no connection" in capsys.readouterr().err
+    assert Handler.hits == {"missing": 1, "flaky": 2}
+    with pytest.raises(download_data.DownloadError, match="no connection.*404"):
+        download_data.download(target, [dead, f"{server}/missing"], pause=0.01)
+    began = time.monotonic()
+    with pytest.raises(download_data.DownloadError):
+        download_data.download(target, [f"{server}/drip"] * 5, seconds=1.0)
+    assert 0.9 < time.monotonic() - began < 5  # without the deadline they take 30 s
+    assert Handler.hits["drip"] == 5
+    download_data.download(tmp_path / "b", [f"{server}/drip", f"{server}/good"], seconds=1.0)
+    assert (tmp_path / "b").read_bytes() == BODY
 
-def test_the_corpus_is_known_by_its_checksum():
-    """Stated here a second time, so that a slip in either place shows."""
+def test_the_corpus_is_known_by_its_checksum_and_a_failed_write_leaves_nothing(tmp_path):
+    """The first stated here a second time, so that a slip in either place shows. The destination
+    cannot be replaced, since a folder stands there: no partial file stays."""
     assert download_data.SIZE == 1_115_394
     assert download_data.SHA256 == \
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
-def test_failed_write_of_the_corpus_leaves_nothing_behind(tmp_path):
-    """The destination cannot be replaced (a folder stands there): no partial file stays."""
-    (tmp_path / "input.txt").mkdir()
-    (tmp_path / "input.txt" / "old").touch()
+    (tmp_path / "input.txt" / "old").mkdir(parents=True)
     with pytest.raises(OSError):
         download_data.put_in_place(b"new", tmp_path / "input.txt")
     assert os.listdir(tmp_path) == ["input.txt"]
 
-
-def test_mirrors_are_tried_in_turn(server, tmp_path, capsys):
-    """A dead one, a missing one, one that recovers: the corpus arrives from the third."""
-    target = tmp_path / "input.txt"
-    dead = "http://127.0.0.1:9/dead"
-    download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], **QUICK)
-    assert target.read_bytes() == BODY
-    assert "no connection" in capsys.readouterr().err
-    assert Handler.hits == {"missing": 1, "flaky": 2}
-    with pytest.raises(download_data.DownloadError, match="no connection.*404"):
-        download_data.download(target, [dead, f"{server}/missing"], **QUICK)
-
-
 def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
-    """From a file or an address; a wrong one is refused and nothing changes."""
+    """From a file or an address; a wrong one is refused and nothing changes; one that has no end is
+    not read to it."""
     copy, target = tmp_path / "copy.txt", tmp_path / "input.txt"
     copy.write_bytes(BODY)
-    download_data.import_copy(str(copy), target)
-    assert target.read_bytes() == BODY
-    download_data.import_copy(f"{server}/good", target)
+    for source in (str(copy), f"{server}/good"):
+        download_data.import_copy(source, target)
+        assert target.read_bytes() == BODY
     copy.write_bytes(BODY[:-1])
-    for source in (str(copy), str(tmp_path / "none.txt"), str(tmp_path), "http://[::1"):
+    endless = ["/dev/zero"] if os.path.exists("/dev/zero") else []
+    for source in (str(copy), str(tmp_path / "none.txt"), str(tmp_path), "http://[::1", *endless):
         with pytest.raises(download_data.DownloadError, match=re.escape(source[-4:])):
             download_data.import_copy(source, target)
     assert target.read_bytes() == BODY
 
-
-def test_train_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
+def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
     """The same function, the same place; the second time the file is simply used."""
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     monkeypatch.setattr(minigpt, "DATA", tmp_path)
@@ -2654,10 +2064,7 @@ def test_train_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeyp
         assert minigpt.find_corpus(None) == tmp_path / "input.txt"
     assert (tmp_path / "input.txt").read_bytes() == BODY and Handler.hits["good"] == 1
 
-
 # ---- Weights & Biases ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def no_wandb_account(monkeypatch, tmp_path):
     """A user who is not logged in, whatever this machine knows."""
@@ -2666,43 +2073,37 @@ def no_wandb_account(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
 
-
 @pytest.mark.slow
 def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_account, monkeypatch):
     """The real package, offline: a run's records are on disk. Without an account, or with
     --no_wandb, it is not even started; and there is never a question."""
     pytest.importorskip("wandb")
-    for folder, mode, flags in (("quiet", None, []), ("off", "offline", ["--no_wandb"]),
-                                ("on", "offline", [])):
-        if mode:
-            monkeypatch.setenv("WANDB_MODE", mode)
-        train_tiny(tmp_path / folder, "--max_steps", "2", *flags)
-        files = list((tmp_path / folder).glob("wandb/offline-run-*/*.wandb"))
-        assert len(files) == (folder == "on")
+    for name, flags in (("quiet", []), ("off", ["--no_wandb"]), ("on", [])):
+        if name != "quiet":
+            monkeypatch.setenv("WANDB_MODE", "offline")
+        train_tiny(tmp_path / name, "--max_steps", "2", *flags)
+        files = list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == (name == "on")
     assert b"tokens_per_second" in files[0].read_bytes()
-    assert_same_weights(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
-
+    assert_same_run(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
 
 def test_wandb_that_fails_never_ends_a_run(tmp_path, no_wandb_account, monkeypatch):
-    """An account that cannot be reached, or a package that is broken: one line, and training."""
-    (tmp_path / "wandb.py").write_text("raise RuntimeError('broken')")
+    """A package that is broken: one line, and training."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    (tmp_path / "wandb.py").write_text("raise RuntimeError")
     err = train_tiny(tmp_path / "out", "--max_steps", "1")
-    assert err.count("no Weights & Biases: RuntimeError; --no_wandb") == 1
-
+    assert "no Weights & Biases: RuntimeError; --no_wandb" in err
 
 # ---- Several processes ---------------------------------------------------------------------------
-
-
 def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
     """n processes on this machine; one thread each, so that sums are added up in one order."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *options,
                script, *argv]
     process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
                                encoding="utf-8", stdout=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     watchdog = threading.Timer(100, process.terminate)  # should they wait for each other for ever
     watchdog.daemon = True
     watchdog.start()
@@ -2711,136 +2112,71 @@ def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
-
 def workers_of(torchrun):
     """The process ids of the processes that it started, in the order of their ranks."""
-    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid)], text=True,
-                            capture_output=True).stdout
-    return sorted(map(int, listed.split()))
+    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid)], text=True, capture_output=True)
+    return sorted(map(int, listed.stdout.split()))
 
-
-ONE_STEP = """
+TWO_STEPS = """
 import sys
-import time
-from pathlib import Path
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from minigpt import *
-
-team = setup_distributed()
-engine = Engine(torch.device("cpu"), torch.float32, team)
-torch.manual_seed(0)
 config = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
-model = build_model(config).double()
-if team.rank:  # the first process's weights are the ones that count
-    torch.nn.init.zeros_(model.wte.weight)
-batches, tokens = torch.Generator().manual_seed(5), torch.arange(500) % 11
-settings = TrainConfig(batch_size=3, grad_accum=4, learning_rate=0.1, min_lr=0.0)
-calls = []
-runner = team.spread(model, engine.device)
-if team.size > 1:
-    def count(state, bucket):
-        calls.append(bucket.index())
-        return allreduce_hook(torch.distributed.group.WORLD, bucket)
-    runner.register_comm_hook(None, count)
-
-def next_batch():
-    return team.turn(lambda: get_batch(tokens, 8, 3, batches))
-
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-optimizer.register_step_pre_hook(lambda o, *_: grads.extend(p.grad.clone() for p in
-                                                            model.parameters()))
-for step in range(2):
-    grads = []
-    loss, norm = train_step(runner, optimizer, next_batch, settings, engine)
-    loss = team.mean(loss)
-assert team.largest(3 + team.rank, 7 - team.rank) == [2 + team.size, 7]
-assert team.share(lambda: [team.rank, "é"]) == [0, "é"]
-mark = Path(sys.argv[1] + ".mark")
-with team.first_on_each_machine():
-    assert mark.exists() == (team.rank > 0)
-    time.sleep(1)
-    mark.touch()
-dice = []
-for step in (7, 8, 7):
-    team.reseed_dropout(1, step)
-    dice.append(torch.rand(1).item())
-torch.save({"grads": grads, "loss": loss, "calls": len(calls), "dice": dice},
-           f"{sys.argv[1]}.{team.rank}")
-leave_distributed()
-leave_process(0)
+model, tokens = new_model(config, 0).double(), torch.arange(500) % 11
+settings = TrainConfig(batch_size=4, grad_accum=3, grad_clip=0.0, dtype="float32")
+run = FullRun(model, None, Corpus(tokens, tokens, 500), settings, ".", torch.device("cpu"), {})
+calls, grads, dice, losses = [], [], [], []
+if run.processes > 1:
+    run.runner.register_comm_hook(None, lambda state, bucket: (calls.append(1), allreduce_hook(
+        torch.distributed.group.WORLD, bucket))[1])
+run.optimizer.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone()
+                                                             for p in model.parameters()))
+for run.step in range(2):
+    batches = run.batches()
+    first = next(batches)
+    dice.append(torch.initial_seed())
+    loss, norm = train_step(run.runner, run.optimizer, [first, *batches], settings)
+    losses += [sum(gather(loss.item())) / run.processes, norm.item()]
+torch.save({"grads": grads, "losses": losses, "calls": len(calls), "dice": dice,
+            "weights": model.state_dict()}, f"{sys.argv[1]}.{run.rank}")
+if run.processes > 1:
+    torch.distributed.destroy_process_group()
 """
-
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    """In float64, over two steps of four micro-steps: the second step shows that the weights stayed
-    alike. Gradients travel once in a step (all of this model's fit into one bucket), not once in
-    each micro-step. Fails if windows are shared wrongly, or sums are taken for means. The dice of
-    dropout are others in each process and step, and the same for the same step. What one process
-    must do first, such as writing a file, is done when the others come."""
-    script = tmp_path / "one_step.py"
-    script.write_text(ONE_STEP, encoding="utf-8")
-    for n in (1, 2):
-        code, _, err = run_torchrun(n, tmp_path / f"{n}", script=script)
-        assert code == 0, err
-    one, *two = (torch.load(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
+    """In float64 (but for the loss), over two steps of three micro-steps: the second step shows
+    that the weights stayed alike. Gradients travel once in a step, not once in each micro-step.
+    Fails if rows are shared wrongly, or sums are taken for means. The dice of dropout are others in
+    each process and step."""
+    (script := tmp_path / "two_steps.py").write_text(TWO_STEPS, encoding="utf-8")
+    done = run_command(tmp_path / "1", script=script, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    code, _, err = run_torchrun(2, tmp_path / "2", script=script)
+    assert code == 0, err
+    one, *two = (torch.load_checkpoint(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
     for of_rank in two:
-        assert_close(of_rank["grads"], one["grads"], 1e-12)
-        assert_close(of_rank["loss"], one["loss"], 1e-12)
+        for name, tolerance in (("grads", 1e-7), ("losses", 1e-6), ("weights", 1e-7)):
+            torch.testing.assert_close(of_rank[name], one[name], rtol=tolerance, atol=tolerance)
         assert of_rank["calls"] == 2
-        assert of_rank["dice"][0] == of_rank["dice"][2]
-    assert len({*two[0]["dice"], *two[1]["dice"]}) == 4
-
+    assert two[0]["dice"] == one["dice"] and len({*two[0]["dice"], *two[1]["dice"]}) == 4
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
-    """The same losses and weights, up to rounding; one of them prints, and the files are those of
-    a single process. --grad_accum that cannot be shared is refused."""
-    exact = [*TINY, "--dropout", "0", "--sample_tokens", "20"]
+    """The same losses and weights, up to rounding; one of them prints, the files are those of a
+    single process, and they stop together when patience runs out: else one would wait for ever."""
+    exact = [*TRAIN, "--dropout", "0", "--learning_rate", "0.1", "--max_steps", "40", "--patience",
+             "2"]
     code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
-    assert code == 0 and out == "", err
-    assert len(re.findall("^step 6/6 ", err, re.M)) == 1 and err.count("full validation split") == 1
-    assert "2 processes" in err and "Traceback" not in err
-    train_tiny(tmp_path / "one", *exact)
-    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+    assert code == 0 and out == "" and err.count("full validation split") == 1, err
+    assert "2 processes" in err and "Traceback" not in err and "warning" not in err.lower()
+    assert "stopped early" in train_tiny(tmp_path / "one", *exact) and "stopped early" in err
+    one, two = (set(os.listdir(tmp_path / name)) for name in ("one", "two"))
+    assert one == two - {"loss.png"}
     for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-4)
-    a, b = weights_of(tmp_path / "one" / "latest.pt"), weights_of(tmp_path / "two" / "latest.pt")
-    for key in a:
-        assert_close(a[key], b[key], 1e-4)
-    code, _, err = run_torchrun(2, *TINY, "--grad_accum", "3", "--out_dir", tmp_path / "odd")
-    assert code != 0
-    assert len(re.findall("^error: --grad_accum 3: must be divisible by", err, re.M)) == 1
-    code, _, err = run_torchrun(2, "--mode", "eval", "--out_dir", tmp_path / "one")
-    assert code != 0 and err.count("error: --mode eval: runs in one process") == 1
-
-
-def test_a_launch_finds_its_own_checkpoint_and_no_other(tmp_path, monkeypatch):
-    """Also where --resume --checkpoint began it, and on a machine that has counted no restart.
-    Another launch takes what the flags say, and leaves a damaged file of another launch alone."""
-    def resumed(resume, checkpoint=None):
-        state, _ = minigpt.state_to_resume(
-            argparse.Namespace(resume=resume, checkpoint=checkpoint), tmp_path)
-        return state and state["progress"]["step"]
-
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    train_tiny(tmp_path, "--checkpoint_interval", "2")
-    old = str(tmp_path / "step_000002.pt")
-    assert [resumed(False), resumed(True, old), resumed(True)] == [6, 6, 6]
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
-    assert [resumed(False), resumed(True, old), resumed(True)] == [None, 2, 6]
-    (tmp_path / "latest.pt").write_bytes(b"cut")
-    assert "going on from" not in train_tiny(tmp_path)
-    (tmp_path / "latest.pt").write_bytes(b"cut")
-    assert resume_tiny(tmp_path).count("going on from") == 1
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # by an older torchrun
-    monkeypatch.setattr(os, "getppid", lambda: 17)
-    first = minigpt.launch_name()
-    monkeypatch.setattr(os, "getppid", lambda: 18)
-    assert first != minigpt.launch_name()
-
+            assert a[name] == pytest.approx(b[name], rel=1e-2)
 
 def test_variables_of_a_cluster_manager_are_not_torchruns(tmp_path, monkeypatch):
     """Some set these for processes that know nothing of each other."""
@@ -2848,451 +2184,284 @@ def test_variables_of_a_cluster_manager_are_not_torchruns(tmp_path, monkeypatch)
         monkeypatch.setenv(name, value)
     assert "full validation split" in train_tiny(tmp_path, "--max_steps", "1")
 
-
-def test_followers_touch_no_file(tmp_path):
-    """Two processes that rewrite the metrics or move best.pt would destroy each other's work."""
-    run = minigpt.Follower(None, None, None, TrainConfig(), None, tmp_path, None, None,
-                           minigpt.Progress(), resumed=True)
-    (tmp_path / "best.pt").touch()
-    run.open(True)
-    run.evaluate_and_save(), run.save("latest.pt"), run.save_snapshot(), run.finish()
-    run.log(1.0, 1.0, 1.0, left=1.0)
-    assert os.listdir(tmp_path) == ["best.pt"]
-
-
-def test_the_first_of_each_machine_goes_first(monkeypatch):
-    """The first process of a second machine is not the first of all, and does not wait to begin."""
-    events = []
-    monkeypatch.setattr(minigpt.Team, "wait", lambda self: events.append("wait"))
-    for rank, local_rank, order in ((2, 0, ["work", "wait"]), (3, 1, ["wait", "work"])):
-        events.clear()
-        with minigpt.Team(rank, 4, local_rank).first_on_each_machine():
-            events.append("work")
-        assert events == order
-
-
 @pytest.mark.slow
-def test_two_processes_stop_together_when_patience_runs_out(tmp_path):
-    """Only the first one knows of the evaluations. If the others went on, they would wait for it
-    until it is gone."""
-    code, _, err = run_torchrun(2, *TINY, "--learning_rate", "1e-30", "--weight_decay", "0",
-                                "--eval_interval", "1", "--patience", "2", "--max_steps", "50",
-                                "--min_lr", "0", "--out_dir", tmp_path)
-    assert code == 0 and "stopped early" in err, err
-
-
-@pytest.mark.slow
-def test_the_checkpoint_of_the_first_process_serves_all(tmp_path):
-    """Also those whose machine has none. A run that goes on is not reshaped to fit them."""
-    train_tiny(tmp_path / "0", "--max_steps", "3", "--dropout", "0")
-    script = tmp_path / "apart.py"
-    script.write_text("import os, sys, minigpt\n"
-                      "out = os.path.join(sys.argv[1], os.environ['RANK'])\n"
-                      "minigpt.leave_process(minigpt.main(['--mode', 'train', '--resume', "
-                      "'--out_dir', out, '--device', 'cpu', '--max_steps', '6']))\n",
-                      encoding="utf-8")
-    code, _, err = run_torchrun(2, tmp_path, script=script)
-    assert code == 0 and err.count("resuming") == 1, err
-    train_tiny(tmp_path / "odd", "--grad_accum", "1", "--max_steps", "3")
-    before = (tmp_path / "odd" / "latest.pt").read_bytes()
-    code, _, err = run_torchrun(2, *RESUME, tmp_path / "odd", "--max_steps", "6")
-    assert code != 0 and "error: --grad_accum 1: must be divisible" in err, err
-    assert (tmp_path / "odd" / "latest.pt").read_bytes() == before
-
-
-def test_dropout_is_seeded_anew_before_each_step(tmp_path, monkeypatch):
-    """By the processes of a team; the loop asks for it."""
-    calls = []
-
-    class Listener(minigpt.Team):
-        def reseed_dropout(self, seed, step):
-            calls.append((seed, step))
-
-    monkeypatch.setattr(minigpt, "setup_distributed", Listener)
-    train_tiny(tmp_path)
-    assert calls == [(1337, step) for step in range(6)]
-
-
-@pytest.mark.slow
-def test_processes_that_would_train_different_things_are_stopped(tmp_path):
-    """As when one machine has another corpus. Each tells what is wrong with it, where the first
-    would only see that the other is gone."""
+def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
+    """Of all processes, which torchrun ends as soon as the first one fails: at least one line says
+    what it is. And processes that would train different things are stopped before anything is
+    written, as when one machine has another corpus."""
     script = tmp_path / "other.py"
-    script.write_text(f"import os, sys, minigpt\nargv = {[str(a) for a in TINY]}\n"
-                      "argv += ['--out_dir', sys.argv[1]]\n"
-                      "argv += ['--seed', '7'] * int(os.environ['RANK'])\n"
-                      "minigpt.leave_process(minigpt.main(argv))\n", encoding="utf-8")
-    code, _, err = run_torchrun(2, tmp_path / "out", script=script)
-    assert code != 0 and "\nprocess 1: error: --data " in err and "not those of the first" in err
-    assert not list((tmp_path / "out").glob("*.pt"))
-
-
-def test_micro_steps_are_shared_equally_or_not_at_all():
-    """A preset's may be cut smaller, so that plain `torchrun minigpt.py --mode train` works; what
-    was typed, or belongs to a run that goes on, may not."""
-    config = TrainConfig(batch_size=12, grad_accum=2)
-    assert minigpt.share_steps(config, 1, False) is config
-    assert minigpt.share_steps(config, 2, False) is config
-    shared = minigpt.share_steps(config, 8, True)
-    assert (shared.batch_size, shared.grad_accum) == (3, 8)
-    for n, may_change in ((3, False), (5, True)):
-        with pytest.raises(UserError, match=f"--grad_accum 2: .* {n}, .* --grad_accum "):
-            minigpt.share_steps(config, n, may_change)
-
+    script.write_text("import os, sys, minigpt\nargv = sys.argv[1:]\n"
+                      f"argv += ['--data', {str(SAMPLE)!r}] * int(os.environ['RANK'])\n"
+                      "code = minigpt.main(argv)\nsys.stderr.flush()\nos._exit(code)\n")
+    main = HERE / "minigpt.py"
+    for argv, named, file in (([], "not the same in all processes", script),
+                              (["--batch_size", "3"], "--batch_size 3: must be divisible by", main),
+                              (["--mode", "eval"], "--mode eval: runs in one process", main)):
+        code, out, err = run_torchrun(2, *TRAIN, *argv, "--out_dir", tmp_path / "out", script=file)
+        assert code != 0 and re.search(f"^error: .*{named}", err, re.M) and out == "", err
+        assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@POSIX
 def test_processes_that_are_stopped_go_on_exactly(tmp_path):
     """With dropout, whose dice differ between the processes. The signal goes to the second process
-    alone, and later to torchrun, which hands it to both: in either case they agree on the step
-    after which they stop."""
-    argv = [*TINY, "--max_steps", "60", "--eval_interval", "20", "--dropout", "0.2"]
+    alone: they agree on the step after which they stop. And a killed one is started again by
+    torchrun --max_restarts, with --resume from the beginning. The result is that of a run in
+    peace."""
+    argv = [*TRAIN, "--max_steps", "40", "--eval_interval", "5", "--dropout", "0.2", "--resume"]
     assert run_torchrun(2, *argv, "--out_dir", tmp_path / "whole")[0] == 0
-    resume = []
-    for step in (5, 30):
-        process = run_torchrun(2, *argv, *resume, "--out_dir", tmp_path / "parts", wait=False)
-        lines = []
+    for step, number in ((5, signal.SIGTERM), (22, signal.SIGKILL)):
+        process = run_torchrun(2, *argv, "--out_dir", tmp_path / "parts", wait=False,
+                               options=["--max_restarts=1"] * (number == signal.SIGKILL))
+        lines, sent = [], False
         for line in process.stderr:
             lines.append(line)
-            if line.startswith(f"step {step}/"):
-                os.kill(workers_of(process)[1] if step == 5 else process.pid, signal.SIGTERM)
-        assert process.wait(60) != 0
-        assert "saved; go on with --resume\n" in lines, "".join(lines)
-        reached = load_checkpoint(tmp_path / "parts" / "latest.pt")["progress"]["step"]
-        assert step <= reached < 60
-        resume = ["--resume"]
-    code, _, err = run_torchrun(2, "--mode", "train", "--resume", "--out_dir", tmp_path / "parts")
-    assert code == 0, err
-    assert_same_weights(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
+            if line.startswith(f"step {step}/") and not sent:
+                os.kill(workers_of(process)[1], number)
+                sent = True
+        code, text = process.wait(60), "".join(lines)
+        if number == signal.SIGTERM:
+            assert code != 0 and "saved; go on with --resume\n" in lines, text
+            assert step <= step_of(tmp_path / "parts" / "latest.pt") < 22
+    assert sent and code == 0 and len(re.findall("^resuming", text, re.M)) == 2, text
+    assert_same_run(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
     assert step_losses(tmp_path / "whole") == step_losses(tmp_path / "parts")
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_started_again_and_the_run_goes_on(tmp_path, victim):
-    """By torchrun --max_restarts, without --resume: the latest checkpoint is this run's own, and
-    not that of the run before it in the same folder. The result is that of an unharmed run."""
-    argv = [*TINY, "--max_steps", "60", "--eval_interval", "5", "--out_dir", tmp_path]
-    train_tiny(tmp_path, "--seed", "1")
-    process = run_torchrun(2, *argv, options=["--max_restarts=2"], wait=False)
-    lines, killed = [], False
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("step 12/") and not killed:
-            os.kill(workers_of(process)[victim], signal.SIGKILL)
-            killed = True
-    assert killed and process.wait(60) == 0, "".join(lines)
-    text = "".join(lines)
-    assert "Traceback" not in text, text
-    assert re.search(r"^resuming .*latest.pt at step \d+$", text, re.M), text
-    assert text.count("full validation split") == 1
-    assert [step for step, *_ in step_losses(tmp_path)] == [*range(1, 61)]
-    code, _, err = run_torchrun(2, *argv, "--out_dir", tmp_path / "unharmed")
-    assert code == 0, err
-    assert_same_weights(tmp_path / "latest.pt", tmp_path / "unharmed" / "latest.pt")
-
-
-# ==================================================================================================
-# Experiments
-# ==================================================================================================
-
-
+# ---- The laboratory ------------------------------------------------------------------------------
 def ablate_tiny(out_dir, *argv):
-    tiny = [a for a in TINY if a not in ("--mode", "train")]
-    return run_main("--mode", "ablate", *tiny, "--out_dir", out_dir, *argv)
-
-
-def cells_of(out):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
-
-
-def test_ablation_is_the_runs_it_stands_for(tmp_path):
-    """The table's figures are those of plain training runs with the same flags and seeds; the
-    curves are drawn and the CSV holds every run."""
-    code, out, err = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", "--seeds", "2")
+    """The table's cells, and what was printed beside."""
+    code, out, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", out_dir, *argv)
     assert code == 0, err
-    (first, second) = cells_of(out)
-    assert first[0] == "pos=learned" and second[0] == "pos=rope" and first[-1] == "2"
-    losses = []
-    for seed in ("1337", "1338"):
-        err = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed)
-        losses.append(float(re.search(r"([\d.]+) nats", err)[1]))
-    mean, deviation = (float(x) for x in second[1].split(" +- "))
-    assert mean == pytest.approx(sum(losses) / 2, abs=2e-4)
-    assert deviation == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2), abs=2e-4)
-    with open(tmp_path / "ablate_pos" / "results.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["variant"], r["seed"]) for r in rows] == [
-        (f"pos={pos}", seed) for seed in ("1337", "1338") for pos in ("learned", "rope")]
-    assert float(rows[1]["loss"]) == pytest.approx(losses[0], abs=1e-4)
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in out.splitlines()[2:]], err
 
+def test_an_ablation_is_the_runs_it_stands_for(tmp_path, pictures):
+    """The table's figures are those of plain training runs with the same flags and seeds, in the
+    units that it names; the curves are drawn."""
+    bpe = ["--tokenizer", "bpe", "--vocab_size", "300"]
+    (first, second), _ = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", *bpe, "--seed", "5")
+    assert first[0] == "pos=learned" and second[0] == "pos=rope" and first[4] == "2 of 2"
+    figures = []
+    for seed in ("5", "6"):
+        err, folder = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed, *bpe), \
+            tmp_path / "ablate_pos" / f"pos=rope_seed={seed}"
+        assert_same_run(folder / "latest.pt", tmp_path / seed / "latest.pt")
+        figures.append([*map(float, re.search(r"([\d.]+) nats.* ([\d.]+) bits", err).groups()),
+                        metrics_of(folder)[-1]["seconds"]])
+    for cell, a, b in zip(second[1:4], *figures):
+        mean, deviation = (float(x) for x in cell.split(" ± "))
+        assert mean == pytest.approx((a + b) / 2, abs=2e-4)
+        assert deviation == pytest.approx(abs(a - b) / math.sqrt(2), abs=2e-4)
+    if importable("matplotlib"):
+        assert (tmp_path / "ablate_pos" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-@pytest.mark.slow
-def test_interrupted_ablation_goes_on_where_it_stopped(tmp_path):
-    """A finished run is not trained again, an unfinished one is resumed, and other settings start
-    anew: nothing old is taken for the result of something else."""
-    command = ["--vary", "n_layer=1,2", "--seeds", "1"]
-    code, complete, _ = ablate_tiny(tmp_path / "a", *command)
-    ablate_tiny(tmp_path / "b", *command)
-    folder = tmp_path / "b" / "ablate_n_layer"
-    finished, unfinished = folder / "n_layer=1_seed=1337", folder / "n_layer=2_seed=1337"
-    (unfinished / "result.json").unlink()
-    before = (finished / "latest.pt").stat().st_mtime_ns
-    code, out, err = ablate_tiny(tmp_path / "b", *command)
-    assert code == 0 and [c[:3] for c in cells_of(out)] == [c[:3] for c in cells_of(complete)]
-    assert err.count("resuming") == 1 and (finished / "latest.pt").stat().st_mtime_ns == before
-    code, out, err = ablate_tiny(tmp_path / "b", *command, "--max_steps", "4")
-    assert code == 0 and "resuming" not in err
-    assert load_checkpoint(finished / "latest.pt")["progress"]["step"] == 4
+def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, pictures):
+    """A finished run is only evaluated again, an unfinished one is resumed, and the table is the
+    same; also where the records beside them are damaged. Other settings are refused: nothing old is
+    taken for the result of something else."""
+    command = ["--vary", "n_layer=1,2", "--seeds", "1", "--checkpoint_interval", "2"]
+    complete, _ = ablate_tiny(tmp_path, *command)
+    finished, unfinished = (tmp_path / "ablate_n_layer" / f"n_layer={n}_seed=1337" for n in (1, 2))
+    end, before = load_checkpoint(unfinished / "latest.pt"), (finished / "latest.pt").read_bytes()
+    shutil.copy(unfinished / "step_000004.pt", unfinished / "latest.pt")
+    (finished / "metrics.jsonl").write_bytes(b'{"step": 3, "val_loss": "low"}\n\xff{"step": 6, "va')
+    (unfinished / "metrics.jsonl").unlink()
+    rows, err = ablate_tiny(tmp_path, *command)
+    assert [row[:3] for row in rows] == [row[:3] for row in complete]
+    assert (finished / "latest.pt").read_bytes() == before
+    assert "step 5/6" not in err.split("----")[1] and "step 4/6" not in err
+    assert_same(load_checkpoint(unfinished / "latest.pt")["model"], end["model"])
+    code, _, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command,
+                            "--batch_size", "2")
+    assert code == 2 and "--batch_size 2: cannot change on --resume" in last_line(err)
 
-
-def test_diverged_variant_is_a_row_and_not_the_end(tmp_path):
-    """A learning rate of 1e30 has no score; the others have theirs."""
-    code, out, err = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
+def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
+    """Patience, as in training; a switch is varied by true and false. And a learning rate of 1e30
+    has no score and is a row, not the end."""
+    frozen = ["--learning_rate", "1e-30", "--weight_decay", "0", "--eval_interval", "1"]
+    _, err = ablate_tiny(tmp_path, "--vary", "bias=true,false", "--seeds", "1", *frozen,
+                         "--patience", "2")
+    assert err.count("stopped early: no better validation loss in 2 evaluations") == 2
+    for value in (True, False):
+        state = load_checkpoint(tmp_path / "ablate_bias" / f"bias={value}_seed=1337" / "latest.pt")
+        assert state["step"] == 2 and state["model_config"]["bias"] == value
+    (bad, good), _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
                                  "--grad_clip", "0")
-    assert code == 0, err
-    bad, good = cells_of(out)
-    assert bad[0] == "learning_rate=1e+30" and bad[1] == "diverged" and "1 diverged" in bad[-1]
-    assert float(good[1]) < 5 and good[-1] == "1"
-
+    assert bad == ["learning_rate=1e+30", "diverged", "diverged", "diverged", "0 of 1"]
+    assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
 
 @pytest.mark.parametrize("name", minigpt.ABLATIONS)
 def test_named_ablations_build_every_variant(name):
-    """Each variant is a legal model that differs from the others."""
-    known = {f.name for f in fields(GPTConfig)}
-    variants = minigpt.ABLATIONS[name]
-    assert len({str(v) for v in variants}) == len(variants) >= 3
+    """Each is legal, differs from the others, and gets the settings that it names. One that undoes
+    a choice of the recipe says something else than the preset."""
+    found, variants = minigpt.find_variants({"set": name})
+    assert found == name and len({str(v) for v in variants}) == len(variants) >= 3
+    laptop = {**vars(GPTConfig(1)), **vars(TrainConfig()), **PRESETS["laptop"].settings}
     for variant in variants:
-        model = {k: v for k, v in variant.items() if k in known}
-        assert minigpt.build_model(GPTConfig(**{"vocab_size": 65, **model})).num_parameters() > 0
+        typed = {"preset": "laptop", "dtype": "float32", "n_layer": 1, **variant}
+        sizes, config = minigpt.fresh_settings(typed, torch.device("cpu"))
+        model = minigpt.new_model(GPTConfig(**{"vocab_size": 65, **sizes}), 1)
+        stored = {**vars(model.config), **vars(config)}
+        assert all(stored[setting] == value for setting, value in variant.items())
+        assert name != "recipe" or all(laptop[setting] != value
+                                       for setting, value in variant.items())
 
-
-def test_flops_are_those_that_torch_counts():
+def test_flops_are_those_that_torch_counts_and_parts_add_up():
     """6 N + 12 n_layer C T, against the matrix products of a real pass. Fails if the head or the
     attention is left out, or if the table of tokens, which is only looked up, is counted."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for changes in (dict(), dict(tie_weights=False, activation="swiglu", pos="rope")):
-        model = GPT(small_config(attention="explicit", n_layer=3, **changes))
-        ids = random_ids(2, 8)
+        model = GPT(replace(small_config(), attention="explicit", n_layer=3, **changes))
+        ids = torch.arange(16).view(2, 8) % 11
         with FlopCounterMode(display=False) as counter:
             model(ids, ids)[1].backward()
         assert counter.get_total_flops() == minigpt.flops_per_token(model) * ids.numel()
-
-
-def test_parts_add_up_to_the_parameters():
-    model = GPT(small_config(tie_weights=False))
+    model = GPT(replace(small_config(), tie_weights=False))
     parts = minigpt.count_parts(model)
-    assert sum(parts.values()) == model.num_parameters() and len(parts) == 6
+    assert sum(parts.values()) == minigpt.count_parameters(model) and len(parts) == 6
     assert parts["wte"] == parts["lm_head"] == 11 * 8 and parts["norms"] == 5 * 16
     assert parts["attn"] == 2 * (24 * 8 + 24 + 8 * 8 + 8)
 
+def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
+    """Every figure is positive; the parameters are the model's; the utilization is the formula's;
+    the memory is this process's. And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_main(
+        "--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "32", "--block_size",
+        "16", "--batch_size", "2", "--max_tokens", "5", "--dtype", "float32",
+        "--bench_seconds=0.01")
+    assert code == 0 and out.startswith("| laptop: cpu, float32, 1 threads, PyTorch 2"), err
+    rows = {name: float(value.replace(",", "")) for name, value in
+            re.findall(r"^\| ([^|]*) \| ([\d,.e+-]+) \|$", out, re.M)}
+    assert len(rows) == out.count("\n") - 2 >= 10 and min(rows.values()) > 0
+    sizes, _ = minigpt.fresh_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
+                                       "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
+    model = GPT(GPTConfig(**{"vocab_size": 65, **sizes}))
+    assert rows["parameters"] == minigpt.count_parameters(model) == sum(
+        value for name, value in rows.items() if name.startswith("parameters, "))
+    assert rows["training, model-FLOPs utilization"] == pytest.approx(
+        minigpt.flops_per_token(model) * rows["training, tokens/s"]
+        / (rows["matrix products, GFLOP/s"] * 1e9), rel=0.03)
+    if sys.platform == "linux":
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+        assert rows["peak memory, MiB"] == pytest.approx(peak, rel=0.1)
+    assert rows["writing, 8 samples at once"] > rows["writing, tokens/s"]
+    assert not os.listdir(tmp_path)
 
-def test_timing_takes_turns_and_leaves_the_first_round_out():
-    """A first call that is slow, as while a kernel is built, does not count."""
-    calls = []
-
-    def wait(name, seconds):
-        time.sleep(seconds if calls.count(name) else 0.3)
-        calls.append(name)
-
-    a, b = minigpt.timed(lambda: wait("a", 0.002), lambda: wait("b", 0.02), seconds=1e-9)
-    assert 0.002 <= a < 0.02 <= b < 0.3
-    assert calls == ["a", "b"] * 4  # three rounds, after the one that warms up
-
-
-@pytest.mark.slow
-def test_bench_measures_and_records(tmp_path):
-    """The table and the file say the same; a peer that is not there ends in one line; one that is
-    gives ratios of the rates beside them."""
-    pytest.importorskip("transformers")
-    (tmp_path / "peer").mkdir()
-    (tmp_path / "peer" / "model.py").write_text(
-        "import minigpt\n"
-        "GPTConfig = minigpt.GPTConfig\n"
-        "class GPT(minigpt.GPT):\n"
-        "    def configure_optimizers(self, decay, lr, betas, device):\n"
-        "        print('something')\n"
-        "        return minigpt.torch.optim.AdamW(self.parameters())\n")
-    argv = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "16",
-            "--block_size", "16", "--batch_size", "2", "--data", SAMPLE, "--max_tokens", "20",
-            "--dtype", "float32", "--bench_seconds", "0.05", "--out_dir", tmp_path]
-    code, out, err = run_main(*argv, "--against", tmp_path / "peer")
-    assert code == 0, err
-    table = dict(re.findall(r"^\| (.*?) +\| +([\d,.e+-]+) \|$", out, re.M))
-    record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
-    assert record["model_config"]["n_embd"] == 16 and record["train_config"]["preset"] == "laptop"
-    rows = record["rows"]
-    assert list(table) == list(rows) and min(rows.values()) > 0 and "something" not in out
-    for ratio, above, below in (
-            ("training, times nanoGPT", "training, tokens/s",
-             "training, nanoGPT in float32, tokens/s"),
-            ("writing, times nanoGPT", "writing, with the cache, tokens/s",
-             "writing, nanoGPT in float32, tokens/s"),
-            ("writing, times Hugging Face", "writing, as many tokens as it, tokens/s",
-             "writing, Hugging Face in float32, tokens/s")):
-        assert rows[ratio] == pytest.approx(rows[above] / rows[below])
-    code, out, err = run_main(*argv, "--against", tmp_path / "nothing")
-    assert code == 2 and re.search("^error: --against .*nothing: ", err, re.M) and not out
-
-
-def test_zero_initialization_makes_every_block_pass_its_input_on():
-    """And plain leaves the residual projections as large as the rest."""
-    model, x = GPT(small_config(init="zero")), torch.randn(1, 8, 8)
-    assert torch.equal(model.h[0](x), x)
-    torch.manual_seed(0)
-    plain = GPT(GPTConfig(vocab_size=65, n_layer=8, n_embd=192, init="plain"))
-    assert abs(plain.h[0].mlp.c_proj.weight.std().item() / 0.02 - 1) < 0.05
-
-
-# ==================================================================================================
-# The command line, as a user types it
-# ==================================================================================================
-
-
-def run_command(*argv, cwd=HERE, script="minigpt.py", **env):
-    """The real command in a process of its own."""
-    return subprocess.run([sys.executable, script, *map(str, argv)], cwd=cwd, capture_output=True,
-                          env={**os.environ, **env}, text=True, encoding="utf-8", timeout=120)
-
-
-MISTAKES = {
-    "no mode": ([], "--mode"),
-    "unknown mode": (["--mode", "dance"], "dance"),
-    "misspelt flag": (["--mode", "train", "--max_stepz", "5"], "did you mean --max_steps?"),
-    "missing value": (["--mode", "train", "--max_steps"], "--max_steps"),
-    "no experiment": (["--mode", "ablate"], "--set"),
-    "two experiments": (["--mode", "ablate", "--set", "pos", "--vary", "pos=rope"], "--set"),
-    "unknown experiment": (["--mode", "ablate", "--set", "luck"], "--set luck"),
-    "unknown field to vary": (["--mode", "ablate", "--vary", "luck=1,2"], "--vary luck=1,2"),
-    "no values to vary": (["--mode", "ablate", "--vary", "n_layer"], "--vary n_layer"),
-    "value twice": (["--mode", "ablate", "--vary", "dropout=0.1,0.10"], "names a value twice"),
-    "seed to vary": (["--mode", "ablate", "--vary", "seed=1,2"], "--vary seed=1,2"),
-    "bad variant shows early": (["--mode", "ablate", "--vary", "norm=layernorm,rmsnrm"],
-                                "--norm rmsnrm"),
-    "wrong values to vary": (["--mode", "ablate", "--vary", "n_layer=a,b"], "n_layer takes ints"),
-    "blank argument": (["--mode", "train", " "], "unknown"),
-    "out of memory": (["--mode", "train", "--batch_size", "1000000000000"], "--batch_size"),
-    "precision of no sense": (["--mode", "generate", "--out_dir", "{run}", "--dtype", "nn"],
-                              "--dtype nn"),
-    "seed too large": (["--mode", "generate", "--out_dir", "{run}", "--seed", "9" * 30], "--seed"),
-    "checkpoint of another version": (["--mode", "generate", "--checkpoint", "{tmp}/other.pt"],
-                                      "another version"),
-    "checkpoint with a long name": (["--mode", "eval", "--checkpoint", "x" * 300], "xxx"),
-    "not a number": (["--mode", "train", "--max_steps", "many"], "many"),
-    "a switch has no value": (["--mode", "train", "--bias", "maybe"], "maybe"),
-    "missing data": (["--mode", "train", "--data", "nowhere.txt"], "nowhere.txt"),
-    "empty data": (["--mode", "train", "--data", "{tmp}/empty.txt"], "empty"),
-    "data is a folder": (["--mode", "train", "--data", "{tmp}"], "{tmp}"),
-    "data is not UTF-8": (["--mode", "train", "--data", "{tmp}/latin.txt"], "UTF-8"),
-    "corpus too short": (["--mode", "train", "--data", "{tmp}/short.txt"], "--block_size 128"),
-    "more layers than can be": (["--mode", "train", "--n_layer", "9" * 30], "--n_layer 999"),
-    "a wide MLP": (["--mode", "train", "--mlp_ratio", "1e300"], "--mlp_ratio 1e+300: must be at"),
-    "heads do not divide": (["--mode", "train", "--n_head", "3"], "--n_head 3"),
-    "zero layers": (["--mode", "train", "--n_layer", "0"], "--n_layer 0"),
-    "negative batch": (["--mode", "train", "--batch_size", "-4"], "--batch_size -4"),
-    "negative steps": (["--mode", "train", "--max_steps", "-1"], "--max_steps -1"),
-    "dropout of one": (["--mode", "train", "--dropout", "1.0"], "--dropout 1.0"),
-    "rate is not finite": (["--mode", "train", "--learning_rate", "nan"], "--learning_rate nan"),
-    "floor above peak": (["--mode", "train", "--min_lr", "9"], "--min_lr 9"),
-    "unknown preset": (["--mode", "train", "--preset", "huge"], "--preset huge"),
-    "unknown device": (["--mode", "train", "--device", "tpu"], "--device tpu"),
-    "unknown precision": (["--mode", "train", "--dtype", "int4"], "--dtype int4"),
-    "vocabulary too small": (["--mode", "train", "--tokenizer", "bpe", "--vocab_size", "100"],
-                             "--vocab_size 100"),
-    "vocabulary without bpe": (["--mode", "train", "--vocab_size", "100"], "--tokenizer bpe"),
-    "odd head for rope": (["--mode", "train", "--pos", "rope", "--n_embd", "12", "--n_head", "4"],
-                          "--pos rope"),
-    "unknown attention": (["--mode", "train", "--attention", "flash"], "--attention flash"),
-    "unwritable out_dir": (["--mode", "train", "--data", "{sample}", "--out_dir",
-                            "{tmp}/empty.txt/out"], "--out_dir {tmp}/empty.txt/out"),
-    "nothing to resume": (["--mode", "train", "--resume", "--out_dir", "{tmp}/none"], "latest.pt"),
-    "checkpoint without resume": (["--mode", "train", "--checkpoint", "{run}/best.pt"], "--resume"),
-    "no checkpoint": (["--mode", "generate", "--out_dir", "{tmp}/none"], "best.pt"),
-    "checkpoint is a folder": (["--mode", "eval", "--checkpoint", "{tmp}"], "{tmp}"),
-    "truncated checkpoint": (["--mode", "generate", "--checkpoint", "{tmp}/cut.pt"], "cut.pt"),
-    "foreign checkpoint": (["--mode", "eval", "--checkpoint", "{tmp}/latin.txt"], "latin.txt"),
-    "top_k of zero": (["--mode", "generate", "--out_dir", "{run}", "--top_k", "0"], "--top_k 0"),
-    "top_k too large": (["--mode", "generate", "--out_dir", "{run}", "--top_k", "66"],
-                        "--top_k 66: must be at most"),
-    "top_p of zero": (["--mode", "generate", "--out_dir", "{run}", "--top_p", "0"], "--top_p 0"),
-    "top_p above one": (["--mode", "generate", "--out_dir", "{run}", "--top_p", "1.1"],
-                        "--top_p 1.1"),
-    "negative temperature": (["--mode", "generate", "--out_dir", "{run}", "--temperature", "-1"],
-                             "--temperature -1"),
-    "no samples": (["--mode", "generate", "--out_dir", "{run}", "--num_samples", "0"],
-                   "--num_samples 0"),
-    "negative tokens": (["--mode", "generate", "--out_dir", "{run}", "--max_tokens", "-5"],
-                        "--max_tokens -5"),
-    "empty prompt": (["--mode", "generate", "--out_dir", "{run}", "--prompt", ""], "--prompt"),
-    "empty stop": (["--mode", "generate", "--out_dir", "{run}", "--stop", ""], "--stop"),
-    "unknown character": (["--mode", "generate", "--out_dir", "{run}", "--prompt", "naïve"],
-                          "'ï' (U+00EF)"),
-    "unknown character in eval": (["--mode", "eval", "--out_dir", "{run}", "--data",
-                                   "{tmp}/greek.txt"], "(U+03BB)"),
-}
-
+# ---- The command line, as a user types it --------------------------------------------------------
+MISTAKES = [line.split(" => ") for line in """\
+ => --mode is missing & generate
+--mode dance => --mode & dance & eval
+--mode train --max_stepz 5 => --max_stepz
+--mode train --max 5 => --max
+--mode train --max_steps => --max_steps
+--mode train --max_steps many => --max_steps & 'many' & whole number
+--mode train --bias maybe => maybe
+--mode ablate => --set & --vary
+--mode ablate --set recipe --vary pos=rope => --set & --vary
+--mode ablate --set luck => --set & luck & recipe
+--mode ablate --vary luck=1,2 => --vary luck=1,2
+--mode ablate --vary seed=1,2 => --vary seed=1,2
+--mode ablate --vary n_layer => --n_layer
+--mode ablate --vary n_layer=a,b => --n_layer & 'a'
+--mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
+--mode train --n_embd 2000000000 => memory & --n_embd
+--mode train --data nowhere.txt => nowhere.txt: No such file
+--mode train --data {tmp}/empty.txt => --data {tmp}/empty.txt & empty
+--mode train --data {tmp} => {tmp}: Is a directory; name another
+--mode train --data {tmp}/latin.txt => latin.txt: not UTF-8
+--mode train --data {tmp}/few.txt => few.txt & --block_size 128
+--mode train --n_layer 99999999999999999999 => --n_layer & 9999
+--mode train --n_layer 0 => --n_layer & '0'
+--mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
+--mode train --n_head 3 => --n_embd 128 & --n_head 3
+--mode train --batch_size -4 => --batch_size & -4
+--mode train --dropout 1.0 => --dropout & '1.0'
+--mode train --learning_rate nan => --learning_rate & nan
+--mode train --min_lr 9 => --min_lr 9 & --learning_rate
+--mode train --preset huge => --preset & huge & laptop
+--mode train --device tpu => --device tpu & cpu
+--mode train --dtype int4 => --dtype & int4 & float16
+--mode train --tokenizer bpe --vocab_size 100 => --vocab_size & '100'
+--mode train --vocab_size 300 => --tokenizer bpe
+--mode train --n_embd 12 --n_head 4 => --pos
+--mode train --out_dir {tmp}/empty.txt/out => {tmp}/empty.txt
+--mode train --checkpoint {run}/best.pt => add --resume
+--mode train --resume --checkpoint {tmp}/none.pt => none.pt
+--mode generate --out_dir {tmp}/none => best.pt & train first
+--mode eval --checkpoint {tmp} => {tmp}: Is a directory; name another
+--mode generate --checkpoint {tmp}/cut.pt => cut.pt: damaged
+--mode eval --checkpoint {tmp}/latin.txt => latin.txt: damaged
+--mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
+--mode generate --out_dir {run} --top_k 0 => --top_k & '0'
+--mode generate --out_dir {run} --top_k 666 => --top_k 666: must be at most
+--mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
+--mode generate --out_dir {run} --temperature -1 => --temperature & -1
+--mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
+--mode eval --out_dir {run} --data {tmp}/greek.txt => (U+03""".split("\n")]
 
 @pytest.fixture(scope="module")
 def mistaken(tiny_run, tmp_path_factory):
     """The arguments of a mistake and what its message must hold, with real files behind them."""
     run, tmp = tiny_run[0], tmp_path_factory.mktemp("mistakes")
-    (tmp / "empty.txt").write_bytes(b"")
-    (tmp / "latin.txt").write_bytes(b"caf\xe9 " * 500)
-    (tmp / "short.txt").write_bytes(b"to be or not to be")
-    (tmp / "greek.txt").write_text("λόγος " * 500, encoding="utf-8")
-    save_checkpoint(tmp / "other.pt", {"format": minigpt.CHECKPOINT_FORMAT, "model_config": {}})
-    (tmp / "cut.pt").write_bytes((run / "best.pt").read_bytes()[:5000])
+    for name, data in (("empty.txt", b""), ("latin.txt", b"caf\xe9 " * 500), ("few.txt", b"to be"),
+                       ("greek.txt", "λόγος ".encode() * 500),
+                       ("cut.pt", (run / "best.pt").read_bytes()[:5000])):
+        (tmp / name).write_bytes(data)
 
-    def fill(name):
-        argv, named = MISTAKES[name]
-        argv = [a.format(tmp=tmp, run=run, sample=SAMPLE) for a in argv]
-        # Where the mistake is not about the output, it must not touch the user's out folder.
-        out = [] if "--out_dir" in argv else ["--out_dir", str(tmp / "out")]
-        corpus_needed = "train" in argv or "ablate" in argv
-        data = ["--data", str(SAMPLE)] if "--data" not in argv and corpus_needed else []
-        device = ["--device", "cpu"] if "--device" not in argv and "--mode" in argv else []
-        return argv + data + out + device, named.format(tmp=tmp, run=run)
+    def fill(command, named):
+        argv = [word.format(tmp=tmp, run=run) for word in command.split()]
+        extra = {"--device": "cpu", "--out_dir": tmp / "out"} if argv else {}
+        if "train" in argv or "ablate" in argv:
+            extra |= {"--data": SHORT, "--preset": "laptop"}
+        argv += [str(x) for flag in extra if flag not in argv for x in (flag, extra[flag])]
+        return argv, named.format(tmp=tmp, run=run).split(" & ")
 
     return fill
 
-
 def check_mistake(code, out, err, named):
     lines = err.strip().split("\n")
-    assert code == 2 and out == "" and "Traceback" not in err
+    assert code == 2 and out == "" and "Traceback" not in err, err
     assert [line.startswith("error: ") for line in lines].count(True) == 1, err
-    assert lines[-1].startswith("error: ") and named in lines[-1]
+    assert lines[-1].startswith("error: ") and all(word in lines[-1] for word in named), lines[-1]
 
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(mistaken, name):
+@pytest.mark.parametrize("command, named", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistaken, command, named):
     """The last line begins with `error: ` and names the flag or file and the value; there is no
     traceback, and nothing on stdout."""
-    argv, named = mistaken(name)
+    argv, named = mistaken(command, named)
     check_mistake(*run_main(*argv), named)
 
-
 def test_mistakes_end_the_real_process_alike(mistaken):
-    """One of each kind in a process of its own: the shell sees exit code 2 and the same line."""
-    kinds = ["no mode", "data is not UTF-8", "heads do not divide", "truncated checkpoint"]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for name, done in zip(kinds, pool.map(lambda n: run_command(*mistaken(n)[0]), kinds)):
-            check_mistake(done.returncode, done.stdout, done.stderr, mistaken(name)[1])
+    """In a process of its own: the shell sees exit code 2 and the same line."""
+    argv, named = mistaken(*MISTAKES[40])
+    done = run_command(*argv)
+    check_mistake(done.returncode, done.stdout, done.stderr, named)
 
+def flags_with_values():
+    return [action.option_strings[0] for action in minigpt.build_parser()._actions
+            if action.nargs is None]
+
+def test_two_dashes_as_a_value_are_a_mistake_and_no_crash():
+    """argparse itself ends in a traceback here; whichever flag it is."""
+    flags = flags_with_values()
+    assert len(flags) > 40
+    for flag in flags:
+        for argv in ([f"{flag}=--"], [flag.replace("_", "-") + "=--"], [flag, "--"]):
+            check_mistake(*run_main(*argv), [flag])
 
 @pytest.mark.slow
 def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path):
     """Flags of every kind with values of every kind: exit code 0, or 2 with a single `error:` line,
-    the last one; never a traceback. What is huge here is too huge for any memory; what lies between
-    would only take long."""
+    the last one; never a traceback. What is huge here is too huge for any memory."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
 
-    run, _ = tiny_run
-    odd = ["", " ", "-", "--", "é", "\0", "nan", "inf", "-inf", "1e400", "1e300", "None", "0x10",
-           "1_0", "2.0", "-1", "9" * 30]
-    files = [str(path) for path in (tmp_path, run / "best.pt", run / "latest.pt", SAMPLE)]
+    run, seen = tiny_run[0], collections.Counter()
+    odd = ["", " ", "-", "--", "é", "nan", "inf", "1e400", "1e300", "None", "1_0", "2.0", "-1",
+           "9" * 30, "\udcff"]
+    files = [str(path) for path in (tmp_path, run / "best.pt", run / "latest.pt", SHORT)]
     values = {int: ["0", "1", "2", "3", "4", "8", "400"], str: ["a", "ROMEO:", *files],
               float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
 
@@ -3302,131 +2471,186 @@ def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path):
 
     flags = {"resume": st.just([]), "nonsense": st.just([]), "checkpoint": value(str),
              "data": value(str), "device": value(str, ["cpu", "cpu:9", "tpu", "cuda:9", "meta"])}
-    configs = (GPTConfig, TrainConfig, GenerateConfig, minigpt.AblateConfig)
-    for f in itertools.chain.from_iterable(fields(c) for c in configs):
-        if f.metadata["kind"] is bool:
+    for f in itertools.chain(*map(fields, (GPTConfig, TrainConfig, minigpt.GenerateConfig))):
+        kind = f.type if isinstance(f.type, type) else f.type.__args__[0]
+        if kind is bool and f.name not in ("compile", "wandb"):
             flags |= {f.name: st.just([]), f"no_{f.name}": st.just([])}
-        else:
-            flags[f.name] = value(f.metadata["kind"], f.metadata["choices"])
-    for slow in ("compile", "vary", "wandb", "seeds"):
-        del flags[slow]
+        elif kind is not bool:
+            flags[f.name] = value(kind, minigpt.CHOICES.get(f.name))
     typed = st.lists(st.sampled_from(sorted(flags)).flatmap(
         lambda name: flags[name].map(lambda value: [f"--{name}", *value])), max_size=4)
-    modes = st.sampled_from(["train", "train", "generate", "eval", "ablate"])
-    small = [*TINY[2:], "--max_steps", "2", "--sample_tokens", "3", "--no_wandb",
-             "--max_tokens", "4"]
-    seen = collections.Counter()
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True,
                          suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(modes, typed)
+    @hypothesis.given(st.sampled_from(["train", "train", "generate", "eval", "ablate"]), typed)
     def law(mode, typed):
         folder = run if mode in ("generate", "eval") else tmp_path / "out"
-        argv = ["--mode", mode, *small, "--out_dir", folder]
-        argv += ["--vary", "init=zero", "--seeds", "1"] if mode == "ablate" else []
+        argv = ["--mode", mode, *TRAIN[2:], "--max_steps", "2", "--sample_tokens", "3",
+                "--max_tokens", "4", "--no_wandb", "--out_dir", folder]
+        argv += ["--vary", "tie_weights=true", "--seeds", "1"] if mode == "ablate" else []
         code, _, err = run_main(*argv, *itertools.chain.from_iterable(typed))
-        assert code in (0, 2), err
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == (code == 2) and "Traceback" not in err, err
-        if code == 2:
-            assert err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, err
+        assert code in (0, 2) and len(lines) == (code == 2) and "Traceback" not in err, err
+        assert code == 0 or err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, err
         seen[mode, code] += 1
 
     law()
     assert all(seen[mode, code] for mode in ("train", "generate", "eval") for code in (0, 2)), seen
 
+def test_dashes_in_flags_and_in_values_are_kept_apart(tmp_path, monkeypatch):
+    """--max-steps is --max_steps; a prompt, a stop text and a path keep their dashes."""
+    assert minigpt.parse(["--max-steps=5", "--out-dir", "my-folder", "--no-wandb"]) == {
+        "max_steps": 5, "out_dir": "my-folder", "wandb": False}
+    for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
+        assert minigpt.parse(["--prompt", text, "--stop", text]) == {"prompt": text, "stop": text}
+    for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b"):
+        assert minigpt.parse([f"--prompt={text}", f"--out_dir={text}"]) == {
+            "prompt": text, "out_dir": text}
+    (tmp_path / "my-text.txt").write_text(SHORT.read_text(encoding="utf-8") + "-", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    train_tiny("my-out", "--max-steps=1", "--data", "my-text.txt")
+    code, out, _ = run_main("--mode", "generate", "--out-dir", "my-out", "--prompt", "-- well-met",
+                            "--max_tokens", "2")
+    assert code == 0 and out.startswith("-- well-met")
 
-def test_dashes_and_equals_signs_are_understood(tmp_path):
-    """--max-steps is --max_steps; a value keeps its dashes."""
-    code, _, err = run_main("--mode", "train", "--max-steps=0", "--out-dir", "my-folder")
-    assert code == 2 and "--max_steps 0: must be at least 1" in err
-    code, _, err = run_main("--mode", "train", "--data=no-such-file", "--out-dir", tmp_path)
-    assert code == 2 and "no-such-file" in err
+@POSIX
+def test_names_that_are_not_utf8_are_no_crash(tmp_path):
+    """What a file system allows: as folder, as text and as prompt."""
+    folder, text = tmp_path / os.fsdecode(b"out\xff"), tmp_path / os.fsdecode(b"text\xff")
+    shutil.copy(SHORT, text)
+    for _ in range(2):
+        train_tiny(folder, "--data", text, "--max_steps", "1")
+    resume_tiny(folder / "earlier_1", "--max_steps", "2")
+    assert run_main("--mode", "eval", "--out_dir", folder)[0] == 0
+    code, _, err = run_main("--mode", "generate", "--out_dir", folder, "--prompt", folder.name)
+    assert code == 2 and "error: --prompt" in err
 
+def test_help_lists_every_flag_in_80_columns():
+    """--help is the reference; it exits with 0; each flag with its meaning and its default."""
+    done = run_command("--help", COLUMNS="300")
+    text, lines = re.sub(r"\s+", " ", done.stdout), done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "" and max(map(len, lines)) <= 80
+    for flag in flags_with_values():
+        assert any(re.match(rf"  {flag} \S", line) for line in lines), flag
+    for word in (*PRESETS, *minigpt.MODES, *minigpt.ABLATIONS, "(0.9)", "--resume", "--bias"):
+        assert word in text
+    for name, help in {**minigpt.comments(GPTConfig), **minigpt.comments(TrainConfig)}.items():
+        assert help in text, name
 
-def test_help_lists_modes_presets_and_chapters():
-    """--help is the reference; it exits with 0."""
-    done = run_command("--help")
-    assert done.returncode == 0
-    for word in (*PRESETS, "train", "generate", "eval", "Learning", "Generation"):
-        assert word in done.stdout
+@POSIX
+def test_a_reader_that_leaves_early(tiny_run, tmp_path, start_main):
+    """`generate | head -c 10` is no error. `train 2>&1 | head -1` ends the run, and the exit code
+    says so, as a shell expects (128 + 13)."""
+    generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--device", "cpu", "--max_tokens",
+                "300000"]
+    train = [*TRAIN, "--out_dir", tmp_path, "--max_steps", "5000"]
+    for argv, code in ((generate, 0), (train, 141)):
+        os.mkfifo(fifo := tmp_path / f"fifo{code}")
+        reader, log = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), tmp_path / f"log{code}"
+        process, got = start_main(argv, *((log, fifo) if code == 0 else (fifo, log))), b""
+        while not got:
+            with contextlib.suppress(BlockingIOError):
+                got = os.read(reader, 10)
+            assert process.is_alive()
+            time.sleep(0.01)
+        os.close(reader)
+        process.join(60)
+        assert process.exitcode == code and not re.search("Traceback|Exception", log.read_text())
 
+# ---- Writing -------------------------------------------------------------------------------------
+def test_typed_settings_reach_the_writing(tiny_run):
+    """Each as the model's own generate has it, drawn with the same dice; and each of them matters.
+    Only the text goes to stdout, and the prompt leads it; the cache changes nothing."""
+    folder, texts = tiny_run[0], []
+    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(folder / "best.pt"))
+    generate = ["--mode", "generate", "--out_dir", folder, "--max_tokens", "30"]
+    for options in (dict(), dict(temperature=0.0), dict(temperature=2.5), dict(top_k=3),
+                    dict(top_p=0.2)):
+        for flags in ([], ["--no_cache"]):
+            flags += [f"--{name}={value}" for name, value in options.items()]
+            _, out, err = run_main(*generate, "--prompt", "THE", "--seed", "7", *flags)
+            dice = torch.Generator().manual_seed(minigpt.derived_seed(7))
+            ids = model.generate(torch.tensor([tokenizer.encode("THE")]), 30,
+                                 **{"temperature": 0.8, **options}, generator=dice)
+            assert out == tokenizer.decode(ids[0].tolist()) + "\n"
+            assert re.fullmatch(r".*best.pt: step \d+, [\d,]+ parameters\n", err)
+        texts.append(out)
+    assert len(set(texts)) == 5 and run_main(*generate)[1][0] == "\n"  # without a prompt
+    assert run_main(*generate, "--prompt", "THE", "--max_tokens", "0")[1] == "THE\n"
+    assert run_main(*generate, "--seed", "2")[1] != run_main(*generate)[1] == run_main(*generate)[1]
 
-def test_reader_that_leaves_early_is_no_error(tiny_run):
-    """`... | head -c 10` closes the pipe while text is still being written."""
-    command = [sys.executable, HERE / "minigpt.py", "--mode", "generate", "--out_dir", tiny_run[0],
-               "--max_tokens", "3000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.read(10)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    process.stderr.close()
-    assert process.wait(60) == 0 and "Traceback" not in err and "Exception" not in err
+def test_several_samples_are_several_texts(tiny_run):
+    """Separated by a line; each continues the prompt; --stop ends each by itself, at its own
+    place."""
+    generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--prompt", "I", "--num_samples",
+                "3", "--max_tokens", "60", "--temperature", "1.5"]
+    code, out, _ = run_main(*generate)
+    texts = out.split("---------------\n")
+    assert code == 0 and len(set(texts)) == 3 and all(len(t) == 62 and t[0] == "I" for t in texts)
+    stop = texts[1][20:22]
+    _, out, _ = run_main(*generate, "--stop", stop)
+    for whole, cut in zip(texts, out.split("---------------\n"), strict=True):
+        assert cut == whole.split(stop)[0] + "\n" or cut == whole and stop not in whole
 
+def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monkeypatch):
+    """What was shown stays the beginning of what comes, for every way in which tokens and a stop
+    text can meet; half a character waits for its other half, and after the end-of-text token there
+    is nothing. Every character is flushed before the next is drawn: a reader of a pipe sees it at
+    once."""
+    tokenizer, dice = BPETokenizer.train(["aba " * 9], 260), random.Random(0)
+    for _ in range(500):
+        text = "".join(dice.choices("ab\né", k=dice.randrange(12)))
+        stop = "".join(dice.choices("ab\né", k=dice.randrange(3)))
+        ids, shown, ended, n = [i for c in text for i in tokenizer.encode(c)], "", False, 0
+        while n < len(ids) and not ended:
+            n += 1
+            new, ended = minigpt.visible_text(tokenizer, ids[:n], stop, complete=False)
+            assert new.startswith(shown) and "\ufffd" not in new
+            shown = new
+        whole = minigpt.visible_text(tokenizer, ids[:n], stop, complete=True)[0]
+        assert whole.startswith(shown) and whole == (text.split(stop)[0] if stop else text)
+        assert ended == bool(stop and stop in text)
+        after = minigpt.visible_text(tokenizer, [*ids, tokenizer.end, *ids], "", complete=False)
+        assert after == (text, True)
+    events, draw, out = [], minigpt.draw_token, io.StringIO()
+    out.write = lambda text: events.extend([text] * bool(text))
+    out.flush = lambda: events.append("flush")
+    monkeypatch.setattr(minigpt, "draw_token", lambda *a: (events.append("draw"), draw(*a))[1])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        minigpt.main(["--mode", "generate", "--out_dir", str(tiny_run[0]), "--prompt", "A",
+                      "--max_tokens", "4", "--device", "cpu"])
+    assert events[:2] == ["A", "flush"]
+    assert events[2:14:3] == ["draw"] * 4 and events[4:14:3] == ["flush"] * 4
 
-def test_a_log_that_nobody_reads_is_not_a_success(tmp_path):
-    """`train 2>&1 | head -1` ends the run: the exit code says so, as a shell expects (128 + 13)."""
-    process = subprocess.Popen([sys.executable, HERE / "minigpt.py", *TINY, "--out_dir", tmp_path,
-                                "--max_steps", "5000"], stderr=subprocess.PIPE)
-    process.stderr.read(10)
-    process.stderr.close()
-    assert process.wait(60) == 141
-
-
-def end_to_end_offline(folder):
-    """Everything a user types in a fresh folder without the corpus and without a network."""
-    for name in ("minigpt.py", "download_data.py"):
-        shutil.copy(HERE / name, folder)
-    (folder / "data").mkdir()
-    shutil.copy(SAMPLE, folder / "data")
-    tiny = [a for a in TINY if a not in ("--data", str(SAMPLE))]
-    offline = dict(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9",
-                   NO_PROXY="", no_proxy="", OMP_NUM_THREADS="1")
-    return {name: run_command(*argv, script=script, cwd=folder, **offline)
-            for name, script, argv in (
-        ("train", "minigpt.py", tiny),
-        ("resume", "minigpt.py", ["--mode", "train", "--resume", "--max_steps", "9"]),
-        ("eval", "minigpt.py", ["--mode", "eval"]),
-        ("generate", "minigpt.py", ["--mode", "generate", "--prompt", "THE TIDE:"]),
-        ("download", "download_data.py", []),
-        ("import", "download_data.py", ["--source", "data/sample.txt"]))}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def end_to_end(request, tmp_path_factory):
-    """Those commands, run beside the other tests: each spends its time on starting up."""
-    if not any("end_to_end" in item.name for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("end_to_end")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        yield folder, pool.submit(end_to_end_offline, folder)
-
-
-def test_end_to_end_offline(end_to_end):
+# ---- As a whole ----------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_end_to_end_offline(tmp_path):
     """A fresh folder without the corpus and without a network: train falls back to the sample and
     says so, resumes, evaluates and writes, all as a user would type it."""
-    folder, done = end_to_end[0], end_to_end[1].result()
-    for name in ("train", "resume", "eval", "generate"):
-        assert done[name].returncode == 0, done[name].stderr
-    assert "Training on the small sample" in done["train"].stderr
-    assert "--source" in done["train"].stderr
-    assert "at step 6" in done["resume"].stderr
-    assert re.search(r"[\d.]+ nats per token", done["eval"].stdout)
-    assert done["generate"].stdout.startswith("THE TIDE:")
-    assert done["download"].returncode == 2
-    assert "\nerror: no source delivered" in done["download"].stderr
-    assert done["import"].returncode == 2
-    assert done["import"].stderr.startswith("error: data/sample.txt: truncated")
-    assert not (folder / "data" / "input.txt").exists()
+    for name in ("minigpt.py", "download_data.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(SAMPLE, tmp_path / "data")
+    tiny = [a for a in TRAIN if a not in ("--data", str(SHORT))]
+    offline = dict(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", NO_PROXY="",
+                   no_proxy="", OMP_NUM_THREADS="1", PYTHONPATH="")
+    for code, script, argv, *said in (
+            (0, "minigpt.py", tiny, "Training on the small sample", "--source"),
+            (0, "minigpt.py", ["--mode", "train", "--resume", "--max_steps", "9"], "at step 6"),
+            (0, "minigpt.py", ["--mode", "eval"], "nats per token"),
+            (0, "minigpt.py", ["--mode", "generate", "--prompt", "THE TIDE:"], "THE TIDE:"),
+            (2, "download_data.py", [], "\nerror: no source delivered"),
+            (2, "download_data.py", ["--source", "data/sample.txt"], "sample.txt: truncated")):
+        done = run_command(*argv, script=script, cwd=tmp_path, **offline)
+        assert done.returncode == code, done.stderr
+        assert all(words in done.stdout + done.stderr for words in said)
+    assert not (tmp_path / "data" / "input.txt").exists()
 
-
-def test_only_the_three_core_packages_are_needed():
+def test_only_the_core_packages_are_needed():
     """Everything else is imported where it is used, so that its absence costs nothing."""
     needed = set()
     for name in ("minigpt.py", "download_data.py"):
-        tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
-        for node in tree.body:
+        for node in ast.parse((HERE / name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import):
                 needed |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

@@ -24,7 +24,6 @@ import torch
 
 import minigpt
 
-
 def take_turns(functions: dict, seconds: float) -> dict[str, float]:
     """The median seconds of a call of each; the first round warms up."""
     times = {name: [] for name in functions}
@@ -106,7 +105,7 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
         assert len(json.loads(new.to_str())["model"]["merges"]) == len(ours.merges)
 
     def encode():
-        ours.remembered.clear()
+        ours.encode_piece.cache_clear()
         ours.encode(text)
 
     name = f"BPE of {vocab_size:,}"
