@@ -267,9 +267,6 @@ def test_unknown_character_is_named():
     """The user must learn which character it was."""
     with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* of 4\b"):
         CharTokenizer.train("abcd").encode("abüd")
-    assert minigpt.first_ids(CharTokenizer.train("ab\n")) == [0]
-    assert minigpt.first_ids(CharTokenizer(["a", "\n"])) == [1]
-    assert minigpt.first_ids(CharTokenizer.train("ab")) == [0]  # there is no line break
 
 # ---- Batches -------------------------------------------------------------------------------------
 def test_batches_are_random_windows_and_their_successors():
@@ -1044,6 +1041,7 @@ def test_bpe_loses_nothing_and_survives_everything(bpe):
     assert all(bpe.decode(bpe.encode(text)) == text for text in texts)
     assert bpe.decode(bpe.encode("a\ud800b\udfff") + bpe.encode("é")[:1]) == "a\ufffdb\ufffd\ufffd"
     assert BPETokenizer.train("x" * 100_000 + " \ud83d", 300).vocab_size > 257
+    assert bpe.decode([bpe.start]) == "\n"
     assert sorted(bpe.tokens[:256]) == [bytes([b]) for b in range(256)]
 
 def test_end_of_text_is_one_token_that_no_merge_touches():
@@ -1152,7 +1150,9 @@ def assert_same_run(a, b, *parts):
         assert_same(a[part], b[part])
 
 def metrics_of(out_dir):
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    """Of several records of one kind and step, as after a --resume, the later one counts."""
+    records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return sorted({(*r, r["step"]): r for r in records}.values(), key=lambda r: r["step"])
 
 def step_losses(out_dir):
     return [(r["step"], r["loss"], r["grad_norm"]) for r in metrics_of(out_dir) if "loss" in r]
@@ -1267,7 +1267,7 @@ def test_a_run_writes_what_it_promises(tiny_run):
     for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
         assert step_of(folder / f"{name}.pt") == step
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["train_config"]["max_steps"] == 6 and config["model_config"]["n_embd"] == 16
+    assert config["max_steps"] == 6 and config["n_embd"] == 16
     assert [step for step, *_ in step_losses(folder)] == [1, 2, 3, 4, 5, 6]
     assert evaluated(folder) == [0, 3, 6] and "full_val_loss" in metrics_of(folder)[-1]
     assert err.count("    | ") >= 3  # a sample at each evaluation
@@ -1284,7 +1284,7 @@ def test_what_a_run_says_of_itself_is_right(tiny_run):
     assert f"{cut:,} training and {len(text) - cut:,} validation tokens" in err
     model, tokenizer = minigpt.model_from_checkpoint(state)
     n = sum(p.numel() for p in model.parameters())
-    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads" in err
+    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads, processes: 1" in err
     assert f"vocabulary {tokenizer.vocab_size}\n" in err and tokenizer.vocab_size == len(set(text))
     assert re.search(rf"best model.* of step {state['best_step']}: {folder / 'best.pt'}", err)
     nats, perplexity, bits = map(float, re.search(
@@ -1383,30 +1383,23 @@ def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenize
         assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
         assert_same_run(whole / "latest.pt", parts / "latest.pt",
                         "model", "optimizer", "step", "best_val", "best_step", "tokenizer")
-        assert evaluated(parts) == [0, 3, 6] and not (parts / "earlier_1").exists()
+        assert evaluated(parts) == [0, 3, 6]
         shutil.rmtree(parts)
 
-def test_a_branch_sets_aside_what_is_in_the_folder(tmp_path):
-    """--resume --checkpoint FILE: the earlier files lie together in earlier_N, and the search for
-    the best begins anew. FILE is out_dir's latest.pt itself: nothing moves. FILE may be one of
-    those that move; the weights become what they would have been."""
-    folder = tmp_path / "a"
+def test_a_branch_goes_on_in_a_folder_of_its_own(tmp_path):
+    """--resume --checkpoint FILE: the search for the best begins anew, the weights become what they
+    would have been. FILE may be out_dir's latest.pt itself."""
+    folder, branch = tmp_path / "a", ["--mode", "train", "--resume", "--checkpoint"]
     train_tiny(folder, "--checkpoint_interval", "2")
-    before, end = contents(folder), load_checkpoint(folder / "latest.pt")
-    assert step_of(folder / "best.pt") > 2
-    branch = ["--mode", "train", "--resume", "--checkpoint"]
+    end, names = load_checkpoint(folder / "latest.pt"), contents(folder).keys()
     succeed(*branch, folder / ".." / "a" / "latest.pt", "--out_dir", folder)
-    assert contents(folder).keys() == before.keys()
-    assert metrics_of(folder)[-1]["best_step"] == step_of(folder / "best.pt")
-    before = contents(folder)
+    assert contents(folder).keys() == names
+    assert metrics_of(folder)[-1]["best_step"] == step_of(folder / "best.pt") > 2
     succeed(*branch, folder / "step_000006.pt", "--out_dir", tmp_path / "b")  # a finished run
     assert step_of(tmp_path / "b" / "best.pt") == 6 and evaluated(tmp_path / "b") == [6]
-    err = succeed(*branch, folder / "step_000002.pt", "--out_dir", folder, "--max_steps", "5")
-    aside = folder / "earlier_1"
-    assert f"{aside}" in err and contents(aside) == {aside / p.name: v for p, v in before.items()}
-    assert step_of(folder / "latest.pt") == 5 and evaluated(folder) == [2, 3, 5]
-    succeed(*branch, aside / "step_000002.pt", "--out_dir", tmp_path / "c")
+    succeed(*branch, folder / "step_000002.pt", "--out_dir", tmp_path / "c")
     assert_same(load_checkpoint(tmp_path / "c" / "latest.pt")["model"], end["model"])
+    assert evaluated(tmp_path / "c") == [2, 3, 6]
 
 def test_resume_where_nothing_was_saved_begins_a_new_run(tmp_path):
     """So that one command line serves for both, as under torchrun --max_restarts."""
@@ -1450,12 +1443,11 @@ def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
                            ("preset", "mini", "laptop"), ("seed", 3, 1337), ("dropout", 0.2, 0.1)):
         code, _, err = run_main(*RESUME, tmp_path, f"--{flag}", new)
         assert code == 2 and last_line(err).startswith(f"error: --{flag} {new}: cannot change")
-        assert f"was trained with {old};" in last_line(err)
+        assert f"the run began with {old};" in last_line(err)
     assert contents(tmp_path) == before
     resume_tiny(tmp_path, "--max_steps", "8", "--preset", "laptop")
     assert step_of(tmp_path / "latest.pt") == 8 and evaluated(tmp_path) == [0, 3, 6, 8]
-    scored = ["full_val_loss" in r for r in metrics_of(tmp_path)]
-    assert scored.index(True) == len(scored) - 1  # one score, the last record
+    assert "full_val_loss" in metrics_of(tmp_path)[-1]
 
 def test_another_corpus_is_refused_on_resume(tmp_path):
     """Typed, or changed in its place: the same characters in another order are another text."""
@@ -1482,22 +1474,21 @@ def test_what_may_change_on_resume_does(tmp_path):
     config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
     assert (config["dtype"], config["patience"], config["wandb"]) == ("float16", 4, False)
 
-def test_a_new_run_sets_the_earlier_one_aside(tmp_path):
-    """A forgotten --resume must not cost a night's work; and to go on with it is possible."""
-    train_tiny(tmp_path, "--max_steps", "2", "--checkpoint_interval", "1")
-    names, aside = {p.name: data for p, data in contents(tmp_path).items()}, tmp_path / "earlier_1"
-    for n in (1, 2):
-        err = train_tiny(tmp_path, "--max_steps", "1")
-        assert f"--resume --out_dir {tmp_path / f'earlier_{n}'}" in err
-    assert {path.name: data for path, data in contents(aside).items()} == names
-    assert step_of(tmp_path / "latest.pt") == 1 and not (tmp_path / "step_000002.pt").exists()
-    resume_tiny(aside, "--max_steps", "3")
-    assert step_of(aside / "latest.pt") == 3 and not (aside / "earlier_1").exists()
+@pytest.mark.parametrize("name", ["best.pt", "step_000002.pt", "config.json", "metrics.jsonl"])
+def test_a_new_run_overwrites_nothing(tmp_path, name):
+    """A forgotten --resume must not cost a night's work; nor a file of that name that is not ours.
+    Nor does a branch overwrite another run."""
+    (tmp_path / name).write_text("mine")
+    train_tiny(tmp_path / "other", "--max_steps", "1", "--checkpoint_interval", "0")
+    for argv in ([], ["--resume", "--checkpoint", tmp_path / "other" / "best.pt"]):
+        code, _, err = run_main(*TRAIN, *argv, "--out_dir", tmp_path)
+        assert code == 2 and f"there is a {name} already; use --resume" in last_line(err)
+    assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 2
 
 def test_training_leaves_the_users_files_alone(tmp_path):
-    """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run,
-    by one that goes on or by one that sets another aside; not even the corpus, or files with the
-    names that earlier versions gave their token files."""
+    """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run or
+    one that goes on; not even the corpus, or files with the names that earlier versions gave their
+    token files."""
     corpus = tmp_path / "corpus.txt"
     shutil.copy(SHORT, corpus)
     for name in ("tokens_train.bin", "tokens_val_0123456789ab.bin", "notes.txt", "best_000003.pt",
@@ -1507,8 +1498,6 @@ def test_training_leaves_the_users_files_alone(tmp_path):
     mine = {path: (data, path.stat().st_mtime_ns) for path, data in contents(tmp_path).items()}
     train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
     resume_tiny(tmp_path, "--max_steps", "2")
-    train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
-    assert (tmp_path / "earlier_1").is_dir()
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in mine} == mine
 
 @pytest.mark.parametrize("flag, value, at", [("--checkpoint_interval", 2, 2),
@@ -1525,26 +1514,32 @@ def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, val
         assert state["step"] == 0 and all(v.isfinite().all() for v in state["model"].values())
 
 @pytest.mark.parametrize("garbage", [
-    b'{"step": 9, "lo', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99,
+    b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
     b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
 def test_damaged_or_unknown_metrics_do_not_stop_a_resume_nor_the_plot(tmp_path, garbage, pictures):
-    """What a crash may leave behind, or another version; the records before it stay, and records
-    beyond the resumed step are dropped."""
+    """What a crash may leave behind, or another version. Of two records of a step, as a resume may
+    leave them, the later one is drawn."""
     train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
     shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(garbage)
     (tmp_path / "loss.png").unlink(missing_ok=True)
-    resume_tiny(tmp_path, "--max_steps", 3)
-    records = [r for r in metrics_of(tmp_path) if "loss" in r and r["loss"] != "high"]
-    assert [r["step"] for r in records] == [1, 2, 3]
+    resume_tiny(tmp_path, "--max_steps", 4)
+    records = [r for r in minigpt.read_metrics(tmp_path) if "grad_norm" in r]
+    assert [r["step"] for r in records] == [1, 2, 3, 3, 4]
     if importable("matplotlib"):
+        from matplotlib.axes import Axes
+
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+        drawn, plot = [], Axes.plot
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Axes, "plot", lambda *a, **o: drawn.append(a[1:]) or plot(*a, **o))
+            minigpt.draw_curves(tmp_path / "a.png", {"a": (tmp_path, "grad_norm")}, "")
+        assert drawn == [([1, 2, 3, 4], [r["grad_norm"] for r in records[:2] + records[3:]])]
 
 def test_metrics_are_strict_json(tmp_path):
     """An infinite gradient norm, as float16 has them, becomes null; a loss that is no number ends
-    the run; and a new run's records begin empty."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
+    the run."""
     run = tiny_full_run(tmp_path)
     with run.watched():
         run.log(step=1, grad_norm=math.inf)
@@ -1557,13 +1552,13 @@ def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
     clock = itertools.count(0, 10)
     monkeypatch.setattr(minigpt.time, "perf_counter", lambda: next(clock))
     err = train_tiny(tmp_path, "--max_steps", "1")
-    assert re.search(r"^evaluating .*best.pt: \d+%, \d+:\d\d:\d\d left$", err, re.M)
+    assert re.search(r"^evaluating: \d+%, \d+:\d\d:\d\d left$", err, re.M)
     _, _, err = run_main("--mode", "eval", "--out_dir", tmp_path)
-    lines = re.findall(r"^evaluating .*best.pt: (\d+)%, (\S+) left$", err, re.M)
+    lines = re.findall(r"^evaluating: (\d+)%, (\S+) left$", err, re.M)
     assert len(lines) > 5 and lines[-1] == ("100", "0:00:00")
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        minigpt.show_progress("x")(0.25)  # after 10 s
-    assert err.getvalue() == "x: 25%, 0:00:30 left\n"
+        minigpt.show_progress()(0.25)  # after 10 s
+    assert err.getvalue() == "evaluating: 25%, 0:00:30 left\n"
 
 @pytest.mark.slow
 def test_a_real_run_learns(tmp_path):
@@ -1605,7 +1600,7 @@ def test_a_signal_saves_and_leaves(tmp_path, start_main, number, code):
     assert [n for n, *_ in step_losses(out_dir)] == [*range(1, step + 2)]
     process = start_main([*TRAIN, "--eval_batches", "100000000", "--out_dir", tmp_path / "b"], log)
     for said in ("\nmodel ", "stopping after"):
-        while not (tmp_path / "b" / "metrics.jsonl").exists() or log.read_text().count(said) < 2:
+        while not (tmp_path / "b" / "config.json").exists() or log.read_text().count(said) < 2:
             time.sleep(0.02)
         time.sleep(0.1)
         assert process.is_alive()
@@ -1818,10 +1813,10 @@ def test_device_format_and_preset_are_found(capsys):
         with pytest.raises(UserError, match=f"--device {name}: not here.* auto, .*cpu"):
             minigpt.find_device(name)
     for device, preset in (("cuda", "gpt"), ("cpu", "laptop")):
-        config = minigpt.fresh_settings({"dtype": "float32"}, torch.device(device))[1]
+        config = minigpt.find_settings({"dtype": "float32"}, torch.device(device))[1]
         assert config.preset == preset
         assert f"preset {preset} (chosen for {device})" in capsys.readouterr().err
-    assert minigpt.fresh_settings({}, cpu)[1].dtype in ("float32", "bfloat16")
+    assert minigpt.find_settings({}, cpu)[1].dtype in ("float32", "bfloat16")
 
 def test_the_typed_number_format_is_used_for_the_matrix_products(tiny_run, tmp_path):
     """Which lose digits; weights, loss and gradients are float32. A run in 16 bits is another one
@@ -1870,20 +1865,16 @@ def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
     assert_same(before, everything())
 
 @pytest.mark.slow
-def test_compilation_that_fails_falls_back_with_one_warning(tmp_path):
-    """Without a C++ compiler torch.compile cannot work on a CPU: one warning, and the run is the
-    same as without it."""
+def test_compilation_that_fails_is_one_error(tmp_path):
+    """Without a C++ compiler torch.compile cannot work on a CPU."""
     env = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = run_command(*TRAIN, "--max_steps", "2", "--out_dir", tmp_path / "a", "--compile", **env)
-    assert done.returncode == 0 and "torch.compile does not work here" in done.stderr, done.stderr
-    assert done.stderr.count("warning") == 1 and "Traceback" not in done.stderr
-    train_tiny(tmp_path / "b", "--max_steps", "2")
-    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
+    check_mistake(done.returncode, done.stdout, done.stderr, ["--compile", "--no_compile"])
 
 def test_a_compiled_model_is_used_where_compilation_works(tmp_path, monkeypatch):
-    """With a backend that needs no compiler: the steps run through it, nothing is left over from
-    the trial, and the run is the one without it."""
+    """With a backend that needs no compiler: the steps run through it, and the run is the one
+    without it."""
     real, compiled = torch.compile, []
 
     def compile(runner):
@@ -1892,11 +1883,10 @@ def test_a_compiled_model_is_used_where_compilation_works(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "compile", compile)
     flags = ["--max_steps", "2", "--checkpoint_interval", "0"]
-    assert "does not work" not in train_tiny(tmp_path / "a", "--compile", *flags) and compiled
+    train_tiny(tmp_path / "a", "--compile", *flags)
     train_tiny(tmp_path / "b", *flags)
     assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
-    run = tiny_full_run(".", compile=True)
-    assert run.runner is compiled[-1] and all(p.grad is None for p in run.model.parameters())
+    assert compiled and tiny_full_run(".", compile=True).runner is compiled[-1]
 
 def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
     """Without the mark of Windows and its line ends; the parts are cut at nine tenths of the
@@ -1941,7 +1931,7 @@ print(code, peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True,
                           timeout=300)
-    assert "--block_size 100000000 needs at least" in done.stderr, done.stderr
+    assert "--block_size 100000000 needs more" in done.stderr, done.stderr
     code, grown = done.stdout.split()
     assert code == "2" and float(grown) < 200
 
@@ -2058,10 +2048,12 @@ def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
 
 def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
     """The same function, the same place; the second time the file is simply used."""
-    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     monkeypatch.setattr(minigpt, "DATA", tmp_path)
+    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/missing"])
+    assert minigpt.find_corpus("") == tmp_path / "sample.txt"
+    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     for _ in range(2):
-        assert minigpt.find_corpus(None) == tmp_path / "input.txt"
+        assert minigpt.find_corpus("") == tmp_path / "input.txt"
     assert (tmp_path / "input.txt").read_bytes() == BODY and Handler.hits["good"] == 1
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
@@ -2077,13 +2069,14 @@ def no_wandb_account(monkeypatch, tmp_path):
 def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_account, monkeypatch):
     """The real package, offline: a run's records are on disk. Without an account, or with
     --no_wandb, it is not even started; and there is never a question."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name, flags in (("quiet", []), ("off", ["--no_wandb"]), ("on", [])):
         if name != "quiet":
             monkeypatch.setenv("WANDB_MODE", "offline")
         train_tiny(tmp_path / name, "--max_steps", "2", *flags)
         files = list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))
         assert len(files) == (name == "on")
+    wandb.finish()
     assert b"tokens_per_second" in files[0].read_bytes()
     assert_same_run(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
 
@@ -2103,7 +2096,8 @@ def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
                script, *argv]
     process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
                                encoding="utf-8", stdout=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1",
+                                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     watchdog = threading.Timer(100, process.terminate)  # should they wait for each other for ever
     watchdog.daemon = True
     watchdog.start()
@@ -2118,6 +2112,7 @@ def workers_of(torchrun):
     return sorted(map(int, listed.stdout.split()))
 
 TWO_STEPS = """
+import itertools
 import sys
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -2136,7 +2131,7 @@ for run.step in range(2):
     batches = run.batches()
     first = next(batches)
     dice.append(torch.initial_seed())
-    loss, norm = train_step(run.runner, run.optimizer, [first, *batches], settings)
+    loss, norm = train_step(run.runner, run.optimizer, itertools.chain([first], batches), settings)
     losses += [sum(gather(loss.item())) / run.processes, norm.item()]
 torch.save({"grads": grads, "losses": losses, "calls": len(calls), "dice": dice,
             "weights": model.state_dict()}, f"{sys.argv[1]}.{run.rank}")
@@ -2155,7 +2150,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
     assert done.returncode == 0, done.stderr
     code, _, err = run_torchrun(2, tmp_path / "2", script=script)
     assert code == 0, err
-    one, *two = (torch.load_checkpoint(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
+    one, *two = (torch.load(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
     for of_rank in two:
         for name, tolerance in (("grads", 1e-7), ("losses", 1e-6), ("weights", 1e-7)):
             torch.testing.assert_close(of_rank[name], one[name], rtol=tolerance, atol=tolerance)
@@ -2164,14 +2159,13 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
-    """The same losses and weights, up to rounding; one of them prints, the files are those of a
-    single process, and they stop together when patience runs out: else one would wait for ever."""
-    exact = [*TRAIN, "--dropout", "0", "--learning_rate", "0.1", "--max_steps", "40", "--patience",
-             "2"]
+    """The same losses, up to rounding; one of them prints, and the files are those of a single
+    process."""
+    exact = [*TRAIN, "--dropout", "0", "--max_steps", "40"]
     code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
     assert code == 0 and out == "" and err.count("full validation split") == 1, err
-    assert "2 processes" in err and "Traceback" not in err and "warning" not in err.lower()
-    assert "stopped early" in train_tiny(tmp_path / "one", *exact) and "stopped early" in err
+    assert "processes: 2" in err and "Traceback" not in err and "warning" not in err.lower()
+    train_tiny(tmp_path / "one", *exact)
     one, two = (set(os.listdir(tmp_path / name)) for name in ("one", "two"))
     assert one == two - {"loss.png"}
     for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
@@ -2283,28 +2277,13 @@ def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
                          "--patience", "2")
     assert err.count("stopped early: no better validation loss in 2 evaluations") == 2
     for value in (True, False):
-        state = load_checkpoint(tmp_path / "ablate_bias" / f"bias={value}_seed=1337" / "latest.pt")
+        folder = tmp_path / "ablate_bias" / f"bias={str(value).lower()}_seed=1337"
+        state = load_checkpoint(folder / "latest.pt")
         assert state["step"] == 2 and state["model_config"]["bias"] == value
     (bad, good), _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
                                  "--grad_clip", "0")
-    assert bad == ["learning_rate=1e+30", "diverged", "diverged", "diverged", "0 of 1"]
+    assert bad == ["learning_rate=1e30", "diverged", "diverged", "diverged", "0 of 1"]
     assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
-
-@pytest.mark.parametrize("name", minigpt.ABLATIONS)
-def test_named_ablations_build_every_variant(name):
-    """Each is legal, differs from the others, and gets the settings that it names. One that undoes
-    a choice of the recipe says something else than the preset."""
-    found, variants = minigpt.find_variants({"set": name})
-    assert found == name and len({str(v) for v in variants}) == len(variants) >= 3
-    laptop = {**vars(GPTConfig(1)), **vars(TrainConfig()), **PRESETS["laptop"].settings}
-    for variant in variants:
-        typed = {"preset": "laptop", "dtype": "float32", "n_layer": 1, **variant}
-        sizes, config = minigpt.fresh_settings(typed, torch.device("cpu"))
-        model = minigpt.new_model(GPTConfig(**{"vocab_size": 65, **sizes}), 1)
-        stored = {**vars(model.config), **vars(config)}
-        assert all(stored[setting] == value for setting, value in variant.items())
-        assert name != "recipe" or all(laptop[setting] != value
-                                       for setting, value in variant.items())
 
 def test_flops_are_those_that_torch_counts_and_parts_add_up():
     """6 N + 12 n_layer C T, against the matrix products of a real pass. Fails if the head or the
@@ -2335,9 +2314,9 @@ def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
     rows = {name: float(value.replace(",", "")) for name, value in
             re.findall(r"^\| ([^|]*) \| ([\d,.e+-]+) \|$", out, re.M)}
     assert len(rows) == out.count("\n") - 2 >= 10 and min(rows.values()) > 0
-    sizes, _ = minigpt.fresh_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
-                                       "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
-    model = GPT(GPTConfig(**{"vocab_size": 65, **sizes}))
+    sizes, _ = minigpt.find_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
+                                      "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
+    model = GPT(GPTConfig(**{**sizes, "vocab_size": 65}))
     assert rows["parameters"] == minigpt.count_parameters(model) == sum(
         value for name, value in rows.items() if name.startswith("parameters, "))
     assert rows["training, model-FLOPs utilization"] == pytest.approx(
@@ -2358,9 +2337,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --max_steps => --max_steps
 --mode train --max_steps many => --max_steps & 'many' & whole number
 --mode train --bias maybe => maybe
---mode ablate => --set & --vary
---mode ablate --set recipe --vary pos=rope => --set & --vary
---mode ablate --set luck => --set & luck & recipe
+--mode ablate => --vary
 --mode ablate --vary luck=1,2 => --vary luck=1,2
 --mode ablate --vary seed=1,2 => --vary seed=1,2
 --mode ablate --vary n_layer => --n_layer
@@ -2368,7 +2345,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
 --mode train --n_embd 2000000000 => memory & --n_embd
 --mode train --data nowhere.txt => nowhere.txt: No such file
---mode train --data {tmp}/empty.txt => --data {tmp}/empty.txt & empty
+--mode train --data {tmp}/empty.txt => --data {tmp}/empty.txt: too short
 --mode train --data {tmp} => {tmp}: Is a directory; name another
 --mode train --data {tmp}/latin.txt => latin.txt: not UTF-8
 --mode train --data {tmp}/few.txt => few.txt & --block_size 128
@@ -2395,7 +2372,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode eval --checkpoint {tmp}/latin.txt => latin.txt: damaged
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
 --mode generate --out_dir {run} --top_k 0 => --top_k & '0'
---mode generate --out_dir {run} --top_k 666 => --top_k 666: must be at most
+--mode train --out_dir {run} => --out_dir {run} & already & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --temperature -1 => --temperature & -1
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
@@ -2518,9 +2495,8 @@ def test_names_that_are_not_utf8_are_no_crash(tmp_path):
     """What a file system allows: as folder, as text and as prompt."""
     folder, text = tmp_path / os.fsdecode(b"out\xff"), tmp_path / os.fsdecode(b"text\xff")
     shutil.copy(SHORT, text)
-    for _ in range(2):
-        train_tiny(folder, "--data", text, "--max_steps", "1")
-    resume_tiny(folder / "earlier_1", "--max_steps", "2")
+    train_tiny(folder, "--data", text, "--max_steps", "1")
+    resume_tiny(folder, "--max_steps", "2")
     assert run_main("--mode", "eval", "--out_dir", folder)[0] == 0
     code, _, err = run_main("--mode", "generate", "--out_dir", folder, "--prompt", folder.name)
     assert code == 2 and "error: --prompt" in err
@@ -2532,7 +2508,7 @@ def test_help_lists_every_flag_in_80_columns():
     assert done.returncode == 0 and done.stderr == "" and max(map(len, lines)) <= 80
     for flag in flags_with_values():
         assert any(re.match(rf"  {flag} \S", line) for line in lines), flag
-    for word in (*PRESETS, *minigpt.MODES, *minigpt.ABLATIONS, "(0.9)", "--resume", "--bias"):
+    for word in (*PRESETS, *minigpt.MODES, "(0.9)", "--resume", "--bias"):
         assert word in text
     for name, help in {**minigpt.comments(GPTConfig), **minigpt.comments(TrainConfig)}.items():
         assert help in text, name
