@@ -1432,10 +1432,10 @@ class GPT2Tokenizer:
 TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 # ---- Muon ----------------------------------------------------------------------------------------
-# Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors: each of
-#           a set of orthogonal input directions (the columns of V) to an output direction (of U),
-#           stretched by a singular value (in S). Taken apart like this, a gradient has a few large
-#           singular values and many small ones: a step along it hardly moves most directions.
+# Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors:
+#           orthogonal input directions (columns of V) to output directions (of U), each stretched by a
+#           singular value (in S). Taken apart like this, a gradient has a few large singular values
+#           and many small ones: a step along it hardly moves most directions.
 # Answer    Make all directions equally strong.
 # Equation  M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
 #           N = (1 - momentum) G + momentum M       a look ahead, with the new M
