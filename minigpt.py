@@ -1161,7 +1161,8 @@ HEADS[False] = lambda wte: nn.Linear(wte.embedding_dim, wte.num_embeddings, bias
 #           its result back, and attention stores (T, T) numbers for each head. A kernel is one
 #           compiled routine; a fused kernel does several operations on numbers that it has at hand,
 #           and attention without ever storing the matrix [Dao et al. 2022, section 3].
-# Here      --attention fused computes the same function; all presets but `plain` use it. @@FUSED
+# Here      --attention fused computes the same function. By `--mode bench`, `plain` trains with it
+#           at 29,500 tokens/s instead of 24,800, and writes 907 instead of 593 a second.
 class FusedAttention(Attention):
     """The same function as one kernel."""
     def attend(self, q, k, v):
@@ -1433,9 +1434,9 @@ TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 # ---- Muon ----------------------------------------------------------------------------------------
 # Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors:
-#           orthogonal input directions (columns of V) to output directions (of U), each stretched by a
-#           singular value (in S). Taken apart like this, a gradient has a few large singular values
-#           and many small ones: a step along it hardly moves most directions.
+#           orthogonal input directions (columns of V) to output directions (of U), each stretched
+#           by a singular value (in S). Taken apart like this, a gradient has a few large singular
+#           values and many small ones: a step along it hardly moves most directions.
 # Answer    Make all directions equally strong.
 # Equation  M = momentum M + (1 - momentum) G       the running mean, of a whole matrix
 #           N = (1 - momentum) G + momentum M       a look ahead, with the new M
@@ -1561,7 +1562,7 @@ def duration(seconds: float) -> str:
 #           range (8 exponent bits) and just 8 bits of precision: it needs no care. float16 is
 #           finer, but gradients below 6e-8 vanish: so the derivative of the loss is multiplied by a
 #           large number on its way into the model, and that of a weight divided by it afterwards.
-# Here      @@BF16
+# Here      By `--mode bench`, `plain` trains at 24,800 tokens/s, with --dtype float32 at 16,300.
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
