@@ -18,18 +18,18 @@ The file is a book in five parts, to be read from the top:
 
 Part I uses nothing of the parts that follow. Where one of them will have another answer, Part I
 keeps its own in a table (`NORMS`, `ACTIVATIONS`, ...) or in a method that a subclass may replace,
-and says so. The preset `plain` trains Part I and nothing else, in about three minutes on two cores:
+and says so. The preset `plain` trains the model of Part I, in some two minutes on two cores:
 
     python minigpt.py --mode train --preset plain
 
 The experiments, "Try it", are variations of that command, each run on two cores with the seed 1337.
 
 PyTorch supplies tensors, derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of
-vectors, looked up by row number), and the optimizer AdamW. What makes a GPT a GPT is written here.
+vectors, looked up by row number), Dropout, the usual functions, and AdamW. The GPT is written here.
 Calling a PyTorch module, `model(x)`, runs its method `forward(x)`. `(B, T, C)` is a tensor of sizes
 
     B    batch: how many sequences are processed side by side
-    T    time: how many tokens each sequence has, at most block_size
+    T    time: how many tokens (here: characters) each has, at most block_size
     C    channels: how many numbers describe one token, n_embd
     V    vocabulary: how many different tokens there are, vocab_size
     nh   number of attention heads, n_head;      hs   size of a head, C / nh
@@ -61,21 +61,22 @@ import torch.nn.functional as F
 # ==================================================================================================
 
 # ---- The sizes -----------------------------------------------------------------------------------
-# A model is defined by a handful of numbers. Each is explained where it is used; for now, know
-# where to look. Each is a flag, too: `--n_layer 8` exists because `n_layer` does.
+# A model is defined by a handful of numbers, each explained where it is used. Each is a flag, too,
+# such as --n_layer 8. The defaults are a larger model's; `plain` has n_layer 4, n_head 4, n_embd
+# 128, block_size 128 and dropout 0.
 class UserError(ValueError):
     """A mistake that whoever runs the program can mend: shown as one line, without a traceback."""
 
 @dataclass
 class GPTConfig:
     """The sizes of a model, and which kind of each part it has."""
-    vocab_size: int  # V: distinct tokens; may be given for --tokenizer bpe only, 1024 without it
+    vocab_size: int  # V: distinct tokens, counted in the corpus (bpe: as given, else 1024)
     block_size: int = 256  # context: the most tokens that the model sees at once
     n_layer: int = 6  # blocks stacked on each other
     n_head: int = 6  # attention heads in each block
     n_embd: int = 384  # C: channels, numbers that describe one token
     mlp_ratio: float = 4.0  # width of the MLP, over n_embd
-    dropout: float = 0.2  # share of activations set to zero in training
+    dropout: float = 0.2  # share of numbers set to zero in training
     bias: bool = True  # bias vectors in Linear and LayerNorm, as GPT-2 has them
     # Kinds of parts: Part I has the one that stands here, Part II has more.
     model: str = "gpt"  # the GPT, or the bigram baseline
@@ -89,8 +90,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}, "
-                            "since the heads share the channels")
+            raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}")
 
 # ---- Characters ----------------------------------------------------------------------------------
 # Problem   A network computes with numbers; we need a map from text to integers and back.
@@ -102,8 +102,7 @@ class GPTConfig:
 # Try it    tokenizer = CharTokenizer.train("hello"), then tokenizer.encode("help") is refused,
 #           naming 'p': a model can only be asked about what it could have seen.
 #
-# The ids mean nothing by their size: 'b' is not "more" than 'a'. The model looks each one up in a
-# table of learned vectors, and there likenesses between characters arise.
+# The ids mean nothing by their size. The model looks each up in a table of learned vectors.
 class CharTokenizer:
     """One token for each distinct character.
 
@@ -160,10 +159,10 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 #
 #           One sequence of T tokens holds T examples at once: T -> o, To -> _, To_ -> b, To_b -> e.
 # Shapes    tokens (N,) -> x (B, T), y (B, T)
-# Try it    In get_batch, below, set y = windows[:, :-1], a shift of zero, and train with
-#           --max_steps 300. By step 100 the loss is 0.001: the model copies what it sees. But its
-#           samples are empty, and the loss on the whole validation part, where evaluate makes a
-#           shift of its own, is 11.0: far worse than knowing nothing.
+# Try it    In get_batch, below, return windows[:, :-1] twice (no shift) and train with --max_steps
+#           300. By step 100 the loss, explained next, is 0.001: the model copies what it sees. But
+#           it writes only line breaks, and the loss on the whole validation part, where evaluate
+#           makes a shift of its own, is 11.0: far worse than knowing nothing.
 #
 # The last tenth of the text is held out for validation: the model never trains on it, so how well
 # it does there measures what was learned and not what was memorized.
@@ -208,13 +207,13 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
 # Example   logits 2, 1, 0 -> p = 0.67, 0.24, 0.09. If the second token comes, the loss is 1.41.
 # Bounds    A model that knows nothing gives every token 1/V: its loss is ln 65 = 4.17. The other
 #           end is not 0: only who had seen the text before could foresee it letter by letter.
-# Gradient  The derivative of the loss with respect to each number that the model has learned tells
-#           how to change that number: a little against it, and the loss goes down. All derivatives
-#           together are the gradient. For the logits it can be had by hand: with respect to logit i
-#           it is p_i, minus 1 for the token that came. In words: raise the logit of what came,
-#           lower the others, each by as much as it was believed in. loss.backward() computes the
-#           same, and through any number of functions on the way (the chain rule, from the loss
-#           backwards); it *adds* the result to `.grad` of each tensor that wants it.
+# Gradient  The derivative of the loss with respect to each of the numbers that a model learns, its
+#           weights, tells how to change it: a little against it, and the loss goes down. All these
+#           derivatives are the gradient. With respect to logit i it can be had by hand: p_i, minus
+#           1 for the token that came. In words: raise the logit of what came, lower the others,
+#           each by as much as it was believed in. loss.backward() computes the same, through any
+#           number of functions on the way (the chain rule, from the loss backwards); it *adds* the
+#           result to `.grad` of each tensor that wants it.
 #
 # >>> logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
 # >>> loss = cross_entropy(logits, torch.tensor([1]))
@@ -279,8 +278,8 @@ class Bigram(nn.Module):
 #               query b        .    .    .    .
 #
 # The root  A dot product of two vectors of hs independent numbers of mean 0 and variance 1 has the
-#           variance hs. Dividing by sqrt(hs) undoes that: whatever the head size, the softmax stays
-#           soft, and does not freeze into a choice of one.
+#           variance hs. Dividing by sqrt(hs) undoes that: whatever the head size, the softmax
+#           starts soft, not frozen into a choice of one.
 # Example   hs = 1; one query, 2; two keys, 1 and 3; their values, 10 and 20. Scores 2 and 6,
 #           weights 0.018 and 0.982, answer 0.018 * 10 + 0.982 * 20 = 19.8.
 # Heads     One softmax can focus on one thing at a time. nh heads of size C / nh each have their
@@ -312,14 +311,14 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def heads(self, x):
-        """Queries, keys and values of each head. (Part II may rotate q and k, or keep k and v.)"""
-        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
-        return [t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v)]
+        """q, k, v of each head: (B, T, C) -> (B, T, nh, hs) -> (B, nh, T, hs). (Part II: more.)"""
+        parts = self.c_attn(x).chunk(3, dim=-1)  # (B, T, C) each
+        return [part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in parts]
 
     def attend(self, q, k, v):
-        """The equation, line by line. (Part II has the same as one kernel.)"""
+        """The equation. (triu leaves -inf above the diagonal and sets the rest to 0.)"""
         T, hs = q.shape[-2:]
-        scores = (q / math.sqrt(hs)) @ k.transpose(-2, -1)  # (B, nh, T, T): row asks, column tells
+        scores = (q / math.sqrt(hs)) @ k.transpose(-2, -1)  # (B, nh, T, T): row query, column key
         mask = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(diagonal=1)
         weights = torch.softmax(scores + mask, dim=-1)  # each row sums to 1
         return self.attn_dropout(weights) @ v
@@ -337,19 +336,20 @@ ATTENTION = {"explicit": CausalSelfAttention}  # Part II: fused kernels
 POSITIONS = {"learned": lambda config: nn.Embedding(config.block_size, config.n_embd)}
 
 # ---- The MLP -------------------------------------------------------------------------------------
-# Problem   Attention only forms weighted means of values. Something has to compute with them.
+# Problem   Attention only forms weighted means of values. Something has to compute with them: a
+#           multi-layer perceptron, two linear maps with a function between.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position alone
 #           [Vaswani et al. 2017, section 3.3, with max(0, x) where GPT has GELU]
 #           W_1 is `c_fc`, W_2 is `c_proj` (a Linear stores W transposed: out x in); the middle is
-#           mlp_ratio times as wide as the ends. Without a function that is not linear between them,
-#           the two matrices would be no more than one; it is called the activation function.
+#           mlp_ratio times as wide as the ends. The function between them, called the activation
+#           function, is not linear: else the two matrices would be no more than one.
 #           GELU(x) = x Phi(x), Phi being the cumulative distribution of the standard normal: a
 #           smooth max(0, x). GPT-2 uses its tanh form [Hendrycks and Gimpel 2016, section 2]:
 #           0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
 # Example   GELU(2) = 1.95, GELU(0) = 0, GELU(-2) = -0.05: nearly x, nothing, nearly nothing.
 # Shapes    (B, T, C) -> (B, T, mlp_ratio C) -> (B, T, C)
 def gelu(x):
-    """The equation in its tanh form, as one kernel."""
+    """The equation in its tanh form."""
     return F.gelu(x, approximate="tanh")
 
 ACTIVATIONS = {"gelu": gelu}  # Part II: relu, its square, silu
@@ -371,8 +371,8 @@ class MLP(nn.Module):
 MLPS = {"gelu": MLP}  # by activation; Part II: one whose halves multiply
 
 # ---- Normalization -------------------------------------------------------------------------------
-# Problem   Layer upon layer, numbers grow or shrink by orders of magnitude, and a layer can only
-#           learn from inputs whose scale it can rely on.
+# Problem   Layer upon layer, numbers may grow or shrink, and a layer learns best from inputs whose
+#           scale it can rely on.
 # Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
 #           [Ba et al. 2016, sections 3 and 3.1, where weight is the gain g; eps is added]
 #           over the C channels of one token, so that no token depends on another, nor on the batch.
@@ -407,8 +407,8 @@ NORMS = {"layernorm": lambda n, config: LayerNorm(n, config.bias)}  # Part II: R
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600: 3.35, hardly
-#           more than how frequent each character is. With them it is 1.93.
+# Try it    In Block.forward, leave out the two `x +` and train with --max_steps 600: 3.35, what
+#           the frequencies of the characters alone would give. With them it is 1.93.
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
@@ -500,9 +500,8 @@ class GPT(nn.Module):
         return logits, None if targets is None else cross_entropy(logits, targets)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
-        """Continues idx (B, T) by max_new_tokens drawn tokens: (B, T + max_new_tokens).
-
-        The next chapter tells how; options are those of stream_tokens."""
+        """Continues idx (B, T) by drawn tokens: (B, T + max_new_tokens). The next chapter tells
+        how; options are those of stream_tokens."""
         drawn = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, **options)
         return torch.cat([idx, *drawn], dim=1)
 
@@ -527,7 +526,7 @@ def count_parameters(model: nn.Module) -> int:
 #           temperature 1 with top_p = 0.7 the first two stay, as the first alone reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Context   The model reads at most block_size tokens. When a text has outgrown that, the older half
-#           of the window is dropped at once, so that positions do not change at every step.
+#           of the window is dropped at once: Part II can then reuse what it knows of the rest.
 # Try it    With a trained model, --mode generate --prompt ROMEO: --temperature 0 goes round in
 #           circles ("I will the shall the shall the shall the shall the see the stands"): the
 #           likeliest token each time does not make a typical text. --temperature 2 hardly makes
@@ -591,7 +590,7 @@ def next_logits(model, idx):
 
 def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
                   generator=None, read=next_logits):
-    """Yields max_new_tokens times the next token of each row of idx (B, T), as (B, 1)."""
+    """Yields max_new_tokens tokens (B, 1) that follow idx (B, T). read is what gives logits."""
     for _ in range(max_new_tokens):
         token = draw_token(read(model, idx), temperature, top_k, top_p, generator)
         idx = torch.cat([idx, token], dim=1)
@@ -641,13 +640,13 @@ class TrainConfig:
     weight_decay: float = 0.1  # pull of the weight matrices towards zero
     beta1: float = 0.9  # AdamW: memory of the gradient
     beta2: float = 0.99  # AdamW: memory of its square
-    momentum: float = 0.95  # Muon: memory of the gradient
+    momentum: float = 0.95  # another optimizer's memory of the gradient (Part II)
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     eval_interval: int = 250  # steps from one evaluation to the next
-    eval_batches: int = 20  # batches in one estimate of the loss
+    eval_batches: int = 10  # batches in one estimate of the loss
     sample_tokens: int = 160  # text shown at an evaluation; 0: none
     checkpoint_interval: int = 500  # steps between snapshots; 0: none
-    log_interval: int = 10  # steps between status lines
+    log_interval: int = 25  # steps between status lines
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     seed: int = 1337  # start of every sequence of random numbers
     dtype: str = "auto"  # number format of the matrix products in training
@@ -656,8 +655,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
-            raise UserError(f"--min_lr {self.min_lr}: must be at most --learning_rate, "
-                            f"{self.learning_rate}")
+            raise UserError(f"--min_lr {self.min_lr}: above --learning_rate {self.learning_rate}")
 
 # AdamW     m = beta1 m + (1 - beta1) g           a running mean of the gradient g of a weight w
 #           v = beta2 v + (1 - beta2) g^2         a running mean of its square
@@ -666,8 +664,8 @@ class TrainConfig:
 #           counts the steps from 1; eps = 1e-8 [Loshchilov and Hutter 2019, algorithm 2, with the
 #           decay scaled by lr as PyTorch has it].
 #           Dividing by sqrt(v^) takes out the size of the gradient: whether derivatives are large
-#           or tiny, with betas like these a weight moves by some lr at most (decay aside). That is
-#           why one learning rate serves all layers.
+#           or tiny, with these betas a weight moves by 2.4 lr at most (decay aside). That is why
+#           one learning rate serves all layers.
 # Decay     Pulling weights towards zero keeps matrices from growing without use. Vectors (biases,
 #           the norms' gains) are offsets and scales with no reason to be zero: they are spared.
 # Example   The first step of a weight with g = 0.5 (or 500): m^ = g, v^ = g^2, so it moves by lr.
@@ -679,7 +677,7 @@ def weight_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
             {"params": vectors, "weight_decay": 0.0}]
 
 def make_adamw(model: nn.Module, config: TrainConfig):
-    """PyTorch's AdamW; `fused` makes it one kernel for all weights."""
+    """PyTorch's AdamW; `fused` updates all weights in one go."""
     return torch.optim.AdamW(weight_groups(model, config), lr=config.learning_rate, fused=True,
                              betas=(config.beta1, config.beta2))
 
@@ -746,7 +744,7 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 #           loss by grad_accum. The sum is the gradient of the mean over the large batch, which is
 #           never in memory as a whole.
 # Try it    --max_steps 100, and the same with --batch_size 4 --grad_accum 4: after 50 steps
-#           the losses are 2.6197 and 2.6206: the same windows, rounded differently in bfloat16.
+#           the losses are 2.6197 and 2.6206: the same windows, rounded differently.
 def train_step(model, optimizer, batches, config: TrainConfig):
     """One change of the weights, from the grad_accum pairs (x, y) of batches.
 
@@ -818,7 +816,7 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 # Safety    A file of Python's pickle format, which PyTorch uses, can run code when it is loaded.
 #           With weights_only=True nothing but tensors and plain values is made.
 # Try it    Press Ctrl-C during training, then type the same command with --resume: the losses go on
-#           as they would have, to the last digit.
+#           as they would have; with --dtype float32 to the last bit.
 
 FORMAT = "minigpt-2"
 
@@ -1006,8 +1004,7 @@ import re
 import unicodedata
 
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
-# Problem   LayerNorm subtracts the mean, divides by the deviation, has a gain and a bias. Is all of
-#           that needed?
+# Problem   LayerNorm subtracts, divides, has a gain and a bias. Is all of that needed?
 # Equation  y = x / sqrt(mean(x^2) + eps) * weight   [Zhang and Sennrich 2019, equation 4; plus eps]
 # Example   x = [3, 4]: mean square 12.5 -> [0.85, 1.13], before the gain.
 # Here      --norm rmsnorm: 2.277 +- 0.011. --norm none, no normalization at all: 2.449 +- 0.002.
@@ -1020,9 +1017,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_embd))
 
     def forward(self, x):
-        # Subtle: the stream is float32, but queries and keys may come in 16 bits, where squares are
-        # too coarse and may overflow.
-        y = x.float()
+        y = x.float()  # queries and keys may come in 16 bits, where squares are too coarse
         mean_square = y.norm(dim=-1, keepdim=True).square() / y.shape[-1]  # |x|^2 is the sum of x^2
         return (y * torch.rsqrt(mean_square + self.eps) * self.weight).to(x.dtype)
 
@@ -1037,8 +1032,6 @@ NORMS["none"] = lambda n, config: nn.Identity()
 #               x ----+------------------> (+) --> ln_1 --+------------> (+) --> ln_2 ---->
 #                     |                     ^             |               ^
 #                     +--> attention -------+             +--> MLP -------+
-#
-#           What leaves a block is normalized then, and ln_f has little left to do.
 # Here      --norm_position post: 3.03 +- 0.54, of which two seeds hardly learned at all.
 class PostNormBlock(Block):
     """A block that normalizes the residual stream itself."""
@@ -1052,10 +1045,9 @@ BLOCKS["post"] = PostNormBlock
 # Problem   Learned vectors know nothing of each other: that 4 and 5 are neighbours as 5 and 6 are
 #           has to be learned, for each pair.
 # Sinusoid  The vector of position t holds sin(t w_i) and cos(t w_i), w_i = 10000^(-2i/C), for i
-#           below C/2 [Vaswani et al. 2017, section 3.5]: hands of clocks that run at different
-#           speeds. To move by s positions is to turn each hand by s w_i, whatever t is. The paper
-#           multiplies the token vectors by sqrt(C) before it adds (its section 3.4); we divide the
-#           table instead, so that the sum is theirs divided by sqrt(C).
+#           below C/2 [Vaswani et al. 2017, section 3.5]: hands of clocks of different speeds. To
+#           move by s positions is to turn each hand by s w_i, whatever t is. The paper multiplies
+#           the token vectors by sqrt(C) (its section 3.4); we divide the table instead.
 # RoPE      Add nothing. Turn the queries and keys themselves, as such hands: channels i and i +
 #           hs/2 of a head form a vector in the plane, turned by t w_i at position t (with hs for C
 #           in w_i). The dot product of a query at t with a key at s then depends on t - s alone [Su
@@ -1157,10 +1149,9 @@ MLPS |= {"relu": MLP, "relu2": MLP, "swiglu": GatedMLP}
 HEADS[False] = lambda wte: nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
 
 # ---- Fused kernels -------------------------------------------------------------------------------
-# Problem   Written out, every addition and multiplication reads its operands from memory and writes
-#           its result back, and attention stores (T, T) numbers for each head. A kernel is one
-#           compiled routine; a fused kernel does several operations on numbers that it has at hand,
-#           and attention without ever storing the matrix [Dao et al. 2022, section 3].
+# Problem   Written out, each operation reads its operands from memory and writes its result back,
+#           and attention stores (T, T) numbers for each head. A fused kernel, one compiled routine,
+#           does several at once, and attention without the matrix [Dao et al. 2022, section 3].
 # Here      --attention fused computes the same function. By `--mode bench`, `plain` trains with it
 #           at 29,500 tokens/s instead of 24,800, and writes 907 instead of 593 a second.
 class FusedAttention(Attention):
@@ -1325,14 +1316,13 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, text, vocab_size: int) -> "BPETokenizer":
-        """Learns at most vocab_size - 257 merges (256 bytes and the end of text are there already);
-        fewer when no pair is left that occurs twice. text: a str, or the chunks of a long one.
+        """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
+        text: a str, or the chunks of a long one.
 
         `counts` says how often a pair occurs, `where` in which of the distinct pieces it may. The
         heap hands out the most frequent pair; an entry whose count has changed goes back."""
         if vocab_size < 257:
-            raise UserError(f"--vocab_size {vocab_size}: must be at least 257, for the 256 bytes "
-                            f"and {END_OF_TEXT}")
+            raise UserError(f"--vocab_size {vocab_size}: must be at least 257")
         pieces = collections.Counter()
         for chunk in [text] if isinstance(text, str) else text:
             pieces.update(itertools.chain.from_iterable(split_pieces(chunk)))
@@ -1421,8 +1411,7 @@ class GPT2Tokenizer:
 
             self.encoding = tiktoken.get_encoding("gpt2")
         except Exception:  # not installed; or its file, fetched at the first use, is not here
-            raise UserError("--tokenizer gpt2: pip install tiktoken, and connect once; or use "
-                            "--tokenizer bpe") from None
+            raise UserError("--tokenizer gpt2: pip install tiktoken, connect, or use bpe") from None
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, allowed_special="all")
@@ -1456,8 +1445,8 @@ def orthogonalize(G):
     """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone.
 
     X <- (a + b X X^T + c (X X^T)^2) X takes each singular value s of X to a s + b s^3 + c s^5 and
-    leaves U and V alone. With these constants a small s more than triples in a round and none gets
-    far above 1 [Jordan 2024]: after five rounds what was 0.01 or more is between 0.68 and 1.14."""
+    leaves U and V alone. With these constants [Jordan 2024] a small s more than triples in a round
+    and none gets far above 1: after five, what was 0.01 or more is between 0.68 and 1.14."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G if G.shape[1] <= G.shape[2] else G.mT  # so that X X^T is the smaller of the two squares
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
@@ -1467,11 +1456,8 @@ def orthogonalize(G):
     return X if G.shape[1] <= G.shape[2] else X.mT
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the groups with `parts`, whose matrices take the step of the equation.
-
-    parts is the number of matrices that one of them stacks: 3 for c_attn, since queries, keys and
-    values have nothing to do with each other. Matrices of one shape go through orthogonalize as a
-    stack (n, rows, columns), which takes a fraction of the time of one after the other."""
+    """AdamW, but for the groups with `parts`: the number of matrices that each weight of theirs
+    stacks, 3 for c_attn. Those of one shape go through orthogonalize together, which is faster."""
     def __init__(self, groups, dtype=torch.float32, **options):
         super().__init__(groups, **options)
         self.dtype = dtype  # of the matrix products
@@ -1525,16 +1511,15 @@ OPTIMIZERS["muon"] = make_muon
 # subclass of Part I's Run puts them to use, and the loop stays as it was.
 # ==================================================================================================
 
-import datetime
 import errno
 import hashlib
 import mmap
-import netrc
 import shutil
 import signal
 import tempfile
 import time
 import zipfile
+from datetime import timedelta
 
 # ---- What is printed -----------------------------------------------------------------------------
 # Generated text and results go to stdout; everything else to stderr. Of several processes (below)
@@ -1549,10 +1534,6 @@ def say(text: str, status: bool = False) -> None:
         wipe, end = ("\r\033[K", "" if status else "\n") if sys.stderr.isatty() else ("", "\n")
         text = text[: shutil.get_terminal_size().columns - 1] if status and wipe else text
         print(wipe + text, end=end, file=sys.stderr, flush=True)
-
-def duration(seconds: float) -> str:
-    """As hours, minutes and seconds: 75 -> "0:01:15"."""
-    return str(datetime.timedelta(seconds=round(seconds)))
 
 # ---- Devices and number formats ------------------------------------------------------------------
 # Problem   Most of the time goes into matrix products, and hardware multiplies 16-bit numbers
@@ -1626,14 +1607,10 @@ class ScaledGradients(MixedPrecision):
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Problem   One device is too slow, and there are more of them, here or in other machines.
-# Answer    Data parallelism: every process holds the whole model and takes its rows of each batch.
-#           PyTorch's DistributedDataParallel averages the gradients over the processes, piece by
-#           piece while backward() still runs [Li et al. 2020, section 3.2], by the library gloo on
-#           CPUs, by nccl on GPUs. So all take the same step, and as they began alike, they stay
-#           alike: a step sees the windows that it would see in one process. All evaluate; the first
-#           one writes.
-# Try it    `torchrun --nproc_per_node=2 minigpt.py --mode train --preset plain --max_steps 100`
-#           prints the losses of the same command by `python`, up to rounding.
+# Answer    Data parallelism: every process holds the whole model and takes its rows of each batch;
+#           PyTorch's DistributedDataParallel averages the gradients while backward() still runs [Li
+#           et al. 2020, section 3.2], by the library gloo on CPUs, by nccl on GPUs. So all take the
+#           same step, and as they began alike, they stay alike. All evaluate; the first one writes.
 def join_processes() -> int:
     """Joins the others that torchrun started. Returns how many there are; 1 without torchrun."""
     if not torch.distributed.is_torchelastic_launched():
@@ -1678,10 +1655,8 @@ def stop_signals():
 
 # ---- What is kept of a run -----------------------------------------------------------------------
 def read_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint. Raises UserError if it is missing, damaged or not one of ours.
-
-    PyTorch's files are zip archives, with a checksum for each member; the members' attributes,
-    which the checksums leave out, are 0."""
+    """Reads a checkpoint. Raises UserError if it is missing, damaged or not one of ours. It is a
+    zip archive, with checksums of all but the members' attributes, which are 0."""
     state = None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1705,16 +1680,14 @@ def refuse_used(out_dir: Path) -> None:
             raise UserError(f"--out_dir {out_dir}: there is a {path.name} already; use --resume to "
                             "go on with that run, or name another folder")
 
-def read_metrics(out_dir: Path) -> list[dict]:
-    """The records of metrics.jsonl, one a line; what is damaged or unknown is left out. After a
-    --resume a step may have two records, of which the later one counts."""
-    path, records = out_dir / "metrics.jsonl", []
+def read_curve(out_dir: Path, name: str) -> dict[int, float]:
+    """A number of metrics.jsonl by step; of two records of a step, as after --resume, the later."""
+    path, points = out_dir / "metrics.jsonl", {}
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # of JSON or of UTF-8
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, or of another kind
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-    return records
+            points[int(record["step"])] = float(record[name])
+    return dict(sorted(points.items()))
 
 def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
     """A picture of named curves, each a run's folder and the name of a number in its records. Needs
@@ -1726,10 +1699,8 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for label, (out_dir, name) in curves.items():
-        points = {record["step"]: record[name] for record in read_metrics(out_dir)
-                  if isinstance(record.get(name), (int, float))}
-        steps = sorted(points)
-        axes.plot(steps, [points[step] for step in steps], label=label, linewidth=1.2,
+        curve = read_curve(out_dir, name)
+        axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2,
                   alpha=0.4 if name == "loss" else 1.0)
     axes.set(xlabel="step", ylabel=ylabel)
     axes.legend(frameon=False)
@@ -1737,27 +1708,23 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
     figure.savefig(path, dpi=120)
 
 def start_wandb(config: TrainConfig, out_dir: Path):
-    """A run of Weights & Biases, or None: it is used where it is installed and either logged in or
-    set offline (WANDB_MODE=offline). It never asks for anything and never ends a run."""
+    """A run of Weights & Biases, or None: it is used where WANDB_API_KEY is set or WANDB_MODE is
+    offline, so that it never asks for anything. It never ends a run."""
     ready = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        ready = ready or netrc.netrc().authenticators("api.wandb.ai") is not None
-    if not (config.wandb and ready):
-        return None
     try:
-        import wandb
+        if config.wandb and ready:
+            import wandb
 
-        return wandb.init(project="minigpt", dir=out_dir, config=asdict(config), reinit=True,
-                          settings=wandb.Settings(silent=True))
+            return wandb.init(project="minigpt", dir=out_dir, config=asdict(config), reinit=True,
+                              settings=wandb.Settings(silent=True))
     except Exception as problem:  # not installed, no network, or a change in its ways
         say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
 
 # ---- Corpora large and small ---------------------------------------------------------------------
-# Problem   The first command a newcomer types should train a model, also where nothing can be
-#           downloaded. And a text of a gigabyte is 8 GB as int64 tokens, more as a Python list.
-# Answer    Fall back to a small sample, loudly. Read a text in chunks, encode each, and append the
-#           ids to a nameless temporary file, in 2 bytes each. Mapped into memory it looks like a
-#           tensor, and the operating system reads the pages that are touched.
+# Problem   A text of a gigabyte is 8 GB as int64 tokens, and more as a Python list.
+# Answer    Read it in chunks, encode each, and append the ids to a nameless temporary file, in 2
+#           bytes each. Mapped into memory it looks like a tensor, and the operating system reads
+#           the pages that are touched.
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -1808,9 +1775,8 @@ class TextFile:
         """Both parts as tokens. Raises UserError if one is too short for a single window."""
         train, val = (self.map_tokens(tokenizer, part, folder) for part in ("train", "val"))
         if len(val) <= block_size:  # the validation part is the shorter one
-            raise UserError(f"--data {self.path}: too short: its validation part has {len(val)} "
-                            f"tokens, and --block_size {block_size} needs more; use a longer text "
-                            "or a smaller --block_size")
+            raise UserError(f"--data {self.path}: too short: its last tenth has {len(val)} tokens, "
+                            f"and must have more than --block_size {block_size}; lower that one")
         return Corpus(train, val, val_characters=self.length - int(0.9 * self.length))
 
     def map_tokens(self, tokenizer, part: str, folder: Path | None) -> torch.Tensor:
@@ -1824,17 +1790,19 @@ class TextFile:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return torch.frombuffer(memory, dtype=torch.uint16)
 
+def time_left(began: float, share: float) -> timedelta:
+    """What remains if this share was done since `began`."""
+    return timedelta(seconds=round((time.perf_counter() - began) * (1 / share - 1)))
+
 def show_progress():
-    """A function for evaluate's `progress`: a status line every few seconds, with the time left."""
+    """A function for evaluate's `progress`: a status line every few seconds."""
     began = shown = time.perf_counter()
 
     def show(share: float) -> None:
         nonlocal shown
-        now = time.perf_counter()
-        if now - shown > 2:
-            shown = now
-            left = duration((now - began) * (1 / share - 1))
-            say(f"evaluating: {share:.0%}, {left} left", status=True)
+        if time.perf_counter() - shown > 2:
+            shown = time.perf_counter()
+            say(f"evaluating: {share:.0%}, {time_left(began, share)} left", status=True)
 
     return show
 
@@ -1851,7 +1819,7 @@ class FullRun(Run):
         self.seconds, self.signals, self.wandb = 0.0, [], None  # seconds: spent before this start
         if config.batch_size % self.processes:
             raise UserError(f"--batch_size {config.batch_size}: must be divisible by the number of "
-                            f"processes, {self.processes}, which share each batch")
+                            f"processes, {self.processes}")
         if config.dtype == "float16":
             self.runner = ScaledGradients(model, config.dtype, self.optimizer)
         elif config.dtype != "float32":
@@ -1890,8 +1858,7 @@ class FullRun(Run):
         for name, value in record.items():
             if "loss" in name and not math.isfinite(value):
                 raise Diverged(f"the run has diverged: at step {self.step} its {name} is {value}; "
-                               "what was saved is intact; try a lower --learning_rate than "
-                               f"{self.config.learning_rate} or a longer --warmup_steps")
+                               f"try less than --learning_rate {self.config.learning_rate}")
         if self.rank == 0:  # JSON has no infinity and no NaN: null stands for them
             record = {k: v if math.isfinite(v) else None for k, v in record.items()}
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -1924,12 +1891,12 @@ class FullRun(Run):
         loss = sum(gather(loss.item())) / self.processes
         tokens = c.batch_size * c.grad_accum * self.model.config.block_size
         rate = (self.step - self.clock_step) * tokens / (now - self.clock)
-        left = (c.max_steps - self.step) * (now - self.began) / (self.step - self.first_step)
+        done = (self.step - self.first_step) / (c.max_steps - self.first_step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm.item(),
                  tokens_per_second=round(rate))
         say(f"step {self.step}/{c.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-            f"{rate:,.0f} tokens/s | {duration(left)} left", status=True)
+            f"{rate:,.0f} tokens/s | {time_left(self.began, done)} left", status=True)
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def evaluate(self) -> None:
@@ -1959,8 +1926,8 @@ class FullRun(Run):
                       "training": (self.out_dir, "train_loss"),
                       "validation": (self.out_dir, "val_loss")}
             draw_curves(self.out_dir / "loss.png", curves, ylabel="loss, nats per token")
-        say(f"trained in {duration(self.seconds)}; the best model, of step {self.best_step}: "
-            f"{self.out_dir / 'best.pt'}")
+        say(f"trained in {timedelta(seconds=round(self.seconds))}; the best model, of step "
+            f"{self.best_step}: {self.out_dir / 'best.pt'}")
         return nats
 
 # ==================================================================================================
@@ -1971,11 +1938,9 @@ import statistics
 
 # ---- Comparing variations ------------------------------------------------------------------------
 # Problem   The field argues about norms, positions and activations. What does each change here?
-# Answer    Change one thing at a time; give every variant the same steps, seeds and batches; take
-#           each one's loss on the full validation split; and say how far the seeds spread, for a
-#           difference smaller than the spread shows none. A variant is an ordinary run in a folder
-#           of its own; typed again after an interruption, the command goes on where it was.
-# Try it    `python minigpt.py --mode ablate --preset plain --vary pos=learned,rope --max_steps 300`
+# Answer    Change one thing at a time, with the same steps, seeds and batches; and say how far the
+#           seeds spread, for a difference smaller than the spread shows none. A variant is an
+#           ordinary run in a folder of its own; typed again, the command goes on where it was.
 def spread(numbers: list[float]) -> str:
     """Mean and standard deviation: [1.0, 2.0] -> "1.5000 ± 0.7071"."""
     mean = statistics.fmean(numbers)
@@ -2013,10 +1978,9 @@ def run_ablate(typed: dict) -> None:
 # ---- Benchmark -----------------------------------------------------------------------------------
 # Problem   "Fast" means nothing without the machine. `--mode bench` measures this one, and compares
 #           the rate that the model reaches with what the machine allows.
-# FLOPs     A weight costs one multiplication and one addition for each token in the forward pass,
-#           and twice that in the backward pass: 6 N in all [Kaplan et al. 2020, section 2.1]. N
-#           counts the matrices that multiply: those of the blocks and the head. Scores and weighted
-#           means of attention add 12 n_layer C T [Chowdhery et al. 2022, appendix B].
+# FLOPs     A weight of a matrix product costs one multiplication and one addition for each token in
+#           the forward pass, and twice that in the backward pass: 6 N in all [Kaplan et al. 2020,
+#           section 2.1]. Attention adds 12 n_layer C T [Chowdhery et al. 2022, appendix B].
 # Share     Model-FLOPs utilization: FLOPs per token times tokens per second, over the rate at which
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
@@ -2100,21 +2064,19 @@ Preset = collections.namedtuple("Preset", "about settings")  # what differs from
 
 PRESETS = {
     "plain": Preset("Part I and nothing else, at the laptop's size", dict(
-        n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0,
-        batch_size=16, grad_accum=1, max_steps=1500, learning_rate=6e-3, min_lr=1e-4,
-        eval_interval=500, eval_batches=10, log_interval=25)),
+        n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16, grad_accum=1,
+        max_steps=1500, learning_rate=6e-3, min_lr=1e-4)),
     "laptop": Preset("the best model that 3 minutes on two CPU cores train", dict(
-        n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False,
-        pos="rope", qk_norm=True, activation="relu2", attention="fused",
-        batch_size=16, grad_accum=1, max_steps=1600, optimizer="muon", learning_rate=4e-3,
-        momentum=0.85, weight_decay=0.2, schedule="linear", min_lr=0.0, warmup_steps=50,
-        eval_interval=400, eval_batches=10, log_interval=25)),
+        n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False, pos="rope",
+        qk_norm=True, activation="relu2", attention="fused", batch_size=16, grad_accum=1,
+        max_steps=1600, optimizer="muon", learning_rate=4e-3, momentum=0.85, weight_decay=0.2,
+        schedule="linear", min_lr=0.0, warmup_steps=50)),
     "gpt": Preset("the reference, in the shape of nanoGPT's Shakespeare model", dict(
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(
-        bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu",
-        attention="fused", optimizer="muon", learning_rate=3e-3, beta2=0.95, schedule="linear",
-        min_lr=0.0, grad_accum=1)),
+        bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu", beta2=0.95,
+        attention="fused", optimizer="muon", learning_rate=3e-3, schedule="linear", min_lr=0.0,
+        grad_accum=1)),
     "mini": Preset("two wide layers, a step up from the laptop model", dict(
         n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1, attention="fused",
         batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4)),
@@ -2123,8 +2085,8 @@ PRESETS = {
         dropout=0.1, attention="fused", batch_size=16, grad_accum=1)),
     "gpt2": Preset("GPT-2 small's shape, for large corpora and large GPUs", dict(
         n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, attention="fused",
-        batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95,
-        checkpoint_interval=0, patience=4)),
+        batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95, patience=4,
+        checkpoint_interval=0)),
     "bigram": Preset("the baseline: the next character from this one alone", dict(
         model="bigram", block_size=64, grad_accum=1, max_steps=1000, learning_rate=5e-2,
         min_lr=5e-3, weight_decay=0.0, log_interval=100)),
@@ -2324,10 +2286,10 @@ def visible_text(tokenizer, ids: list[int], stop: str, complete: bool) -> tuple[
     text = tokenizer.decode(ids[: ids.index(tokenizer.end)] if ended else ids)
     if stop and stop in text:
         return text[: text.index(stop)], True
-    if not (complete or ended):
-        text = text.rstrip("\ufffd")
-        text = text[: max(len(text) - len(stop) + 1, 0)] if stop else text
-    return text, ended
+    if complete or ended:
+        return text, ended
+    text = text.rstrip("\ufffd")
+    return text[: max(len(text) - len(stop[1:]), 0)], False
 
 def run_generate(typed: dict) -> None:
     """--mode generate. Several samples are drawn side by side, as the rows of one batch: the first
@@ -2398,7 +2360,7 @@ def main(argv: list[str] | None = None) -> int:
     typed = {}
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
-        mode = pick(Command, typed).mode
+        mode = typed.get("mode")
         if not mode:
             raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
         if join_processes() > 1 and mode != "train":
@@ -2413,10 +2375,10 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0 if typed.get("mode") == "generate" else 141
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        line, rank = explain(problem), process_rank()
-        time.sleep(3 if rank else 0)  # if it is a mistake of all, the first one tells it meanwhile
-        print(f"error: process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr,
-              flush=True)
+        line = explain(problem)
+        if process_rank() > 0:  # if it is a mistake of all, the first one tells it meanwhile
+            time.sleep(3)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     finally:
         if torch.distributed.is_initialized():

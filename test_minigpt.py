@@ -247,7 +247,7 @@ def test_the_loop_is_about_learning_and_the_book_is_short_enough_to_be_read():
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.FunctionDef)}
     assert max(lengths.values()) <= 50 and {"train", "train_step", "main"} <= set(lengths)
-    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2440
+    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2420
 
 # ---- Characters ----------------------------------------------------------------------------------
 def test_characters_come_back_unharmed(tmp_path):
@@ -672,7 +672,7 @@ def test_schedule_at_named_points():
     assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
     assert get_lr(0, replace(c, warmup_steps=0)) == 1.0
     assert get_lr(4, replace(c, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
-    with pytest.raises(UserError, match="--min_lr 0.2: must be at most --learning_rate, 0.1"):
+    with pytest.raises(UserError, match="--min_lr 0.2: above --learning_rate 0.1"):
         replace(c, learning_rate=0.1)
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
@@ -1500,25 +1500,20 @@ def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, val
     b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
     b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
 def test_damaged_or_unknown_metrics_do_not_stop_a_resume_nor_the_plot(tmp_path, garbage, pictures):
-    """What a crash may leave behind, or another version. Of two records of a step, as a resume may
-    leave them, the later one is drawn."""
+    """What a crash may leave behind, or another version. Of two records of a step the later one
+    counts."""
     train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
     shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(garbage)
     (tmp_path / "loss.png").unlink(missing_ok=True)
     resume_tiny(tmp_path, "--max_steps", 4)
-    records = [r for r in minigpt.read_metrics(tmp_path) if "grad_norm" in r]
-    assert [r["step"] for r in records] == [1, 2, 3, 3, 4]
+    assert list(minigpt.read_curve(tmp_path, "grad_norm")) == [1, 2, 3, 4]
     if importable("matplotlib"):
-        from matplotlib.axes import Axes
-
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-        drawn, plot = [], Axes.plot
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Axes, "plot", lambda *a, **o: drawn.append(a[1:]) or plot(*a, **o))
-            minigpt.draw_curves(tmp_path / "a.png", {"a": (tmp_path, "grad_norm")}, "")
-        assert drawn == [([1, 2, 3, 4], [r["grad_norm"] for r in records[:2] + records[3:]])]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "grad_norm": 7}\n')
+    assert minigpt.read_curve(tmp_path, "grad_norm")[2] == 7
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -1543,9 +1538,8 @@ def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
     _, _, err = run_main("--mode", "eval", "--out_dir", tmp_path)
     lines = re.findall(r"^evaluating: (\d+)%, (\S+) left$", err, re.M)
     assert len(lines) > 5 and lines[-1] == ("100", "0:00:00")
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        minigpt.show_progress()(0.25)  # after 10 s
-    assert err.getvalue() == "evaluating: 25%, 0:00:30 left\n"
+    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: 110.0)
+    assert str(minigpt.time_left(100.0, 0.25)) == "0:00:30"
 
 @pytest.mark.slow
 def test_a_real_run_learns(tmp_path):
@@ -1923,7 +1917,7 @@ print(code, peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True,
                           timeout=300)
-    assert "--block_size 100000000 needs more" in done.stderr, done.stderr
+    assert "more than --block_size 100000000" in done.stderr, done.stderr
     code, grown = done.stdout.split()
     assert code == "2" and float(grown) < 200
 
