@@ -567,10 +567,12 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def evaluating(model: nn.Module):
     """Inside: no dropout, and nothing is noted down for gradients. Afterwards: as it was before."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     with torch.no_grad():
         yield
-    model.train(was_training)
+    if was_training:
+        model.train()
 
 def window_start(length: int, block_size: int) -> int:
     """Where the model begins to read in a text of `length` tokens.
@@ -1206,16 +1208,16 @@ class CachedReader:
         self.start = self.end = 0  # of what was read
 
     def __call__(self, model, idx):
-        layers = [m for m in model.modules() if isinstance(m, Attention)]
         start = window_start(idx.shape[1], model.config.block_size)
         if self.end == 0 or start != self.start:  # the beginning, or the window has moved
             self.start = self.end = start
-            self.caches = [KeyValueCache() for _ in layers]
-        for layer, cache in zip(layers, self.caches):
+            self.caches = {layer: KeyValueCache() for layer in model.modules()
+                           if isinstance(layer, Attention)}
+        for layer, cache in self.caches.items():
             layer.cache = cache
         with evaluating(model):
             logits, _ = model(idx[:, self.end :], start=self.end - self.start)
-        for layer in layers:
+        for layer in self.caches:
             layer.cache = None
         self.end = idx.shape[1]
         return logits[:, -1].float().cpu()
@@ -2024,7 +2026,7 @@ def run_bench(typed: dict) -> None:
 
     device = find_device(command.device)
     sizes, config = find_settings({**typed, "grad_accum": 1}, device)
-    model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed).train()
+    model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
@@ -2035,7 +2037,7 @@ def run_bench(typed: dict) -> None:
 
     def writing(samples: int, make_reader) -> float:
         start = one.expand(samples, 1)
-        return rate(samples * n, lambda: model.generate(start, n, read=make_reader()))
+        return rate(samples * n, lambda: model.eval().generate(start, n, read=make_reader()))
 
     rows = {f"parameters, {part}": count for part, count in count_parts(model).items()} | {
         "parameters": count_parameters(model), "matrix products, GFLOP/s": peak / 1e9,
@@ -2277,7 +2279,7 @@ def load_for_use(typed: dict):
     path = Path(command.checkpoint or Path(command.out_dir, "best.pt"))
     state = read_checkpoint(path)
     model, tokenizer = model_from_checkpoint(state)
-    return model.to(find_device(command.device)), tokenizer, state, path
+    return model.to(find_device(command.device)).eval(), tokenizer, state, path
 
 def visible_text(tokenizer, ids: list[int], stop: str, complete: bool) -> tuple[str, bool]:
     """What may be shown of a text of which ids have been drawn, and whether it has ended. Until it

@@ -926,7 +926,7 @@ def test_the_cache_reads_each_token_once(attention):
     model.generate(random_ids(2, 5), 12, read=reader)
     moved = [(5, 0), (1, 5), (1, 6), (1, 7)]
     assert read == moved * 3
-    assert [(c.length, c.k.shape, c.v.shape) for c in reader.caches] == 2 * [
+    assert [(c.length, c.k.shape, c.v.shape) for c in reader.caches.values()] == 2 * [
         (8, (2, 2, 8, 4), (2, 2, 8, 4))]
 
 # ---- Muon ----------------------------------------------------------------------------------------
