@@ -22,7 +22,8 @@ and says so. The preset `plain` trains the model of Part I, in some two minutes 
 
     python minigpt.py --mode train --preset plain
 
-The experiments, "Try it", are variations of that command, each run on two cores with the seed 1337.
+The experiments, "Try it", are variations of that command, each in an --out_dir of its own, run on
+two cores with the seed 1337.
 
 PyTorch supplies tensors, derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of
 vectors, looked up by row number), Dropout, the usual functions, and AdamW. The GPT is written here.
@@ -2159,7 +2160,8 @@ def build_parser() -> Parser:
     """The flags, in groups. A flag that is not typed is absent from what is parsed."""
     presets = "".join(f"\n  {name:8}{preset.about}" for name, preset in PRESETS.items())
     parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Train a GPT on Shakespeare, and write with it.",
+                    description="Train a GPT on Shakespeare, and write with it. A switch NAME "
+                    "is turned off by --no_NAME.",
                     epilog="presets:" + presets, formatter_class=lambda prog:
                     argparse.RawDescriptionHelpFormatter(prog, width=80, max_help_position=26))
     for title, config in {"common": Command, "the model": GPTConfig, "training": TrainConfig,
