@@ -26,7 +26,8 @@ The experiments, "Try it", are variations of that command, each in an --out_dir 
 two cores with the seed 1337.
 
 PyTorch supplies tensors, derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of
-vectors, looked up by row number), Dropout, the usual functions, and AdamW. The GPT is written here.
+vectors, looked up by row number), Dropout, the usual functions, and AdamW; `.to(device)` moves a
+tensor to the CPU or a GPU. What makes a GPT a GPT is written here.
 Calling a PyTorch module, `model(x)`, runs its method `forward(x)`. `(B, T, C)` is a tensor of sizes
 
     B    batch: how many sequences are processed side by side
@@ -116,7 +117,7 @@ class CharTokenizer:
     'bee'
     """
     kind = "char"
-    start, end = 0, None  # begin with the first character, a line break; nothing marks the end
+    start, end = 0, None  # a sample begins with id 0, Shakespeare's line break; no end mark
 
     def __init__(self, itos: list[str]):
         self.state = self.itos = list(itos)  # `state` is what a new one can be made from
@@ -140,7 +141,7 @@ class CharTokenizer:
         return "".join([self.itos[i] for i in ids])
 
     def save(self, folder) -> None:
-        """Writes folder/chars.json."""
+        """Writes folder/chars.json. (A checkpoint holds `state` instead.)"""
         Path(folder, "chars.json").write_text(json.dumps(self.itos), encoding="utf-8")
 
     @classmethod
@@ -160,10 +161,6 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 #
 #           One sequence of T tokens holds T examples at once: T -> o, To -> _, To_ -> b, To_b -> e.
 # Shapes    tokens (N,) -> x (B, T), y (B, T)
-# Try it    In get_batch, below, return windows[:, :-1] twice (no shift) and train with --max_steps
-#           300. By step 100 the loss, explained next, is 0.001: the model copies what it sees. But
-#           it writes only line breaks, and the loss on the whole validation part, where evaluate
-#           makes a shift of its own, is 11.0: far worse than knowing nothing.
 #
 # The last tenth of the text is held out for validation: the model never trains on it, so how well
 # it does there measures what was learned and not what was memorized.
@@ -181,7 +178,8 @@ class Corpus:
         return cls(train, val, len(text) - cut)
 
 def get_batch(tokens, block_size: int, batch_size: int, generator=None):
-    """batch_size windows at random positions of tokens (N,): x (B, T) and y (B, T), both int64.
+    """batch_size windows at random positions of tokens (N,): x and y (B, T), int64 (as which tokens
+    may not be stored).
 
     generator: a torch.Generator, a source of random numbers: seeded alike, it draws alike.
 
@@ -211,10 +209,10 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
 # Gradient  The derivative of the loss with respect to each of the numbers that a model learns, its
 #           weights, tells how to change it: a little against it, and the loss goes down. All these
 #           derivatives are the gradient. With respect to logit i it can be had by hand: p_i, minus
-#           1 for the token that came. In words: raise the logit of what came, lower the others,
-#           each by as much as it was believed in. loss.backward() computes the same, through any
-#           number of functions on the way (the chain rule, from the loss backwards); it *adds* the
-#           result to `.grad` of each tensor that wants it.
+#           1 for the token that came. In words: lower each other logit by its probability, raise
+#           that of what came by their sum. loss.backward() computes the same, through any number of
+#           functions on the way (the chain rule, from the loss backwards); it *adds* the result to
+#           `.grad` of each tensor whose requires_grad is set.
 #
 # >>> logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
 # >>> loss = cross_entropy(logits, torch.tensor([1]))
@@ -227,8 +225,8 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
 def cross_entropy(logits, targets):
     """The mean of -log(probability of the target): logits (..., V), targets (...) -> a scalar.
 
-    PyTorch's function takes the softmax, then -log of the target's entry, in one pass. It is
-    computed in float32, whatever the type of the logits."""
+    PyTorch's function, given (B T, V) and (B T,), takes the softmax, then -log of the target's
+    entry, in one pass; in float32, whatever the type of the logits."""
     targets = targets.to(logits.device)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
@@ -263,8 +261,8 @@ class Bigram(nn.Module):
 # Answer    Each token asks a question (its query q), advertises what it has (its key k) and carries
 #           a message (its value v). All three are linear functions of its vector. How well a query
 #           fits a key is their dot product, the attention score. A softmax turns the scores of a
-#           token's query with the keys of all tokens up to itself into weights; the answer is the
-#           weighted mean of the values.
+#           token's query with the keys of all tokens up to itself into shares of 1 (`weights`); the
+#           answer is the mean of the values by these shares.
 # Equation  Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + mask) V
 #           [Vaswani et al. 2017, section 3.2.1; the mask is their section 3.2.3]
 #           Q, K, V are `q`, `k`, `v`; d_k is the head size `hs`.
@@ -369,7 +367,7 @@ class MLP(nn.Module):
         x = self.activation(self.c_fc(x))  # (B, T, mlp_ratio C)
         return self.dropout(self.c_proj(x))
 
-MLPS = {"gelu": MLP}  # by activation; Part II: one whose halves multiply
+MLPS = {"gelu": MLP}  # by activation; Part II: one with a product inside
 
 # ---- Normalization -------------------------------------------------------------------------------
 # Problem   Layer upon layer, numbers may grow or shrink, and a layer learns best from inputs whose
@@ -445,9 +443,9 @@ BLOCKS = {"pre": Block}  # Part II: post-norm
 #               logits[b, t, v]: how likely token v is to        logits  (B, T, V)
 #               follow position t, given all up to t
 #
-# Tying     The table that turns an id into a vector and the matrix that turns a vector into logits
-#           are both (V, C). One matrix serves as both [Press and Wolf 2017]: the Embedding picks
-#           row v for token v; the Linear takes the dot product with every row.
+# Tying     The token table, from id to vector, and the output head, from vector to logits, are both
+#           matrices (V, C). One serves as both [Press and Wolf 2017]: the Embedding picks row v for
+#           token v; the Linear takes the dot product with every row.
 # Start     Normal random numbers of standard deviation 0.02 [Radford et al. 2018, section 4.1]: the
 #           logits are then small, and the first loss is near ln V. Whatever adds to the residual
 #           stream (every c_proj) starts smaller by sqrt(2 n_layer): the stream is a sum of 2
@@ -527,7 +525,7 @@ def count_parameters(model: nn.Module) -> int:
 #           temperature 1 with top_p = 0.7 the first two stay, as the first alone reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Context   The model reads at most block_size tokens. When a text has outgrown that, the older half
-#           of the window is dropped at once: Part II can then reuse what it knows of the rest.
+#           of the window is dropped at once: so it seldom moves, of which Part II makes use.
 # Try it    With a trained model, --mode generate --prompt ROMEO: --temperature 0 goes round in
 #           circles ("I will the shall the shall the shall the shall the see the stands"): the
 #           likeliest token each time does not make a typical text. --temperature 2 hardly makes
@@ -566,7 +564,7 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module):
-    """Inside: no dropout, and nothing is noted down for gradients. Afterwards: as it was before."""
+    """Inside: no dropout, and nothing is noted down for gradients. Afterwards: as before."""
     was_training = model.training
     if was_training:
         model.eval()
@@ -643,7 +641,7 @@ class TrainConfig:
     weight_decay: float = 0.1  # pull of the weight matrices towards zero
     beta1: float = 0.9  # AdamW: memory of the gradient
     beta2: float = 0.99  # AdamW: memory of its square
-    momentum: float = 0.95  # another optimizer's memory of the gradient (Part II)
+    momentum: float = 0.95  # Muon's memory of the gradient (Part II)
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     eval_interval: int = 250  # steps from one evaluation to the next
     eval_batches: int = 10  # batches in one estimate of the loss
@@ -651,10 +649,10 @@ class TrainConfig:
     checkpoint_interval: int = 500  # steps between snapshots; 0: none
     log_interval: int = 25  # steps between status lines
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
-    seed: int = 1337  # start of every sequence of random numbers
-    dtype: str = "auto"  # number format of the matrix products in training
-    compile: bool = False  # run through torch.compile where it works
-    wandb: bool = True  # log to Weights & Biases where it is set up
+    seed: int = 1337  # of first weights, batches and dropout
+    dtype: str = "auto"  # number format of the matrix products (Part III)
+    compile: bool = False  # torch.compile, a speed-up (Part III)
+    wandb: bool = True  # log to Weights & Biases (Part III)
 
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
@@ -746,8 +744,12 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 #           add: run grad_accum small batches, let backward() sum their gradients, and divide each
 #           loss by grad_accum. The sum is the gradient of the mean over the large batch, which is
 #           never in memory as a whole.
-# Try it    --max_steps 100, and the same with --batch_size 4 --grad_accum 4: after 50 steps
-#           the losses are 2.6197 and 2.6206: the same windows, rounded differently.
+# Try it    --max_steps 100, and again with --batch_size 4 --grad_accum 4 (not 16 and 1): after 50
+#           steps the losses are 2.6197 and 2.6206, for the same windows, rounded differently.
+#           Then return windows[:, :-1] twice in get_batch (no shift): by step 100 the loss is
+#           0.001, since the model copies what it sees. But it writes only line breaks, and on the
+#           whole validation part, where `evaluate`, below, makes a shift of its own, its loss is
+#           11.0: far worse than knowing nothing.
 def train_step(model, optimizer, batches, config: TrainConfig):
     """One change of the weights, from the grad_accum pairs (x, y) of batches.
 
@@ -821,7 +823,7 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 # Try it    Press Ctrl-C during training, then type the same command with --resume: the losses go on
 #           as they would have; with --dtype float32 to the last bit.
 
-FORMAT = "minigpt-2"
+FORMAT = "minigpt-2"  # Part III checks it
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes a dictionary of tensors and plain values: all of it, or nothing. Raises OSError."""
@@ -906,7 +908,7 @@ class Run:
         if self.step % self.config.log_interval == 0:
             self.say(f"step {self.step}/{self.config.max_steps} | loss {loss:.4f}")
 
-    def evaluate(self) -> None:
+    def look(self) -> None:
         """Estimates both losses, shows a sample, saves latest.pt and, where it is due, best.pt."""
         losses = estimate_loss(self.model, self.corpus, self.config)
         better = losses["val"] < self.best_val
@@ -957,7 +959,7 @@ def train(run: Run) -> float:
     config = run.config
     run.model.train()
     if run.best_val == math.inf:  # no evaluation yet: how good is the start?
-        run.evaluate()
+        run.look()
     while not run.over():
         for group in run.optimizer.param_groups:
             group["lr"] = get_lr(run.step, config)
@@ -965,7 +967,7 @@ def train(run: Run) -> float:
         run.step += 1
         run.report(loss, norm)
         if run.step % config.eval_interval == 0 or run.step == config.max_steps:
-            run.evaluate()
+            run.look()
         if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
             run.save(f"step_{run.step:06d}.pt")
             run.save("latest.pt")
@@ -991,8 +993,8 @@ def train(run: Run) -> float:
 # Part II: Better
 #
 # One variation after the other: its problem, its equation, its code, and what it brought here. Each
-# fills a table that Part I left open, so nothing above changes. "Here" tells the loss of the preset
-# `plain` with this one change, in nats per character on the full validation split, mean and
+# enters a table of Part I; nothing above is edited. "Here" tells the loss of the preset `plain`
+# after 300 steps with this one change, in nats per character on the full validation split, mean and
 # standard deviation over three seeds. Of `plain` itself it is 2.279 +- 0.004. The command is
 #
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
@@ -1053,8 +1055,8 @@ BLOCKS["post"] = PostNormBlock
 #           the token vectors by sqrt(C) (its section 3.4); we divide the table instead.
 # RoPE      Add nothing. Turn the queries and keys themselves, as such hands: channels i and i +
 #           hs/2 of a head form a vector in the plane, turned by t w_i at position t (with hs for C
-#           in w_i). The dot product of a query at t with a key at s then depends on t - s alone [Su
-#           et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1, which only renames them].
+#           in w_i). Of the positions, the dot product of a query at t and a key at s sees only t - s
+#           [Su et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1, which renames them].
 # Example   hs = 2, w_0 = 1: a query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           score cos(2 - 1) = 0.54. At positions 12 and 11 it is 0.54 again.
 # Here      --pos sinusoidal: 2.145 +- 0.020. --pos rope: 1.968 +- 0.007.
@@ -1097,10 +1099,10 @@ class Rotary(nn.Module):
 
 # ---- Attention: rotation, QK-norm, and room for a memory -----------------------------------------
 # QK-norm   Queries and keys may grow until the softmax freezes into a choice of one. Normalized (by
-#           one norm for both, of the kind that the model has), their scores are at most sqrt(hs)
-#           times the gains [Henry et al. 2020, section 2.2, who divide by the length].
+#           one norm for both, of the kind that the model has), the scaled scores are at most
+#           sqrt(hs) gain^2 [Henry et al. 2020, section 2.2, who divide by the length].
 # Memory    `cache` is None in training; "Writing faster", below, tells what it is for.
-# Here      --qk_norm: 2.341 +- 0.021, a loss at this size and rate.
+# Here      --qk_norm: 2.341 +- 0.021, worse at this size and rate.
 class Attention(CausalSelfAttention):
     """Part I's attention, whose queries and keys may be normalized, rotated and kept."""
     def __init__(self, config: GPTConfig):
@@ -1155,8 +1157,8 @@ HEADS[False] = lambda wte: nn.Linear(wte.embedding_dim, wte.num_embeddings, bias
 # Problem   Written out, each operation reads its operands from memory and writes its result back,
 #           and attention stores (T, T) numbers for each head. A fused kernel, one compiled routine,
 #           does several at once, and attention without the matrix [Dao et al. 2022, section 3].
-# Here      --attention fused computes the same function. By `--mode bench`, `plain` trains with it
-#           at 29,500 tokens/s instead of 24,800, and writes 907 instead of 593 a second.
+# Here      --attention fused computes the same function. By `--mode bench`, `plain` trains 1.2
+#           times and writes 1.5 times as fast with it.
 class FusedAttention(Attention):
     """The same function as one kernel."""
     def attend(self, q, k, v):
@@ -1473,6 +1475,7 @@ class Muon(torch.optim.AdamW):
                 if p.grad is None:
                     continue
                 if p not in self.state:
+                    # `step` is not used, but AdamW's load_state_dict looks for it.
                     self.state[p] = {"mean": torch.zeros_like(p), "step": torch.tensor(0.0)}
                 mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])
@@ -1501,10 +1504,10 @@ def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
 OPTIMIZERS["muon"] = make_muon
 
 # ---- What it comes to ----------------------------------------------------------------------------
-# The preset `laptop` has what helped a small model most in a given time: RoPE, QK-norm, the squared
-# ReLU, no biases, fused kernels, Muon, a straight line. Trained to their ends on the same machine,
-# three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 129 to 144 s, `laptop` 1.498 +- 0.009 in 147
-# to 163 s.
+# The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
+# QK-norm, the squared ReLU, no biases, fused kernels, Muon, a straight line. Trained to their ends
+# on one machine, three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 129 to 144 s, `laptop` 1.498
+# +- 0.009 in 147 to 163 s.
 
 # ==================================================================================================
 # Part III: The machine room
@@ -1902,8 +1905,8 @@ class FullRun(Run):
             f"{rate:,.0f} tokens/s | {time_left(self.began, done)} left", status=True)
         self.clock, self.clock_step = time.perf_counter(), self.step
 
-    def evaluate(self) -> None:
-        super().evaluate()
+    def look(self) -> None:
+        super().look()
         self.clock, self.clock_step = time.perf_counter(), self.step  # the rate leaves this out
 
     def save(self, name: str) -> None:
@@ -2160,8 +2163,7 @@ def build_parser() -> Parser:
     """The flags, in groups. A flag that is not typed is absent from what is parsed."""
     presets = "".join(f"\n  {name:8}{preset.about}" for name, preset in PRESETS.items())
     parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Train a GPT on Shakespeare, and write with it. A switch NAME "
-                    "is turned off by --no_NAME.",
+                    description="Train a GPT, and write with it. --no_NAME turns a switch off.",
                     epilog="presets:" + presets, formatter_class=lambda prog:
                     argparse.RawDescriptionHelpFormatter(prog, width=80, max_help_position=26))
     for title, config in {"common": Command, "the model": GPTConfig, "training": TrainConfig,
