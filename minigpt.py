@@ -1055,7 +1055,7 @@ BLOCKS["post"] = PostNormBlock
 #           the token vectors by sqrt(C) (its section 3.4); we divide the table instead.
 # RoPE      Add nothing. Turn the queries and keys themselves, as such hands: channels i and i +
 #           hs/2 of a head form a vector in the plane, turned by t w_i at position t (with hs for C
-#           in w_i). Of the positions, the dot product of a query at t and a key at s sees only t - s
+#           in w_i). The dot product of a query at t and a key at s then sees t - s, not t and s
 #           [Su et al. 2021, section 3.2.2; they pair channels 2i and 2i + 1, which renames them].
 # Example   hs = 2, w_0 = 1: a query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           score cos(2 - 1) = 0.54. At positions 12 and 11 it is 0.54 again.

@@ -247,7 +247,7 @@ def test_the_loop_is_about_learning_and_the_book_is_short_enough_to_be_read():
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.FunctionDef)}
     assert max(lengths.values()) <= 50 and {"train", "train_step", "main"} <= set(lengths)
-    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2420
+    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2400
 
 # ---- Characters ----------------------------------------------------------------------------------
 def test_characters_come_back_unharmed(tmp_path):
