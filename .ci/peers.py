@@ -43,13 +43,13 @@ def ours(flags: list[str]):
     """A run that can train steps, its settings, and a function that writes n tokens from idx."""
     typed = minigpt.parse(["--dropout", "0", *flags])
     device = torch.device("cpu")
-    sizes, config = minigpt.fresh_settings(typed, device)
-    model = minigpt.new_model(minigpt.GPTConfig(**{"vocab_size": 65, **sizes}), config.seed).train()
+    sizes, config = minigpt.find_settings(typed, device)
+    model = minigpt.new_model(minigpt.GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)
     config = minigpt.replace(config, grad_accum=1)
     tokens = torch.randint(model.config.vocab_size, (100_000,))
     corpus = minigpt.Corpus(tokens, tokens, len(tokens))
     run = minigpt.FullRun(model, None, corpus, config, ".", device, {})
-    return run, lambda idx, n: model.generate(idx, n, read=minigpt.CachedReader())
+    return run, lambda idx, n: model.eval().generate(idx, n, read=minigpt.CachedReader())
 
 
 def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int):
