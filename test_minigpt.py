@@ -1669,14 +1669,15 @@ def test_closed_streams_are_no_error(tiny_run):
 
 # ---- Checkpoints that are not what they should be ------------------------------------------------
 def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
-    """A bit of every fourth byte of the file: a flip is refused, or changes nothing of what is
-    read. The tensors above all, in which it would go unnoticed."""
+    """A bit of every fourth byte, and that which says in the zip's directory that a member is a
+    folder (no checksum covers it): a flip is refused, or changes nothing of what is read."""
     path, refused = tmp_path / "a.pt", 0
     state = {"format": minigpt.FORMAT, "w": torch.randn(20), "step": 12345}
     minigpt.save_checkpoint(path, state)
     whole = path.read_bytes()
-    for i in range(0, len(whole), 4):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+    folders = [(found.start() + 38, 16) for found in re.finditer(b"PK\x01\x02", whole)]
+    for i, bit in [*folders, *((i, 1 << i % 8) for i in range(0, len(whole), 4))]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
         try:
             assert_same(minigpt.read_checkpoint(path), state)
         except UserError as problem:
@@ -2282,8 +2283,7 @@ def test_flops_are_those_that_torch_counts_and_parts_add_up():
     assert parts["attn"] == 2 * (24 * 8 + 24 + 8 * 8 + 8)
 
 def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
-    """Every figure is positive; the parameters are the model's; the utilization is the formula's;
-    the memory is this process's. And nothing is written."""
+    """Parameters, rates, utilization and memory are what they say. And nothing is written."""
     monkeypatch.chdir(tmp_path)
     bench = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "32",
              "--block_size", "16", "--batch_size", "2", "--max_tokens", "5", "--dtype", "float32"]
