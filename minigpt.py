@@ -1919,7 +1919,7 @@ class FullRun(Run):
         return super().state() | {"seconds": self.spent(), "corpus": self.text_info}
 
     def finish(self) -> float:
-        self.seconds, self.began = self.spent(), time.perf_counter()
+        self.seconds = self.spent()
         if self.step < self.config.max_steps:
             say(f"stopped early: no better validation loss in {self.config.patience} evaluations")
         gather(0)  # the first process has written best.pt

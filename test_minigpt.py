@@ -42,22 +42,14 @@ import download_data
 import minigpt
 from minigpt import (
     GPT,
-    PRESETS,
     Attention,
     BPETokenizer,
     CachedReader,
-    CausalSelfAttention,
     CharTokenizer,
     Corpus,
-    FusedAttention,
     GPTConfig,
-    LayerNorm,
     TrainConfig,
     UserError,
-    draw_token,
-    evaluate,
-    filter_logits,
-    get_batch,
     get_lr,
     load_checkpoint,
     train_step,
@@ -141,11 +133,11 @@ def test_numbers_in_the_comments_of_the_chapters_are_true():
     assert rounded(torch.softmax(logits, -1)) == [0.67, 0.24, 0.09]
     assert rounded(torch.softmax(logits / 0.5, -1)) == [0.87, 0.12, 0.02]
     assert round(math.log(65), 2) == 4.17
-    assert rounded(LayerNorm(2)(torch.tensor([1.0, 3.0]))) == [-1.0, 1.0]
+    assert rounded(minigpt.LayerNorm(2)(torch.tensor([1.0, 3.0]))) == [-1.0, 1.0]
     assert rounded(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0]))) == [0.85, 1.13]
     assert rounded(minigpt.gelu(torch.tensor([2.0, 0.0, -2.0]))) == [1.95, 0.0, -0.05]
     q, k, v = (torch.tensor(xs).view(1, 1, 2, 1) for xs in ((0.0, 2.0), (1.0, 3.0), (10.0, 20.0)))
-    attention = CausalSelfAttention(small_config(n_head=1))
+    attention = minigpt.CausalSelfAttention(small_config(n_head=1))
     assert round(attention.attend(q, k, v)[0, 0, 1].item(), 1) == 19.8
     turned = minigpt.Rotary(20, 2)(unit.expand(1, 1, 20, 2), 0)[0, 0]
     assert rounded((turned[1:] * turned[:-1]).sum(-1)) == [0.54] * 19
@@ -272,13 +264,13 @@ def test_unknown_character_is_named():
 def test_batches_are_random_windows_and_their_successors():
     """On tokens 0, 1, 2, ... a successor is one more. The first and the last window can be drawn;
     the generator alone decides. Fails for a shift of two, an end off by one."""
-    x, y = get_batch(torch.arange(12, dtype=torch.int16), block_size=8, batch_size=500)
+    x, y = minigpt.get_batch(torch.arange(12, dtype=torch.int16), block_size=8, batch_size=500)
     assert x.shape == y.shape == (500, 8) and x.dtype == y.dtype == torch.int64
     assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(8))
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
-    assert set(get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
+    assert set(minigpt.get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
     before = torch.get_rng_state()
-    draws = [get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0]
+    draws = [minigpt.get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0]
              for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert torch.equal(before, torch.get_rng_state())
@@ -328,7 +320,7 @@ def test_bigram_learns_the_frequencies_of_pairs():
     assert_close(torch.softmax(model.wte.weight, dim=-1), p, 0.02)
 
 # ---- Attention -----------------------------------------------------------------------------------
-KINDS = [CausalSelfAttention, Attention, FusedAttention]
+KINDS = [minigpt.CausalSelfAttention, Attention, minigpt.FusedAttention]
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("T, n_head", [(1, 3), (2, 3), (8, 3), (8, 1), (8, 12)])
@@ -408,7 +400,7 @@ def test_mlps_are_their_equations(activation, bend, bias):
 
 @pytest.mark.parametrize("ours, theirs, tolerance", [
     *((kind(6, bias), nn.LayerNorm(6, bias=bias), 1e-9) for bias in (True, False)
-      for kind in (LayerNorm, minigpt.FusedLayerNorm)),
+      for kind in (minigpt.LayerNorm, minigpt.FusedLayerNorm)),
     (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it squares in float32
 def test_norms_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
     """For inputs small, large and far from zero. Fails for a variance over C - 1, a missing eps,
@@ -429,19 +421,19 @@ def test_norms_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
 
 def test_the_parts_that_are_asked_for_are_the_parts_that_are_built():
     """Everywhere in the model, with and without bias."""
-    kinds = {"layernorm": LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
+    kinds = {"layernorm": minigpt.LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
     for norm, kind in kinds.items():
         model = GPT(small_config(norm=norm, qk_norm=True))
         for block in model.h:
             for built in (block.ln_1, block.ln_2, block.attn.qk_norm, model.ln_f):
                 assert type(built) is kind
-    for attention, kind, norm in (("explicit", Attention, LayerNorm),
-                                  ("fused", FusedAttention, minigpt.FusedLayerNorm)):
+    for attention, kind, norm in (("explicit", Attention, minigpt.LayerNorm),
+                                  ("fused", minigpt.FusedAttention, minigpt.FusedLayerNorm)):
         model = GPT(small_config(attention=attention))
         assert type(model.h[0].attn) is kind and type(model.h[0].ln_1) is type(model.ln_f) is norm
     for bias in (True, False):
         biased = [m.bias is not None for m in GPT(small_config(bias=bias)).modules()
-                  if isinstance(m, (nn.Linear, LayerNorm))]
+                  if isinstance(m, (nn.Linear, minigpt.LayerNorm))]
         assert biased == [bias] * 13 + [False]  # the head has none
 
 def layer_norm(x, norm):
@@ -564,7 +556,7 @@ def test_a_step_descends_and_one_batch_can_be_memorized(optimizer):
 def kept(*probabilities, **options):
     """Which tokens of one distribution may still be drawn; their logits are as they were."""
     logits = torch.tensor([probabilities, probabilities[::-1]], dtype=torch.float64).log()
-    filtered = filter_logits(logits, **options)
+    filtered = minigpt.filter_logits(logits, **options)
     alive = filtered.isfinite()
     assert torch.equal(filtered[alive], logits[alive])
     return "".join(str(int(one)) for one in alive[0])
@@ -585,7 +577,7 @@ def test_filters_keep_the_smallest_set_that_reaches_p_and_the_k_likeliest():
 def test_draws_follow_the_tempered_distribution(temperature):
     """100,000 draws against p^(1/T). Fails if logits are multiplied by the temperature."""
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    drawn = draw_token(p.log().expand(100_000, 4), temperature,
+    drawn = minigpt.draw_token(p.log().expand(100_000, 4), temperature,
                        generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (100_000, 1)
     expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
@@ -599,11 +591,11 @@ def test_filters_reach_the_draw_and_act_after_the_temperature():
     for options in (dict(top_k=1), dict(top_p=1e-9), dict(top_p=1e-46)):
         assert torch.equal(model.generate(idx, 6, temperature=5.0, **options), greedy)
     logits = torch.tensor([2.0, 1.0, 0.0]).expand(200, 3)  # 0.87, 0.12, 0.02 at 0.5
-    assert draw_token(logits, temperature=0.5, top_p=0.7).unique().tolist() == [0]
-    assert draw_token(logits, temperature=1.0, top_p=0.7).unique().tolist() == [0, 1]
+    assert minigpt.draw_token(logits, temperature=0.5, top_p=0.7).unique().tolist() == [0]
+    assert minigpt.draw_token(logits, temperature=1.0, top_p=0.7).unique().tolist() == [0, 1]
     logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
     for temperature, size in ((0, 1), (1e-30, 1), (1e-30, 1e30)):
-        assert draw_token(logits * size, temperature).tolist() == [[1], [0]]
+        assert minigpt.draw_token(logits * size, temperature).tolist() == [[1], [0]]
 
 def test_the_same_random_numbers_write_the_same_text():
     """Without dropout. And the likeliest tokens are told with their probabilities."""
@@ -723,7 +715,7 @@ def test_estimating_the_loss_leaves_no_trace():
     model.eval()
     for name, tokens in (("train", corpus.train), ("val", corpus.val)):
         generator = torch.Generator().manual_seed(0)
-        losses = [model(*get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
+        losses = [model(*minigpt.get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
         assert first[name] == pytest.approx(sum(losses) / 4)
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
@@ -736,7 +728,7 @@ def test_evaluation_counts_every_token_once(n):
         total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
     for batch_size in (1, 4, 64):
         shares = []
-        nats = evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
+        nats = minigpt.evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
         assert nats == pytest.approx(total / (n - 1), abs=1e-6) and model.training
         assert shares == sorted(shares) and shares[-1] == 1.0
     assert minigpt.describe_loss(math.log(8), small_corpus()).endswith(
@@ -830,7 +822,7 @@ def test_the_best_model_has_the_lowest_validation_loss(tmp_path, monkeypatch, lo
     assert (state["step"], state["best_step"], state["best_val"]) == (best, best, losses[best // 2])
     assert torch.equal(state["model"]["wte.weight"], weights[best])
     assert_same(dict(run.model.state_dict()), dict(state["model"]))
-    assert score == evaluate(run.model, run.corpus.val) and run.step == 6
+    assert score == minigpt.evaluate(run.model, run.corpus.val) and run.step == 6
 
 @pytest.mark.parametrize("patience, losses, end", [
     (1, [5, 4, 4], 4), (2, [5, 4, 6, 5], 6), (2, [1, 2, 2], 4), (2, [5, 6, 4, 5, 3.9, 5, 5], 12),
@@ -857,14 +849,14 @@ def test_rope_turns_channel_i_with_i_plus_half_by_the_position():
             assert_close(turned, expected, 1e-5)  # the tables are float32
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("kind", [Attention, FusedAttention])
+@pytest.mark.parametrize("kind", [Attention, minigpt.FusedAttention])
 def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(norm, kind):
     """With gains that are not 1, for which the order matters. Fails if v is turned, if k is not."""
     layer = stir(kind(small_config(pos="rope", qk_norm=True, norm=norm)))
     x = random_x(3, 8, 8)
-    q, k, v = CausalSelfAttention.heads(layer, x)
+    q, k, v = minigpt.CausalSelfAttention.heads(layer, x)
     q, k = (layer.rotary(layer.qk_norm(t), 0) for t in (q, k))
-    y = CausalSelfAttention.attend(layer, q, k, v).transpose(1, 2).flatten(2)
+    y = minigpt.CausalSelfAttention.attend(layer, q, k, v).transpose(1, 2).flatten(2)
     assert_close(layer(x), layer.c_proj(y), 1e-6)
     layer = kind(small_config(qk_norm=True, norm=norm, bias=False)).double()
     before = layer(x)
@@ -1217,7 +1209,7 @@ def tiny_full_run(out_dir, model=None, **settings):
     return minigpt.FullRun(model, CharTokenizer([*"abcdefghijk"]), corpus, config, out_dir,
                            torch.device("cpu"), {})
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", minigpt.PRESETS)
 def test_every_preset_trains_and_writes(tmp_path, name):
     """One real step of each, smaller where the size is beyond a test; its other settings arrive."""
     small = {"--max_steps": 1, "--eval_batches": 1, "--batch_size": 2}
@@ -1228,7 +1220,7 @@ def test_every_preset_trains_and_writes(tmp_path, name):
     assert f"preset {name} (as asked)" in err
     state = load_checkpoint(tmp_path / "latest.pt")
     stored = {**state["model_config"], **state["train_config"]}
-    for setting, value in PRESETS[name].settings.items():
+    for setting, value in minigpt.PRESETS[name].settings.items():
         assert f"--{setting}" in small or setting == "vocab_size" or stored[setting] == value
     code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
                               "--prompt", "THE")
@@ -1312,14 +1304,14 @@ def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
     assert "trained in 0:06:43;" in err and "0:00:00 left" in err
 
 def test_the_score_is_that_of_the_best_model(tiny_run):
-    """As evaluate gives it, and --mode eval."""
+    """As minigpt.evaluate gives it, and --mode eval."""
     folder, err = tiny_run
     state = load_checkpoint(folder / "best.pt")
     code, out, _ = run_main("--mode", "eval", "--out_dir", folder)
     assert code == 0 and out.strip() == score(err)
     model, tokenizer = minigpt.model_from_checkpoint(state)
     corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
-    nats = evaluate(model, corpus.val)
+    nats = minigpt.evaluate(model, corpus.val)
     assert f"{nats:.4f} nats" in out
     assert metrics_of(folder)[-1]["full_val_loss"] == pytest.approx(nats, rel=1e-6)
 
@@ -1346,7 +1338,7 @@ def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
     seed = minigpt.derived_seed(1337, 2)
     torch.manual_seed(seed)
     dice = torch.Generator().manual_seed(seed)
-    losses = [model.train()(*get_batch(corpus.train, 16, 4, dice))[1].item() for _ in "ab"]
+    losses = [model.train()(*minigpt.get_batch(corpus.train, 16, 4, dice))[1].item() for _ in "ab"]
     third = step_losses(tiny_run[0])[2][1]
     assert model.drop.p == 0.1 and third == pytest.approx(sum(losses) / 2, abs=1e-6)
     assert third != pytest.approx(losses[1], abs=1e-6)
@@ -1400,7 +1392,8 @@ def test_typed_settings_reach_the_optimizer_and_the_schedule(tmp_path):
     the rate is set late, early or never, or a setting stops on its way."""
     train_tiny(tmp_path, "--optimizer", "muon", "--beta1", "0.71", "--beta2", "0.83", "--momentum",
                "0.6", "--weight_decay", "0.37", "--learning_rate", "0.01", "--min_lr", "0.002",
-               "--schedule", "cosine", "--warmup_steps", "1")
+               "--schedule", "cosine", "--warmup_steps", "1", "--grad_clip", "1e-3")
+    assert all(norm > 0.01 for *_, norm in step_losses(tmp_path))  # as it was before clipping
     config = TrainConfig(**load_checkpoint(tmp_path / "latest.pt")["train_config"])
     groups = load_checkpoint(tmp_path / "latest.pt")["optimizer"]["param_groups"]
     assert {tuple(group["betas"]) for group in groups} == {(0.71, 0.83)}
@@ -1454,11 +1447,11 @@ def test_what_may_change_on_resume_does(tmp_path):
                       "--sample_tokens", "0", "--log_interval", "3", "--checkpoint_interval", "3",
                       "--patience", "4", "--no_wandb")
     assert "cpu, float16" in err and "    | " not in err and (tmp_path / "step_000003.pt").exists()
-    assert [step for step, *_ in step_losses(tmp_path)][:4] == [1, 2, 3, 6]
+    assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 6, 7]
     config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
     assert (config["dtype"], config["patience"], config["wandb"]) == ("float16", 4, False)
 
-@pytest.mark.parametrize("name", ["best.pt", "step_000002.pt", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["best.pt", "step_1000000.pt", "config.json", "metrics.jsonl"])
 def test_a_new_run_overwrites_nothing(tmp_path, name):
     """A forgotten --resume must not cost a night's work; nor a file of that name that is not ours.
     Nor does a branch overwrite another run."""
@@ -1501,8 +1494,7 @@ def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, val
     b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
     b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
 def test_damaged_or_unknown_metrics_do_not_stop_a_resume_nor_the_plot(tmp_path, garbage, pictures):
-    """What a crash may leave behind, or another version. Of two records of a step the later one
-    counts."""
+    """What a crash may leave behind, or another version. The later record of a step counts."""
     train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
     shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -1757,9 +1749,12 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
 def test_eval_works_with_a_run_folder_that_cannot_be_written():
     """Such as another user's: nothing is written there."""
     me = os.geteuid()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "run")
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder, scratch = Path(name, "run"), Path(name, "tmp")
         err = train_tiny(folder, "--max_steps", "1")
+        scratch.mkdir()
+        scratch.chmod(0o777)
+        patch.setattr(tempfile, "tempdir", str(scratch))
         for path in (folder, SHORT.parent, Path(name)):
             path.chmod(0o555)
         try:
@@ -2338,6 +2333,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --n_head 3 => --n_embd 128 & --n_head 3
 --mode train --batch_size -4 => --batch_size & -4
 --mode train --dropout 1.0 => --dropout & '1.0'
+--mode train --momentum 1 => --momentum & '1'
 --mode train --learning_rate nan => --learning_rate & nan
 --mode train --min_lr 9 => --min_lr 9 & --learning_rate
 --mode train --preset huge => --preset & huge & laptop
@@ -2447,8 +2443,8 @@ def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path):
 
 def test_dashes_in_flags_and_in_values_are_kept_apart(tmp_path, monkeypatch):
     """--max-steps is --max_steps; a prompt, a stop text and a path keep their dashes."""
-    assert minigpt.parse(["--max-steps=5", "--out-dir", "my-folder", "--no-wandb"]) == {
-        "max_steps": 5, "out_dir": "my-folder", "wandb": False}
+    assert minigpt.parse(["--warmup-steps=0", "--out-dir", "my-folder", "--no-wandb"]) == {
+        "warmup_steps": 0, "out_dir": "my-folder", "wandb": False}
     for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
         assert minigpt.parse(["--prompt", text, "--stop", text]) == {"prompt": text, "stop": text}
     for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b"):
@@ -2477,6 +2473,7 @@ def test_two_dashes_as_a_value_are_a_mistake_and_no_crash():
     for flag in flags_with_values():
         for argv in ([f"{flag}=--"], [flag.replace("_", "-") + "=--"], [flag, "--"]):
             check_mistake(*run_main(*argv), [flag])
+    assert "out of memory" in minigpt.explain(MemoryError())
 
 def test_help_lists_every_flag_in_80_columns():
     """--help is the reference; it exits with 0; each flag with its meaning and its default."""
@@ -2485,7 +2482,7 @@ def test_help_lists_every_flag_in_80_columns():
     assert done.returncode == 0 and done.stderr == "" and max(map(len, lines)) <= 80
     for flag in flags_with_values():
         assert any(re.match(rf"  {flag} \S", line) for line in lines), flag
-    for word in (*PRESETS, *minigpt.MODES, "(0.9)", "--resume", "--bias"):
+    for word in (*minigpt.PRESETS, *minigpt.MODES, "(0.9)", "--resume", "--bias"):
         assert word in text
     for name, help in {**minigpt.comments(GPTConfig), **minigpt.comments(TrainConfig)}.items():
         assert help in text, name
@@ -2565,6 +2562,8 @@ def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monke
         assert ended == bool(stop and stop in text)
         after = minigpt.visible_text(tokenizer, [*ids, tokenizer.end, *ids], "", complete=False)
         assert after == (text, True)
+    ids = tokenizer.encode("abé ")
+    assert minigpt.visible_text(tokenizer, ids, "xy", complete=False) == ("abé", False)
     events, draw, out = [], minigpt.draw_token, io.StringIO()
     out.write = lambda text: events.extend([text] * bool(text))
     out.flush = lambda: events.append("flush")
