@@ -1506,7 +1506,7 @@ OPTIMIZERS["muon"] = make_muon
 # ---- What it comes to ----------------------------------------------------------------------------
 # The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
 # QK-norm, the squared ReLU, no biases, fused kernels, Muon, a straight line. Trained to their ends
-# on one machine, three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 129 to 144 s, `laptop` 1.498
+# on one machine, three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 129 to 170 s, `laptop` 1.498
 # +- 0.009 in 147 to 163 s.
 
 # ==================================================================================================
