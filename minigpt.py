@@ -880,6 +880,8 @@ class Run:
         self.step = 0  # steps completed
         self.best_val, self.best_step = math.inf, 0  # lowest validation loss, and when it was
 
+    load = staticmethod(load_checkpoint)
+
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
 
@@ -949,7 +951,7 @@ class Run:
 
     def finish(self) -> float:
         """Gives the model the weights of best.pt; returns their loss on all validation tokens."""
-        self.model.load_state_dict(load_checkpoint(self.out_dir / "best.pt")["model"])
+        self.model.load_state_dict(self.load(self.out_dir / "best.pt")["model"])
         nats = evaluate(self.model, self.corpus.val, progress=self.progress)
         self.say(describe_loss(nats, self.corpus))
         return nats
@@ -1690,7 +1692,7 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
     """A number of metrics.jsonl by step; of two records of a step, as after --resume, the later."""
     path, points = out_dir / "metrics.jsonl", {}
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged, or of another kind
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # damaged
             record = json.loads(line)
             points[int(record["step"])] = float(record[name])
     return dict(sorted(points.items()))
@@ -1857,7 +1859,7 @@ class FullRun(Run):
         """Seconds in this run so far, those before a --resume included."""
         return self.seconds + time.perf_counter() - self.began
 
-    say = staticmethod(say)
+    say, load = staticmethod(say), staticmethod(read_checkpoint)
 
     def log(self, **record) -> None:
         """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number."""
@@ -1923,7 +1925,6 @@ class FullRun(Run):
         if self.step < self.config.max_steps:
             say(f"stopped early: no better validation loss in {self.config.patience} evaluations")
         gather(0)  # the first process has written best.pt
-        read_checkpoint(self.out_dir / "best.pt")  # which must not have been damaged meanwhile
         self.progress = show_progress()
         nats = super().finish()
         self.log(step=self.step, full_val_loss=nats, seconds=self.seconds, best_step=self.best_step)
@@ -2352,7 +2353,7 @@ def explain(problem: Exception) -> str:
         return f"{problem.filename or '--out_dir'}: {problem.strerror}; {cure}"
     if isinstance(problem, MemoryError) or "memory" in str(problem):
         return "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples"
-    if type(problem) is not RuntimeError:  # one of those that torch.compile has of its own
+    if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: does not work here ({type(problem).__name__}); use --no_compile"
     raise problem
 
@@ -2381,10 +2382,9 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0 if typed.get("mode") == "generate" else 141
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        line = explain(problem)
         if process_rank() > 0:  # if it is a mistake of all, the first one tells it meanwhile
             time.sleep(3)
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {explain(problem)}", file=sys.stderr, flush=True)
         return 2
     finally:
         if torch.distributed.is_initialized():
