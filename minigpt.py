@@ -42,7 +42,6 @@ if __name__ == "__main__":  # while PyTorch loads, Ctrl-C ends the program witho
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import contextlib
 import json
 import math
 import os
@@ -529,7 +528,7 @@ def count_parameters(model: nn.Module) -> int:
 # Try it    With a trained model, --mode generate --prompt ROMEO: --temperature 0 goes round in
 #           circles ("I will the shall the shall the shall the shall the see the stands"): the
 #           likeliest token each time does not make a typical text. --temperature 2 hardly makes
-#           words: "Itniqure; mych a more eg for defacnifur;".
+#           words: "Wegdost insendree chard tisThe is opector".
 def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
     """Sets the logits (B, V) of tokens that may not be drawn to minus infinity.
 
@@ -562,17 +561,6 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     logits = filter_logits(logits / max(temperature, 1e-6), top_k, top_p)  # cannot overflow
     return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1, generator=generator)
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """Inside: no dropout, and nothing is noted down for gradients. Afterwards: as before."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    with torch.no_grad():
-        yield
-    if was_training:
-        model.train()
-
 def window_start(length: int, block_size: int) -> int:
     """Where the model begins to read in a text of `length` tokens.
 
@@ -582,11 +570,12 @@ def window_start(length: int, block_size: int) -> int:
     half = (block_size + 1) // 2
     return math.ceil(max(length - block_size, 0) / half) * half
 
+@torch.no_grad()  # nothing is noted down for gradients
 def next_logits(model, idx):
     """Logits (B, V) of what follows idx (B, T). (Part II reads only what is new.)"""
+    model.eval()
     start = window_start(idx.shape[1], model.config.block_size)
-    with evaluating(model):
-        logits, _ = model(idx[:, start:])  # (B, T, V)
+    logits, _ = model(idx[:, start:])  # (B, T, V)
     return logits[:, -1].float().cpu()
 
 def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
@@ -754,6 +743,7 @@ def train_step(model, optimizer, batches, config: TrainConfig):
     """One change of the weights, from the grad_accum pairs (x, y) of batches.
 
     Returns two scalar tensors: the mean loss, and the norm of the gradient before clipping."""
+    model.train()
     loss_sum = 0.0
     for x, y in batches:
         loss = model(x, y)[1] / config.grad_accum
@@ -767,18 +757,20 @@ def train_step(model, optimizer, batches, config: TrainConfig):
 # ---- Evaluation ----------------------------------------------------------------------------------
 # While a model trains, an estimate on a few batches will do, the same ones each time. The figure to
 # quote is the loss on the whole validation part, without any chance in it.
+@torch.no_grad()
 def estimate_loss(model, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """The mean loss over eval_batches batches of each part: {"train": .., "val": ..}."""
+    model.eval()
     means = {}
     for name, tokens in (("train", corpus.train), ("val", corpus.val)):
         generator, total = torch.Generator().manual_seed(0), 0.0
         for _ in range(config.eval_batches):
             batch = get_batch(tokens, model.config.block_size, config.batch_size, generator)
-            with evaluating(model):
-                total += model(*batch)[1].item()
+            total += model(*batch)[1].item()
         means[name] = total / config.eval_batches
     return means
 
+@torch.no_grad()
 def evaluate(model, tokens, batch_size: int = 16, progress=lambda share: None) -> float:
     """The mean loss in nats over every token of tokens (N,) but the first.
 
@@ -790,14 +782,14 @@ def evaluate(model, tokens, batch_size: int = 16, progress=lambda share: None) -
 
     and a shorter last one. A token early in its window has little context, so this is a slightly
     pessimistic figure, but it counts each token once. progress is told the share that is done."""
+    model.eval()
     T, total, done, end = model.config.block_size, 0.0, 0, len(tokens) - 1
     while done < end:
         rows = min(batch_size, max((end - done) // T, 1))
         size = min(rows * T, end - done)  # less than one row of T in the end
         window = tokens[done : done + size + 1].long()
         x, y = window[:-1].view(rows, -1), window[1:].view(rows, -1)
-        with evaluating(model):
-            total += model(x, y)[1].item() * size
+        total += model(x, y)[1].item() * size
         done += size
         progress(done / end)
     return total / end
@@ -959,7 +951,6 @@ class Run:
 def train(run: Run) -> float:
     """Trains until run.over(). Returns the best model's loss on the whole validation part."""
     config = run.config
-    run.model.train()
     if run.best_val == math.inf:  # no evaluation yet: how good is the start?
         run.look()
     while not run.over():
@@ -985,9 +976,9 @@ def train(run: Run) -> float:
 # What the model of --preset plain writes in the end, at a loss of 1.67:
 #
 #     ROMEO:
-#     It by despeak and, I never in to make as I tide,
-#     Come affect wells of such consulleness of find:
-#     Look of days ensul so mijestying me,
+#     O, weak you, thou ask forthy kiss at landly the eart you accest with
+#     With your can almaster:
+#     I am hence that art my for all deather?
 #
 # It has learned spelling, names in capitals, lines of the right length, some grammar; not sense.
 
@@ -1035,10 +1026,6 @@ NORMS["none"] = lambda n, config: nn.Identity()
 # Problem   The first Transformer had its norms on the main road, after each addition [Vaswani et
 #           al. 2017, section 3.1]. Why did it change? Because then every gradient passes through
 #           every norm, and with depth training becomes delicate [Xiong et al. 2020, section 3.3].
-#
-#               x ----+------------------> (+) --> ln_1 --+------------> (+) --> ln_2 ---->
-#                     |                     ^             |               ^
-#                     +--> attention -------+             +--> MLP -------+
 # Here      --norm_position post: 3.03 +- 0.54, of which two seeds hardly learned at all.
 class PostNormBlock(Block):
     """A block that normalizes the residual stream itself."""
@@ -1193,7 +1180,7 @@ NORMS["layernorm"] = lambda n, config: (
 #
 # Cost      A pass over one token instead of up to block_size, whose query still has to be compared
 #           with every key that is kept. What takes the time then is to fetch each weight from
-#           memory. So it pays to write several samples side by side: `--mode bench` tells.
+#           memory. So it pays to write several texts side by side, as GPT.generate can.
 # Window    When the window moves (window_start, in Part I), every token in it has a new position,
 #           and what deeper layers kept was computed from tokens that are gone: all is read anew.
 class KeyValueCache:
@@ -1212,16 +1199,17 @@ class CachedReader:
     def __init__(self):
         self.start = self.end = 0  # of what was read
 
+    @torch.no_grad()
     def __call__(self, model, idx):
         start = window_start(idx.shape[1], model.config.block_size)
         if self.end == 0 or start != self.start:  # the beginning, or the window has moved
+            model.eval()
             self.start = self.end = start
             self.caches = {layer: KeyValueCache() for layer in model.modules()
                            if isinstance(layer, Attention)}
         for layer, cache in self.caches.items():
             layer.cache = cache
-        with evaluating(model):
-            logits, _ = model(idx[:, self.end :], start=self.end - self.start)
+        logits, _ = model(idx[:, self.end :], start=self.end - self.start)
         for layer in self.caches:
             layer.cache = None
         self.end = idx.shape[1]
@@ -1269,6 +1257,12 @@ def piece_pattern() -> re.Pattern:
     S = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])| ?[{L}]+"
                       rf"| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
+
+def chunks(text: str, size: int = 10**6):
+    """Yields a long text bit by bit: size characters, and on to the end of the line, so that no
+    word is torn; but not further than size characters, since a text may have no lines."""
+    parts = re.finditer(rf"(?s).{{1,{size}}}[^\n]{{0,{size}}}\n?", text)
+    return (part[0] for part in parts)
 
 def split_pieces(text: str):
     """Yields lists of pieces, one for each stretch of text between two END_OF_TEXT.
@@ -1322,30 +1316,25 @@ class BPETokenizer:
         self.vocab_size = len(self.tokens)
 
     @classmethod
-    def train(cls, text, vocab_size: int) -> "BPETokenizer":
+    def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
         """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
-        text: a str, or the chunks of a long one.
 
         `counts` says how often a pair occurs, `where` in which of the distinct pieces it may. The
         heap hands out the most frequent pair; an entry whose count has changed goes back."""
-        if vocab_size < 257:
-            raise UserError(f"--vocab_size {vocab_size}: must be at least 257")
         pieces = collections.Counter()
-        for chunk in [text] if isinstance(text, str) else text:
+        for chunk in chunks(text):
             pieces.update(itertools.chain.from_iterable(split_pieces(chunk)))
         words, freqs = [to_tokens(piece) for piece in pieces], list(pieces.values())
         counts, where = collections.Counter(), collections.defaultdict(set)
 
-        def count(i: int, sign: int) -> set:
+        def count(i: int, sign: int) -> None:
             """Adds the pairs of word i to the counts, or takes them away."""
-            pairs = collections.Counter(pairs_of(words[i]))
-            for pair, n in pairs.items():
-                counts[pair] += sign * n * freqs[i]
-            return set(pairs)
+            for pair in pairs_of(words[i]):
+                counts[pair] += sign * freqs[i]
+                where[pair].add(i)
 
         for i in range(len(words)):
-            for pair in count(i, +1):
-                where[pair].add(i)
+            count(i, +1)
         heap = [(-n, pair) for pair, n in counts.items()]
         heapq.heapify(heap)
         tokens, merges = [bytes([byte]) for byte in BYTES], []
@@ -1357,17 +1346,15 @@ class BPETokenizer:
             if -n < 2:
                 break
             a, b = (tokens[ord(token)] for token in pair)
-            token, changed = chr(len(tokens)), set()
+            token, born = chr(len(tokens)), set()
             merges.append((a, b))
             tokens.append(a + b)
             for i in where.pop(pair):
-                before = count(i, -1)
+                count(i, -1)
                 words[i] = words[i].replace(pair, token)
-                born = count(i, +1) - before
-                for p in born:
-                    where[p].add(i)
-                changed |= born
-            for p in changed:
+                count(i, +1)
+                born.update(p for p in pairs_of(words[i]) if token in p)
+            for p in born:
                 heapq.heappush(heap, (-counts[p], p))
         return cls(merges)
 
@@ -1416,15 +1403,11 @@ class GPT2Tokenizer:
         try:
             import tiktoken
 
-            self.encoding = tiktoken.get_encoding("gpt2")
+            encoding = tiktoken.get_encoding("gpt2")
         except Exception:  # not installed; or its file, fetched at the first use, is not here
             raise UserError("--tokenizer gpt2: pip install tiktoken, connect, or use bpe") from None
-
-    def encode(self, text: str) -> list[int]:
-        return self.encoding.encode(text, allowed_special="all")
-
-    def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
+        self.encode = functools.partial(encoding.encode, allowed_special="all")
+        self.decode = encoding.decode
 
 TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
@@ -1445,8 +1428,6 @@ TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 #           is tied; of the rows that it has, each still belongs to one token.
 # Schedule  --schedule linear: 1 - r in place of the cosine, a straight line.
 # Here      --optimizer muon: 2.050 +- 0.012. --schedule linear alone: 2.259 +- 0.010.
-
-SCHEDULES["linear"] = lambda r: 1 - r
 
 def orthogonalize(G):
     """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone.
@@ -1504,6 +1485,7 @@ def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
                 betas=(config.beta1, config.beta2))
 
 OPTIMIZERS["muon"] = make_muon
+SCHEDULES["linear"] = lambda r: 1 - r
 
 # ---- What it comes to ----------------------------------------------------------------------------
 # The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
@@ -1519,29 +1501,12 @@ OPTIMIZERS["muon"] = make_muon
 # subclass of Part I's Run puts them to use, and the loop stays as it was.
 # ==================================================================================================
 
-import errno
+import contextlib
 import hashlib
-import mmap
-import shutil
 import signal
-import tempfile
 import time
 import zipfile
 from datetime import timedelta
-
-# ---- What is printed -----------------------------------------------------------------------------
-# Generated text and results go to stdout; everything else to stderr. Of several processes (below)
-# the first one speaks.
-def process_rank() -> int:
-    """The number of this process among those that torchrun started; 0 if it did not."""
-    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
-
-def say(text: str, status: bool = False) -> None:
-    """A line to stderr. On a terminal a status is rewritten in place by whatever comes next."""
-    if process_rank() == 0:
-        wipe, end = ("\r\033[K", "" if status else "\n") if sys.stderr.isatty() else ("", "\n")
-        text = text[: shutil.get_terminal_size().columns - 1] if status and wipe else text
-        print(wipe + text, end=end, file=sys.stderr, flush=True)
 
 # ---- Devices and number formats ------------------------------------------------------------------
 # Problem   Most of the time goes into matrix products, and hardware multiplies 16-bit numbers
@@ -1586,29 +1551,24 @@ class MixedPrecision(nn.Module):
             return self.model(x, y)
 
 class ScaledGradients(MixedPrecision):
-    """The same in float16. Where a gradient leaves its range in spite of the factor, the step is
-    skipped and the factor halved; after 1,000 steps without that it is doubled."""
+    """The same in float16. Where a gradient leaves its range because of the factor, the step is
+    skipped and the factor halved."""
+    scale = 2.0**16
+
     def __init__(self, model, dtype: str, optimizer):
         super().__init__(model, dtype)
-        self.scale, self.sound, self.pending = 2.0**16, 0, False
         for p in model.parameters():
             p.register_hook(lambda gradient: gradient / self.scale)
         optimizer.register_step_pre_hook(self.before_step)
 
     def forward(self, x, y):
         logits, loss = super().forward(x, y)
-        self.pending = True
         loss.register_hook(lambda gradient: gradient * self.scale)
         return logits, loss
 
     def before_step(self, *_) -> None:
-        if not self.pending:  # Muon's step is one, and AdamW's in the midst of it another
-            return
-        self.pending, weights = False, [p for p in self.model.parameters() if p.grad is not None]
-        if all(p.grad.isfinite().all() for p in weights):
-            self.sound += 1
-            self.scale *= 2.0 if self.sound % 1000 == 0 else 1.0
-        else:
+        weights = [p for p in self.model.parameters() if p.grad is not None]
+        if not all(p.grad.isfinite().all() for p in weights):
             self.scale /= 2
             for p in weights:
                 p.grad = None  # an optimizer leaves such a weight alone
@@ -1618,7 +1578,17 @@ class ScaledGradients(MixedPrecision):
 # Answer    Data parallelism: every process holds the whole model and takes its rows of each batch;
 #           PyTorch's DistributedDataParallel averages the gradients while backward() still runs [Li
 #           et al. 2020, section 3.2], by the library gloo on CPUs, by nccl on GPUs. So all take the
-#           same step, and as they began alike, they stay alike. All evaluate; the first one writes.
+#           same step, and as they began alike, they stay alike. All evaluate; the first one writes
+#           files and speaks: generated text and results to stdout, everything else to stderr.
+def process_rank() -> int:
+    """The number of this process among those that torchrun started; 0 if it did not."""
+    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+
+def say(text: str) -> None:
+    """A line to stderr."""
+    if process_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
 def join_processes() -> int:
     """Joins the others that torchrun started. Returns how many there are; 1 without torchrun."""
     if not torch.distributed.is_torchelastic_launched():
@@ -1639,9 +1609,6 @@ def gather(value) -> list:
 # ---- Signals -------------------------------------------------------------------------------------
 # Ctrl-C may arrive in the middle of a step or of a write. Nothing is done then but to remember it;
 # the run looks when the step is complete, saves and leaves.
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM arrived and everything is saved. args[0] is the signal's number."""
-
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list, to which Ctrl-C or SIGTERM is added; the same once more ends the process."""
@@ -1650,8 +1617,7 @@ def stop_signals():
     def on_signal(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        # Subtle: the signal may have come in the middle of a print, so print itself is off limits.
-        if process_rank() == 0:
+        if process_rank() == 0:  # by os.write, since a print may be what the signal came amidst
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1704,16 +1670,14 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
         from matplotlib.figure import Figure
     except ImportError:
         return say(f"no {path.name}: pip install matplotlib to get one")
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
     for label, (out_dir, name) in curves.items():
         curve = read_curve(out_dir, name)
         axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2,
                   alpha=0.4 if name == "loss" else 1.0)
     axes.set(xlabel="step", ylabel=ylabel)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
 
 def start_wandb(config: TrainConfig, out_dir: Path):
     """A run of Weights & Biases, or None: it is used where WANDB_API_KEY is set or WANDB_MODE is
@@ -1728,91 +1692,59 @@ def start_wandb(config: TrainConfig, out_dir: Path):
     except Exception as problem:  # not installed, no network, or a change in its ways
         say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
 
-# ---- Corpora large and small ---------------------------------------------------------------------
-# Problem   A text of a gigabyte is 8 GB as int64 tokens, and more as a Python list.
-# Answer    Read it in chunks, encode each, and append the ids to a nameless temporary file, in 2
-#           bytes each. Mapped into memory it looks like a tensor, and the operating system reads
-#           the pages that are touched.
-
-DATA = Path(__file__).resolve().parent / "data"
-
+# ---- The corpus ----------------------------------------------------------------------------------
+# Problem   As a list of Python's integers a text takes 8 bytes for each token, and as int64, too.
+# Answer    Encode it chunk by chunk, and keep each id in 2 bytes.
 def find_corpus(data: str) -> Path:
     """--data if given; else Tiny Shakespeare, downloaded at need; else, loudly, the sample."""
-    path = Path(data or DATA / "input.txt")
+    path = Path(data or Path(__file__).resolve().parent / "data" / "input.txt")
     if data or path.exists():
         return path
     import download_data
 
     return download_data.find(path)
 
-def read_chunks(path: Path, size: int = 2**20):
-    """Yields a text bit by bit: size characters, and on to the end of the line, so that no word is
-    torn; but not further than size characters, since a text may have no lines."""
-    with open(path, encoding="utf-8-sig") as file:  # -sig: without the mark that Windows adds
-        while chunk := file.read(size):
-            yield chunk + file.readline(size)
+def read_text(path: Path) -> tuple[str, str]:
+    """A text and its SHA-256 checksum. Raises UserError if it is not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows adds
+        return text, hashlib.sha256(text.encode("utf-8")).hexdigest()
+    except UnicodeDecodeError:
+        raise UserError(f"--data {path}: not UTF-8 text; save it as UTF-8") from None
 
-class TextFile:
-    """A text that is never in memory as a whole. Raises UserError if it is empty or not UTF-8."""
-    def __init__(self, path: Path):
-        self.path, self.length, alphabet, digest = path, 0, set(), hashlib.sha256()
-        try:
-            for chunk in read_chunks(path):
-                self.length += len(chunk)
-                alphabet.update(chunk)
-                digest.update(chunk.encode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"--data {path}: not UTF-8 text; save it as UTF-8") from None
-        self.alphabet, self.sha256 = sorted(alphabet), digest.hexdigest()
+def make_tokenizer(kind: str, text: str, vocab_size: int):
+    """BPE learns from the training part alone, so that the validation text has no say in it;
+    characters are taken from the whole, since none may be missing."""
+    if kind == "bpe":
+        return BPETokenizer.train(text[: int(0.9 * len(text))], vocab_size)
+    return CharTokenizer.train(text) if kind == "char" else TOKENIZERS[kind]()
 
-    def chunks(self, part: str):
-        """Yields the text of a part, "train" or "val", bit by bit."""
-        left = int(0.9 * self.length)  # of the training part
-        for chunk in read_chunks(self.path):
-            yield chunk[:left] if part == "train" else chunk[left:]
-            left = max(left - len(chunk), 0)
-
-    def make_tokenizer(self, kind: str, vocab_size: int):
-        """BPE learns from the training part alone, so that the validation text has no say in it;
-        characters are taken from the whole, since none may be missing."""
-        if kind == "bpe":
-            return BPETokenizer.train(self.chunks("train"), vocab_size)
-        return CharTokenizer(self.alphabet) if kind == "char" else TOKENIZERS[kind]()
-
-    def encode(self, tokenizer, block_size: int, folder: Path | None = None) -> Corpus:
-        """Both parts as tokens. Raises UserError if one is too short for a single window."""
-        train, val = (self.map_tokens(tokenizer, part, folder) for part in ("train", "val"))
-        if len(val) <= block_size:  # the validation part is the shorter one
-            raise UserError(f"--data {self.path}: too short: its last tenth has {len(val)} tokens, "
-                            f"and must have more than --block_size {block_size}; lower that one")
-        return Corpus(train, val, val_characters=self.length - int(0.9 * self.length))
-
-    def map_tokens(self, tokenizer, part: str, folder: Path | None) -> torch.Tensor:
-        """The ids (N,), in a file in folder that has no name and vanishes with the tensor."""
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for chunk in self.chunks(part):
-                array.array("H", tokenizer.encode(chunk)).tofile(file)  # H: 16 bits, no sign
-            file.flush()
-            if file.tell() == 0:
-                return torch.empty(0, dtype=torch.uint16)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(memory, dtype=torch.uint16)
+def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
+    """Both parts as tokens. Raises UserError if one is too short for a single window."""
+    cut, parts = int(0.9 * len(text)), []
+    for part in text[:cut], text[cut:]:
+        ids = array.array("H")  # H: 16 bits, no sign
+        for chunk in chunks(part):
+            ids.extend(tokenizer.encode(chunk))
+        parts.append(torch.frombuffer(ids or array.array("H", [0]), dtype=torch.uint16))
+    if len(parts[1]) <= block_size:  # the validation part is the shorter one
+        raise UserError(f"--block_size {block_size}: must be below the number of tokens in the "
+                        f"text's last tenth, {len(parts[1])}; lower it, or take a longer --data")
+    return Corpus(*parts, val_characters=len(text) - cut)
 
 def time_left(began: float, share: float) -> timedelta:
     """What remains if this share was done since `began`."""
     return timedelta(seconds=round((time.perf_counter() - began) * (1 / share - 1)))
 
-def show_progress():
-    """A function for evaluate's `progress`: a status line every few seconds."""
-    began = shown = time.perf_counter()
+class Progress:
+    """For evaluate's `progress`: a line every ten seconds."""
+    def __init__(self):
+        self.began = self.shown = time.perf_counter()
 
-    def show(share: float) -> None:
-        nonlocal shown
-        if time.perf_counter() - shown > 2:
-            shown = time.perf_counter()
-            say(f"evaluating: {share:.0%}, {time_left(began, share)} left", status=True)
-
-    return show
+    def __call__(self, share: float) -> None:
+        if time.perf_counter() - self.shown > 10:
+            self.shown = time.perf_counter()
+            say(f"evaluating: {share:.0%}, {time_left(self.began, share)} left")
 
 # ---- A run with all of it ------------------------------------------------------------------------
 class Diverged(UserError):
@@ -1824,7 +1756,8 @@ class FullRun(Run):
         """text_info: where the corpus is from, and its checksum; both go into checkpoints."""
         super().__init__(model.to(device), tokenizer, corpus, config, out_dir)
         self.text_info, self.processes, self.rank = text_info, join_processes(), process_rank()
-        self.seconds, self.signals, self.wandb = 0.0, [], None  # seconds: spent before this start
+        self.signals, self.wandb, self.clock_step = [], None, 0
+        self.began = self.clock = time.perf_counter()
         if config.batch_size % self.processes:
             raise UserError(f"--batch_size {config.batch_size}: must be divisible by the number of "
                             f"processes, {self.processes}")
@@ -1839,34 +1772,18 @@ class FullRun(Run):
 
     def restore(self, state: dict) -> None:
         super().restore(state)
-        self.seconds = state["seconds"]
+        self.began -= state["seconds"]  # as if it had never been interrupted
+        self.clock_step = self.step
         if not (self.out_dir / "best.pt").exists():  # it goes on in another folder than before
             self.best_val, self.best_step = math.inf, self.step
-
-    @contextlib.contextmanager
-    def watched(self):
-        """Inside: signals are heard and records kept."""
-        self.began = self.clock = time.perf_counter()
-        self.clock_step = self.first_step = self.step
-        if self.rank == 0:
-            configs = asdict(self.model.config) | asdict(self.config)
-            (self.out_dir / "config.json").write_text(json.dumps(configs, indent=2))
-            self.wandb = start_wandb(self.config, self.out_dir)
-        with stop_signals() as self.signals:
-            yield
-
-    def spent(self) -> float:
-        """Seconds in this run so far, those before a --resume included."""
-        return self.seconds + time.perf_counter() - self.began
 
     say, load = staticmethod(say), staticmethod(read_checkpoint)
 
     def log(self, **record) -> None:
         """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number."""
-        for name, value in record.items():
-            if "loss" in name and not math.isfinite(value):
-                raise Diverged(f"the run has diverged: at step {self.step} its {name} is {value}; "
-                               f"try less than --learning_rate {self.config.learning_rate}")
+        if not all(math.isfinite(value) for name, value in record.items() if "loss" in name):
+            raise Diverged(f"the run has diverged at step {self.step}: a loss or a weight is no "
+                           f"number; try less than --learning_rate {self.config.learning_rate}")
         if self.rank == 0:  # JSON has no infinity and no NaN: null stands for them
             record = {k: v if math.isfinite(v) else None for k, v in record.items()}
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -1876,11 +1793,12 @@ class FullRun(Run):
                 self.wandb.log(record, step=record["step"])
 
     def over(self) -> bool:
-        """Also after a signal to any of the processes: then it saves, and raises Stopped."""
+        """Also after a signal to any of the processes: then it saves, and leaves."""
         if number := max(gather(max(self.signals, default=0))):
             self.save("latest.pt")
             gather(0)  # nobody leaves before the first one has saved
-            raise Stopped(number)
+            say("saved; go on with --resume")
+            raise SystemExit(128 + number)
         return super().over()
 
     def batches(self):
@@ -1899,12 +1817,11 @@ class FullRun(Run):
         loss = sum(gather(loss.item())) / self.processes
         tokens = c.batch_size * c.grad_accum * self.model.config.block_size
         rate = (self.step - self.clock_step) * tokens / (now - self.clock)
-        done = (self.step - self.first_step) / (c.max_steps - self.first_step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm.item(),
                  tokens_per_second=round(rate))
         say(f"step {self.step}/{c.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-            f"{rate:,.0f} tokens/s | {time_left(self.began, done)} left", status=True)
+            f"{rate:,.0f} tokens/s | {time_left(self.began, self.step / c.max_steps)} left")
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def look(self) -> None:
@@ -1918,23 +1835,20 @@ class FullRun(Run):
             super().save(name)
 
     def state(self) -> dict:
-        return super().state() | {"seconds": self.spent(), "corpus": self.text_info}
+        return super().state() | {"seconds": time.perf_counter() - self.began,
+                                  "corpus": self.text_info}
 
     def finish(self) -> float:
-        self.seconds = self.spent()
-        if self.step < self.config.max_steps:
-            say(f"stopped early: no better validation loss in {self.config.patience} evaluations")
+        self.seconds = time.perf_counter() - self.began
         gather(0)  # the first process has written best.pt
-        self.progress = show_progress()
+        self.progress = Progress()
         nats = super().finish()
         self.log(step=self.step, full_val_loss=nats, seconds=self.seconds, best_step=self.best_step)
         if self.rank == 0:
-            curves = {"training, single steps": (self.out_dir, "loss"),
-                      "training": (self.out_dir, "train_loss"),
-                      "validation": (self.out_dir, "val_loss")}
+            curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw_curves(self.out_dir / "loss.png", curves, ylabel="loss, nats per token")
-        say(f"trained in {timedelta(seconds=round(self.seconds))}; the best model, of step "
-            f"{self.best_step}: {self.out_dir / 'best.pt'}")
+        say(f"trained to step {self.step} in {timedelta(seconds=round(self.seconds))}; the best "
+            f"model, of step {self.best_step}: {self.out_dir / 'best.pt'}")
         return nats
 
 # ==================================================================================================
@@ -1992,31 +1906,12 @@ def run_ablate(typed: dict) -> None:
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
 #           has no v). What the backward pass needs of each layer comes on top.
-def count_parts(model) -> dict[str, int]:
-    """The parameters by part."""
-    parts = collections.Counter()
-    for name, p in model.named_parameters():
-        part = re.search("attn|mlp|wte|wpe|lm_head", name)
-        parts[part[0] if part else "norms"] += p.numel()
-    return dict(parts)
-
 def flops_per_token(model) -> int:
     """Of one forward and backward pass."""
     c = model.config
     n = sum(p.numel() for name, p in model.named_parameters()
             if p.dim() == 2 and name.startswith("h."))
     return 6 * (n + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
-
-def peak_memory(device: torch.device) -> int:
-    """In bytes: the largest amount so far, on the GPU if there is one; 0 where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
@@ -2034,23 +1929,33 @@ def run_bench(typed: dict) -> None:
     model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
+    rows = collections.Counter()
+    for name, p in model.named_parameters():
+        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
+        rows[f"parameters, {part}"] += p.numel()
+    rows["parameters"] = count_parameters(model)
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
     peak = rate(2 * 2048**3, lambda: a @ a)
+    rows["matrix products, GFLOP/s"] = peak / 1e9
     training = rate(config.batch_size * model.config.block_size,
                     lambda: train_step(run.runner, run.optimizer, run.batches(), config))
-    memory, one = peak_memory(device), torch.zeros(1, 1, dtype=torch.long)
+    rows["training, tokens/s"] = training
+    rows["training, model-FLOPs utilization"] = flops_per_token(model) * training / peak
+    if device.type == "cuda":
+        rows["peak memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    elif sys.platform != "win32":
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        rows["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     def writing(samples: int, make_reader) -> float:
-        start = one.expand(samples, 1)
-        return rate(samples * n, lambda: model.eval().generate(start, n, read=make_reader()))
+        start = torch.zeros(samples, 1, dtype=torch.long)
+        return rate(samples * n, lambda: model.generate(start, n, read=make_reader()))
 
-    rows = {f"parameters, {part}": count for part, count in count_parts(model).items()} | {
-        "parameters": count_parameters(model), "matrix products, GFLOP/s": peak / 1e9,
-        "training, tokens/s": training,
-        "training, model-FLOPs utilization": flops_per_token(model) * training / peak,
-        "peak memory, MiB": memory / 2**20, "writing, tokens/s": writing(1, CachedReader),
-        "writing, without the cache": writing(1, lambda: next_logits),
-        "writing, 8 samples at once": writing(8, CachedReader)}
+    rows["writing, tokens/s"] = writing(1, CachedReader)
+    rows["writing, without the cache"] = writing(1, lambda: next_logits)
+    rows["writing, 8 samples at once"] = writing(8, CachedReader)
     print(f"| {config.preset}: {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"PyTorch {torch.__version__} | |\n|---|---|")
     for name, value in rows.items():
@@ -2105,9 +2010,9 @@ class Command:
     mode: str = ""  # what to do
     data: str = ""  # a UTF-8 text; else data/input.txt, or that of the checkpoint
     out_dir: str = "out"  # the run's folder
-    checkpoint: str = ""  # else best.pt of out_dir, or latest.pt to resume
+    checkpoint: str = ""  # the model to use; else best.pt of out_dir
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    resume: bool = False  # train on from latest.pt, or from --checkpoint
+    resume: bool = False  # train on from latest.pt of out_dir
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
     bench_seconds: float = 4.0  # bench: time for each figure
@@ -2229,42 +2134,46 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
     command = pick(Command, typed)
-    out_dir, device = Path(command.out_dir), find_device(command.device)
+    out_dir, device, state = Path(command.out_dir), find_device(command.device), None
     latest = out_dir / "latest.pt"
-    path = Path(command.checkpoint or latest)
-    if command.checkpoint and not command.resume:
-        raise UserError(f"--checkpoint {path}: add --resume to train on from it")
-    if not command.resume or path.resolve() != latest.resolve():
+    if command.checkpoint:
+        raise UserError(f"--checkpoint {command.checkpoint}: to train on from it, copy it to "
+                        f"{latest} and use --resume")
+    if not command.resume:
         refuse_used(out_dir)
-    state = None
-    if command.resume and (command.checkpoint or path.exists()):
-        state = read_checkpoint(path)
-    elif command.resume:
-        say(f"--resume: there is no {path} yet, so a new run begins")
+    elif latest.exists():
+        state = read_checkpoint(latest)
+        say(f"resuming {latest} at step {state['step']}")
+    else:
+        say(f"--resume: there is no {latest} yet, so a new run begins")
     sizes, config = find_settings(typed, device, state)
     data = command.data or (state["corpus"]["data"] if state else "")
-    text = TextFile(find_corpus(data))
-    if state and text.sha256 != state["corpus"]["sha256"]:
-        raise UserError(f"--data {text.path}: cannot change on --resume, and this is not the text "
-                        f"that {path} was trained on; name that one, or start a new run")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    path = find_corpus(data)
+    text, sha256 = read_text(path)
+    if state and sha256 != state["corpus"]["sha256"]:
+        raise UserError(f"--data {path}: cannot change on --resume, and this is not the text that "
+                        f"{latest} was trained on; name that one, or start a new run")
     if state:
         model, tokenizer = model_from_checkpoint(state)
-        corpus = text.encode(tokenizer, sizes["block_size"], out_dir)
+        corpus = encode_corpus(text, tokenizer, sizes["block_size"])
     else:
-        tokenizer = text.make_tokenizer(config.tokenizer, sizes["vocab_size"])
-        corpus = text.encode(tokenizer, sizes["block_size"], out_dir)
+        tokenizer = make_tokenizer(config.tokenizer, text, sizes["vocab_size"])
+        corpus = encode_corpus(text, tokenizer, sizes["block_size"])
         model = new_model(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}), config.seed)
-    same = sizes, asdict(config), text.sha256, state and state["step"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    same = sizes, asdict(config), sha256, state and state["step"]
     if any(other != same for other in gather(same)):
-        raise UserError(f"--data {text.path}: text, settings or checkpoint are not the same in all "
+        raise UserError(f"--data {path}: text, settings or checkpoint are not the same in all "
                         "processes; give all the same command and the same files")
     run = FullRun(model, tokenizer, corpus, config, out_dir, device,
-                  {"data": data and str(Path(data).absolute()), "sha256": text.sha256})
+                  {"data": data and str(Path(data).absolute()), "sha256": sha256})
     if state:
         run.restore(state)
-        say(f"resuming {path} at step {run.step}")
-    say(f"corpus {text.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
+    if run.rank == 0:
+        configs = json.dumps(asdict(run.model.config) | asdict(config), indent=2)
+        (out_dir / "config.json").write_text(configs, encoding="utf-8")
+        run.wandb = start_wandb(config, out_dir)
+    say(f"corpus {path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
     say(f"model {sizes['model']}: {count_parameters(model):,} parameters; {device}, "
         f"{config.dtype}, {torch.get_num_threads()} threads, processes: {run.processes}")
@@ -2274,67 +2183,62 @@ def run_train(typed: dict) -> tuple[float, float, float]:
     """--mode train. Returns the best model's loss in nats per token and in bits per character, and
     the seconds of training."""
     run = prepare_run(typed)
-    with run.watched():
+    with stop_signals() as run.signals:
         nats = train(run)
     return nats, bits_per_character(nats, run.corpus), run.seconds
 
 def load_for_use(typed: dict):
-    """The model, its tokenizer, the checkpoint that they are from, and its path."""
+    """The model, its tokenizer, and the checkpoint that they are from."""
     command = pick(Command, typed)
     path = Path(command.checkpoint or Path(command.out_dir, "best.pt"))
     state = read_checkpoint(path)
     model, tokenizer = model_from_checkpoint(state)
-    return model.to(find_device(command.device)).eval(), tokenizer, state, path
+    say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
+    return model.to(find_device(command.device)), tokenizer, state
 
-def visible_text(tokenizer, ids: list[int], stop: str, complete: bool) -> tuple[str, bool]:
-    """What may be shown of a text of which ids have been drawn, and whether it has ended. Until it
-    is complete, half a character and what may become the stop text are held back."""
-    ended = tokenizer.end in ids
-    text = tokenizer.decode(ids[: ids.index(tokenizer.end)] if ended else ids)
-    if stop and stop in text:
-        return text[: text.index(stop)], True
-    if complete or ended:
-        return text, ended
-    text = text.rstrip("\ufffd")
-    return text[: max(len(text) - len(stop[1:]), 0)], False
+def show_text(tokenizer, tokens, stop: str) -> None:
+    """Prints a text while its tokens are drawn, up to where it ends. Half a character, and what may
+    become the stop text, are held back."""
+    ids, shown = [], 0
+    for token in tokens:
+        if token.item() == tokenizer.end:
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids)
+        if stop and stop in text:
+            return print(text[shown : text.index(stop)])
+        safe = text.rstrip("\ufffd")
+        safe = safe[: max(len(safe) - len(stop[1:]), shown)]
+        print(safe[shown:], end="", flush=True)
+        shown = len(safe)
+    print(tokenizer.decode(ids)[shown:])
 
 def run_generate(typed: dict) -> None:
-    """--mode generate. Several samples are drawn side by side, as the rows of one batch: the first
-    is shown as it is drawn, the others when all are complete."""
+    """--mode generate"""
     config = pick(GenerateConfig, typed)
-    model, tokenizer, state, path = load_for_use(typed)
-    say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
+    model, tokenizer, _ = load_for_use(typed)
     try:
         start = tokenizer.encode(config.prompt) or [tokenizer.start]
     except UserError as problem:
         raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
-    generator = torch.Generator().manual_seed(derived_seed(typed.get("seed", TrainConfig.seed)))
-    tokens = stream_tokens(model, torch.tensor([start] * config.num_samples), config.max_tokens,
-                           config.temperature, config.top_k, config.top_p, generator,
-                           CachedReader() if config.cache else next_logits)
-    rows, shown, prompt = [[] for _ in range(config.num_samples)], 0, tokenizer.decode(start)
-    print(prompt, end="", flush=True)
-    for token in tokens:
-        for row, id in zip(rows, token[:, 0].tolist()):
-            row.append(id)
-        texts = [visible_text(tokenizer, row, config.stop, complete=False) for row in rows]
-        print(texts[0][0][shown:], end="", flush=True)
-        shown = len(texts[0][0])
-        if all(ended for _, ended in texts):
-            break
-    first, *others = [visible_text(tokenizer, row, config.stop, complete=True)[0] for row in rows]
-    print(first[shown:])
-    for text in others:
-        print(f"---------------\n{prompt}{text}")
+    seed = typed.get("seed", TrainConfig.seed)
+    for number in range(config.num_samples):
+        print("---------------\n" * (number > 0) + tokenizer.decode(start), end="", flush=True)
+        generator = torch.Generator().manual_seed(derived_seed(seed, number))
+        read = CachedReader() if config.cache else next_logits
+        show_text(tokenizer, stream_tokens(model, torch.tensor([start]), config.max_tokens,
+                                           config.temperature, config.top_k, config.top_p,
+                                           generator, read), config.stop)
 
 def run_eval(typed: dict) -> None:
     """--mode eval"""
-    model, tokenizer, state, path = load_for_use(typed)
-    text = TextFile(find_corpus(typed.get("data", state["corpus"]["data"])))
-    corpus = text.encode(tokenizer, model.config.block_size)
-    if text.sha256 != state["corpus"]["sha256"]:
-        say(f"note: {text.path} is not the text that {path} was trained on")
-    nats = evaluate(model, corpus.val, progress=show_progress())
+    model, tokenizer, state = load_for_use(typed)
+    path = find_corpus(typed.get("data", state["corpus"]["data"]))
+    text, sha256 = read_text(path)
+    if sha256 != state["corpus"]["sha256"]:
+        say(f"note: {path} is not the text that this model was trained on")
+    corpus = encode_corpus(text, tokenizer, model.config.block_size)
+    nats = evaluate(model, corpus.val, progress=Progress())
     print(describe_loss(nats, corpus))
 
 MODES = {"train": run_train, "generate": run_generate, "eval": run_eval, "ablate": run_ablate,
@@ -2348,9 +2252,7 @@ def explain(problem: Exception) -> str:
     if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
         problem = problem.__context__
     if isinstance(problem, OSError):
-        full = problem.errno in (errno.ENOSPC, errno.EFBIG)
-        cure = "free some space, or choose another --out_dir" if full else "name another one"
-        return f"{problem.filename or '--out_dir'}: {problem.strerror}; {cure}"
+        return f"{problem.filename or '--out_dir'}: {problem.strerror}; mend that, or name another"
     if isinstance(problem, MemoryError) or "memory" in str(problem):
         return "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -2359,12 +2261,11 @@ def explain(problem: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a Windows console may not be UTF-8
-            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
-    typed = {}
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # None: it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
         mode = typed.get("mode")
@@ -2374,13 +2275,12 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--mode {mode}: runs in one process; start it with python")
         MODES[mode](typed)
         return 0
-    except (Stopped, KeyboardInterrupt) as stopped:
-        say("saved; go on with --resume" if stopped.args else "")
-        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-    except BrokenPipeError:  # our reader has left: enough text for `generate | head`
+    except (KeyboardInterrupt, SystemExit) as end:
+        return getattr(end, "code", 128 + signal.SIGINT)
+    except BrokenPipeError:  # our reader has left, as in `generate | head`
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 0 if typed.get("mode") == "generate" else 141
+        return 141
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if process_rank() > 0:  # if it is a mistake of all, the first one tells it meanwhile
             time.sleep(3)

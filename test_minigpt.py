@@ -239,7 +239,7 @@ def test_the_loop_is_about_learning_and_the_book_is_short_enough_to_be_read():
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
                if isinstance(node, ast.FunctionDef)}
     assert max(lengths.values()) <= 50 and {"train", "train_step", "main"} <= set(lengths)
-    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2400
+    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2300
 
 # ---- Characters ----------------------------------------------------------------------------------
 def test_characters_come_back_unharmed(tmp_path):
@@ -603,12 +603,10 @@ def test_the_same_random_numbers_write_the_same_text():
     tokenizer = CharTokenizer(list("abcdefghijk"))
     texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-    assert model.training
     shares, ids = torch.softmax(model.eval()(idx)[0][0, -1], dim=-1).topk(3)
     told = minigpt.likeliest(model, tokenizer, tokenizer.decode(idx[0].tolist()), 3)
     assert [name for name, _ in told] == [tokenizer.itos[i] for i in ids]
     assert [share for _, share in told] == pytest.approx(shares.tolist(), abs=6e-4)
-    assert not model.training
 
 def test_the_window_moves_by_halves_and_only_when_it_is_full():
     """Against a text that grows token by token. Fails for a start off by one."""
@@ -624,12 +622,12 @@ def test_generation_continues_and_halves_a_full_window(options):
     model, before = small_model(dropout=0.5), torch.get_rng_state()
     for n in (1, 3, 8, 20):
         idx = random_ids(6, n, seed=n)
-        out = model.generate(idx, 14, temperature=0, **options())
-        assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx) and model.training
+        out = model.train().generate(idx, 14, temperature=0, **options())
+        assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx)
         for t in range(n, n + 14):
             logits, _ = model.eval()(out[:, max(0, math.ceil((t - 8) / 4) * 4) : t])
             assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
-        assert torch.equal(model.train().generate(idx, 0), idx)
+        assert torch.equal(model.generate(idx, 0), idx)
     assert torch.equal(before, torch.get_rng_state())
 
 # ---- Learning ------------------------------------------------------------------------------------
@@ -704,19 +702,24 @@ def small_corpus():
     return Corpus(*random_ids(200).split([150, 50]), val_characters=100)
 
 def test_estimating_the_loss_leaves_no_trace():
-    """No dropout, no random numbers used, back to training; the same batches each time."""
+    """No dropout, no gradients, no random numbers used; the same batches each time. A step then has
+    dropout again."""
     model, c = small_model(dropout=0.5), TrainConfig(batch_size=3, eval_batches=4)
     before, corpus = torch.get_rng_state(), small_corpus()
     first = minigpt.estimate_loss(model, corpus, c)
-    assert first == minigpt.estimate_loss(model, corpus, c) and model.training
+    assert first == minigpt.estimate_loss(model.train(), corpus, c) and not model.training
     assert torch.equal(before, torch.get_rng_state())
-    with minigpt.evaluating(model):
-        assert not torch.is_grad_enabled() and not model.training
-    model.eval()
     for name, tokens in (("train", corpus.train), ("val", corpus.val)):
         generator = torch.Generator().manual_seed(0)
         losses = [model(*minigpt.get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
         assert first[name] == pytest.approx(sum(losses) / 4)
+    model.register_forward_pre_hook(lambda module, _: modes.append(
+        (module.training, torch.is_grad_enabled())))
+    modes = []
+    minigpt.estimate_loss(model, corpus, replace(c, eval_batches=1))
+    train_step(model, torch.optim.SGD(model.parameters()), [(random_ids(1, 8),) * 2], c)
+    minigpt.evaluate(model, corpus.val[:9])
+    assert modes == [(False, False)] * 2 + [(True, True), (False, False)]
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
 def test_evaluation_counts_every_token_once(n):
@@ -729,7 +732,7 @@ def test_evaluation_counts_every_token_once(n):
     for batch_size in (1, 4, 64):
         shares = []
         nats = minigpt.evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
-        assert nats == pytest.approx(total / (n - 1), abs=1e-6) and model.training
+        assert nats == pytest.approx(total / (n - 1), abs=1e-6)
         assert shares == sorted(shares) and shares[-1] == 1.0
     assert minigpt.describe_loss(math.log(8), small_corpus()).endswith(
         "49 tokens: 2.0794 nats per token, perplexity 8, 1.5000 bits per character")  # 2 to a token
@@ -906,7 +909,7 @@ def test_the_cache_changes_nothing_but_the_time(pos, changes):
         for n, (idx, reader) in itertools.product(range(first, first + 13), texts):
             logits = reader(model, idx[:, :n])
             assert_close(logits, minigpt.next_logits(model, idx[:, :n]), 1e-5)
-            assert model.training and not logits.requires_grad
+            assert not logits.requires_grad
     assert all(layer.cache is None for layer in model.modules() if isinstance(layer, Attention))
 
 @pytest.mark.parametrize("attention", ["explicit", "fused"])
@@ -1006,13 +1009,9 @@ def test_bpe_training_equals_the_naive_trainer():
     text = SAMPLE.read_text(encoding="utf-8")[:10_000]
     merges = naive_bpe(text, 400)
     assert BPETokenizer.train(text, 400).merges == merges and len(merges) == 400 - 257
-    chunks = re.findall(r"\n*[^\n]+|\n+", text)  # that tear no piece
-    assert BPETokenizer.train(chunks, 400).merges == merges
     merges = BPETokenizer.train("aaabdaaabac", 999).merges  # the example of the chapter
     assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
     assert [len(BPETokenizer(merges[:n]).encode("aaabdaaabac")) for n in range(4)] == [11, 9, 7, 5]
-    with pytest.raises(UserError, match="--vocab_size 256: must be at least 257"):
-        BPETokenizer.train("ab", 256)
 
 @pytest.fixture(scope="module")
 def bpe():
@@ -1240,7 +1239,7 @@ def test_bpe_run_evaluates_and_writes(tmp_path):
     code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--prompt", "Ünïcødé")
     assert code == 0 and out.startswith("Ünïcødé")
     _, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
-    assert tokenizer.state == BPETokenizer.train([text[:cut]], 300).state
+    assert tokenizer.state == BPETokenizer.train(text[:cut], 300).state
 
 def test_a_run_writes_what_it_promises(tiny_run):
     """Checkpoints named after completed steps, metrics, config, the score. Nothing else: the tokens
@@ -1298,10 +1297,10 @@ def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
     err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4")
     rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
     assert rates == [4 * 2 * 16 * 2] * 2  # 4 x 2 windows of 16 tokens a step, two steps a second
-    assert "step 2/4" in err and "0:01:41 left" in err and "trained in 0:05:02;" in err
+    assert "step 2/4" in err and "0:01:41 left" in err and "to step 4 in 0:05:02;" in err
     assert metrics_of(tmp_path)[-1]["seconds"] == 302.0
     err = resume_tiny(tmp_path, "--max_steps", "6")
-    assert "trained in 0:06:43;" in err and "0:00:00 left" in err
+    assert "to step 6 in 0:06:43;" in err and "0:00:00 left" in err
 
 def test_the_score_is_that_of_the_best_model(tiny_run):
     """As minigpt.evaluate gives it, and --mode eval."""
@@ -1363,18 +1362,17 @@ def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenize
         assert evaluated(parts) == [0, 3, 6]
         shutil.rmtree(parts)
 
-def test_a_branch_goes_on_in_a_folder_of_its_own(tmp_path):
-    """--resume --checkpoint FILE: the search for the best begins anew, the weights become what they
-    would have been. FILE may be out_dir's latest.pt itself."""
-    folder, branch = tmp_path / "a", ["--mode", "train", "--resume", "--checkpoint"]
+def test_a_copied_checkpoint_goes_on_in_another_folder(tmp_path):
+    """A step_*.pt, copied to be the latest.pt of a folder: the search for the best begins anew, the
+    weights become what they would have been."""
+    folder = tmp_path / "a"
     train_tiny(folder, "--checkpoint_interval", "2")
-    end, names = load_checkpoint(folder / "latest.pt"), contents(folder).keys()
-    succeed(*branch, folder / ".." / "a" / "latest.pt", "--out_dir", folder)
-    assert contents(folder).keys() == names
-    assert metrics_of(folder)[-1]["best_step"] == step_of(folder / "best.pt") > 2
-    succeed(*branch, folder / "step_000006.pt", "--out_dir", tmp_path / "b")  # a finished run
+    end = load_checkpoint(folder / "latest.pt")
+    for name, step in (("b", 6), ("c", 2)):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / f"step_{step:06d}.pt", tmp_path / name / "latest.pt")
+        resume_tiny(tmp_path / name)
     assert step_of(tmp_path / "b" / "best.pt") == 6 and evaluated(tmp_path / "b") == [6]
-    succeed(*branch, folder / "step_000002.pt", "--out_dir", tmp_path / "c")
     assert_same(load_checkpoint(tmp_path / "c" / "latest.pt")["model"], end["model"])
     assert evaluated(tmp_path / "c") == [2, 3, 6]
 
@@ -1453,14 +1451,11 @@ def test_what_may_change_on_resume_does(tmp_path):
 
 @pytest.mark.parametrize("name", ["best.pt", "step_1000000.pt", "config.json", "metrics.jsonl"])
 def test_a_new_run_overwrites_nothing(tmp_path, name):
-    """A forgotten --resume must not cost a night's work; nor a file of that name that is not ours.
-    Nor does a branch overwrite another run."""
+    """A forgotten --resume must not cost a night's work; nor a file of that name not ours."""
     (tmp_path / name).write_text("mine")
-    train_tiny(tmp_path / "other", "--max_steps", "1", "--checkpoint_interval", "0")
-    for argv in ([], ["--resume", "--checkpoint", tmp_path / "other" / "best.pt"]):
-        code, _, err = run_main(*TRAIN, *argv, "--out_dir", tmp_path)
-        assert code == 2 and f"there is a {name} already; use --resume" in last_line(err)
-    assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 2
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
+    assert code == 2 and f"there is a {name} already; use --resume" in last_line(err)
+    assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 def test_training_leaves_the_users_files_alone(tmp_path):
     """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run or
@@ -1484,7 +1479,7 @@ def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, val
     one error line, and the files are those of step 0, whose weights are numbers."""
     code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
                             "100", "--learning_rate", "1e30", flag, value)
-    assert code == 2 and f"error: the run has diverged: at step {at} its " in last_line(err)
+    assert code == 2 and f"error: the run has diverged at step {at}: " in last_line(err)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
     for name in ("best.pt", "latest.pt"):
         state = load_checkpoint(tmp_path / name)
@@ -1516,10 +1511,9 @@ def test_metrics_are_strict_json(tmp_path):
     """An infinite gradient norm, as float16 has them, becomes null; a loss that is no number ends
     the run."""
     run = tiny_full_run(tmp_path)
-    with run.watched():
-        run.log(step=1, grad_norm=math.inf)
-        with pytest.raises(minigpt.Diverged, match="val_loss is nan"):
-            run.log(step=1, val_loss=math.nan)
+    run.log(step=1, grad_norm=math.inf)
+    with pytest.raises(minigpt.Diverged, match="at step 0: a loss"):
+        run.log(step=1, val_loss=math.nan)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
 
 def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
@@ -1530,7 +1524,7 @@ def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
     assert re.search(r"^evaluating: \d+%, \d+:\d\d:\d\d left$", err, re.M)
     _, _, err = run_main("--mode", "eval", "--out_dir", tmp_path)
     lines = re.findall(r"^evaluating: (\d+)%, (\S+) left$", err, re.M)
-    assert len(lines) > 5 and lines[-1] == ("100", "0:00:00")
+    assert len(lines) >= 5 and lines[-1] == ("100", "0:00:00")
     monkeypatch.setattr(minigpt.time, "perf_counter", lambda: 110.0)
     assert str(minigpt.time_left(100.0, 0.25)) == "0:00:30"
 
@@ -1582,26 +1576,6 @@ def test_a_signal_saves_and_leaves(tmp_path, start_main, number, code):
     process.join(20)
     assert process.exitcode == -number
 
-@POSIX
-def test_status_is_one_line_in_place_on_a_terminal_and_plain_lines_in_a_pipe(
-        tiny_run, tmp_path, start_main):
-    """On a terminal the line is rewritten after a carriage return; in a file there are none."""
-    import pty
-    import select
-
-    err = tiny_run[1]
-    assert "\r" not in err and len(re.findall(r"^step \d/6 \| loss", err, re.M)) == 6
-    master, slave = pty.openpty()
-    process, shown = start_main([*TRAIN, "--out_dir", tmp_path], os.ttyname(slave)), b""
-    while process.is_alive() or select.select([master], [], [], 0)[0]:
-        if select.select([master], [], [], 0.1)[0]:
-            shown += os.read(master, 65536)
-    os.close(master), os.close(slave), process.join()
-    assert process.exitcode == 0, shown
-    assert len(re.findall(rb"\r\033\[Kstep \d/6 \|[^\r\n]*left", shown)) == 6
-    screen = [line.rpartition(b"\r\033[K")[2] for line in shown.split(b"\r\n")]
-    assert not any(re.match(rb"step \d/6", line) for line in screen)  # wiped before real text
-    assert any(b"step 3: training loss" in line for line in screen)
 OFTEN = [*TRAIN, "--eval_interval", "1", "--checkpoint_interval", "20", "--sample_tokens", "0",
          "--max_steps", "100000", "--eval_batches", "1", "--resume"]
 
@@ -1724,7 +1698,7 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_cure(tmp_path):
 @POSIX
 def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     """Here: a limit on the size of a file. Not even a byte of the checkpoints that were complete
-    changes; one error line, which says that space is missing; and when there is some again, the run
+    changes; one error line, which says why; and when there is some again, the run
     goes on. Fails if a checkpoint is written in place, or if a partial file stays."""
     import resource
 
@@ -1738,7 +1712,7 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
             code, _, err = run_main(*RESUME, tmp_path, "--max_steps", "9")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert code == 2 and err.count("error: ") == 1 and "free some space" in last_line(err), err
+        assert code == 2 and err.count("error: ") == 1 and "too large; mend" in last_line(err), err
         assert [path.read_bytes() for path in checkpoints] == before
         assert not list(tmp_path.glob("*.partial"))
     (tmp_path / "latest.pt.partial").write_bytes(b"as a crash would leave it")
@@ -1804,9 +1778,8 @@ def test_the_typed_number_format_is_used_for_the_matrix_products(tiny_run, tmp_p
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
     """The loss and the norm that a step returns are those of float32, nearly; an infinite gradient
-    moves nothing, neither weights nor the optimizer's state, and halves the scale; after 1,000
-    sound steps it doubles. Fails if the scale is left in for clipping or logging, if only some
-    weights skip the step, or if a step counts twice."""
+    moves nothing, neither weights nor the optimizer's state, and halves the scale. Fails if the
+    scale is left in for clipping or logging, or if only some weights skip the step."""
     results = {}
     for dtype in ("float32", "float16"):
         run = tiny_full_run(".", dtype=dtype, optimizer=optimizer, grad_accum=2)
@@ -1814,10 +1787,6 @@ def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
         results[dtype] = [v.item() for v in step(batches=run.batches())]
     assert results["float16"] == pytest.approx(results["float32"], rel=1e-2)
     assert results["float16"] != results["float32"] and run.runner.scale == 2.0**16
-    run.runner.sound = 998
-    for wanted in (2.0**16, 2.0**17):  # the 999th and the 1,000th
-        step(batches=run.batches())
-        assert run.runner.scale == wanted
 
     def everything():
         return {"model": {k: v.clone() for k, v in run.model.state_dict().items()},
@@ -1827,7 +1796,7 @@ def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
     before = everything()
     run.model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
     _, norm = step(batches=run.batches())
-    assert not math.isfinite(norm) and run.runner.scale == 2.0**16
+    assert not math.isfinite(norm) and run.runner.scale == 2.0**15
     assert_same(before, everything())
 
 @pytest.mark.slow
@@ -1873,30 +1842,30 @@ def test_a_gpu_trains_goes_on_and_writes_as_a_cpu_does(tmp_path, dtype):
 
 def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
     """Without the mark of Windows and its line ends; the parts are cut at nine tenths of the
-    characters, wherever chunks end; the tokens are those of the whole; words are not torn."""
+    characters; the tokens are those of the whole, since chunks end where lines do."""
     (tmp_path / "a.txt").write_bytes("\ufeffà\r\nb".encode())
-    assert list(minigpt.read_chunks(tmp_path / "a.txt")) == ["à\nb"]
-    text = SHORT.read_text(encoding="utf-8")
-    small = functools.partial(minigpt.read_chunks, size=100)
-    chunks, cut = list(small(SHORT)), int(0.9 * len(text))
-    assert "".join(chunks) == text and all(chunk[-1] == "\n" for chunk in chunks[:-1])
-    monkeypatch.setattr(minigpt, "read_chunks", small)
-    file = minigpt.TextFile(SHORT)
-    assert (file.length, file.alphabet) == (len(text), sorted(set(text)))
-    assert file.sha256 == hashlib.sha256(text.encode()).hexdigest()
-    assert ["".join(file.chunks(part)) for part in ("train", "val")] == [text[:cut], text[cut:]]
-    for tokenizer in (CharTokenizer(file.alphabet), BPETokenizer.train([text], 300)):
-        corpus = file.encode(tokenizer, 16, tmp_path)
+    assert minigpt.read_text(tmp_path / "a.txt")[0] == "à\nb"
+    text, sha256 = minigpt.read_text(SHORT)
+    assert sha256 == hashlib.sha256(text.encode()).hexdigest()
+    small = functools.partial(minigpt.chunks, size=100)
+    parts, cut = list(small(text)), int(0.9 * len(text))
+    assert "".join(parts) == text and len(parts) > 9
+    assert all(part[-1] == "\n" and 100 <= len(part) for part in parts[:-1])
+    assert [len(part) for part in small("x" * 350)] == [200, 150] and not list(small(""))
+    monkeypatch.setattr(minigpt, "chunks", small)
+    for kind in ("char", "bpe"):
+        tokenizer = minigpt.make_tokenizer(kind, text + "é", 300)
+        corpus = minigpt.encode_corpus(text, tokenizer, 16)
         assert corpus.train.tolist() == tokenizer.encode(text[:cut])
         assert corpus.val.tolist() == tokenizer.encode(text[cut:])
         assert corpus.val_characters == len(text) - cut and corpus.train.element_size() == 2
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert tokenizer.merges == BPETokenizer.train(text[: int(0.9 * (len(text) + 1))], 300).merges
 
 @pytest.mark.slow
 @POSIX
-def test_a_text_in_one_line_is_never_in_memory_as_a_whole(tmp_path):
+def test_a_text_in_one_line_takes_a_few_bytes_a_character(tmp_path):
     """60 MB without white space, which as a list of Python's numbers are 480 MB: read and encoded
-    within a fraction of that. And a block_size beyond it is refused before a model is built."""
+    within less than that. And a block_size beyond it is refused before a model is built."""
     path = tmp_path / "long.txt"
     path.write_text("abcdefghij" * 6_000_000, encoding="utf-8")
     script = """
@@ -1905,8 +1874,8 @@ from pathlib import Path
 import minigpt
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
     1 if sys.platform == "darwin" else 1024) / 1e6
-before, text = peak(), minigpt.TextFile(Path(sys.argv[1]))
-corpus = text.encode(text.make_tokenizer("char", 0), 16, Path(sys.argv[1]).parent)
+before, (text, _) = peak(), minigpt.read_text(Path(sys.argv[1]))
+corpus = minigpt.encode_corpus(text, minigpt.make_tokenizer("char", text, 0), 16)
 assert len(corpus.train) == 54e6
 code = minigpt.main(["--mode=train", "--data", sys.argv[1], "--preset=laptop", "--device=cpu",
                      "--block_size=100000000", "--out_dir", sys.argv[1] + ".out"])
@@ -1914,9 +1883,9 @@ print(code, peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True,
                           timeout=300)
-    assert "more than --block_size 100000000" in done.stderr, done.stderr
+    assert "--block_size 100000000: must be below" in done.stderr, done.stderr
     code, grown = done.stdout.split()
-    assert code == "2" and float(grown) < 200
+    assert code == "2" and float(grown) < 400
 
 # ---- The downloader, against a local server ------------------------------------------------------
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
@@ -2023,13 +1992,15 @@ def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
 
 def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
     """The same function, the same place; the second time the file is simply used."""
-    monkeypatch.setattr(minigpt, "DATA", tmp_path)
+    monkeypatch.setattr(minigpt, "__file__", str(tmp_path / "minigpt.py"))
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/missing"])
-    assert minigpt.find_corpus("") == tmp_path / "sample.txt"
+    (tmp_path / "data").mkdir()
+    assert minigpt.find_corpus("") == tmp_path / "data" / "sample.txt"
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     for _ in range(2):
-        assert minigpt.find_corpus("") == tmp_path / "input.txt"
-    assert (tmp_path / "input.txt").read_bytes() == BODY and Handler.hits["good"] == 1
+        path = minigpt.find_corpus("")
+        assert path == tmp_path / "data" / "input.txt" and path.read_bytes() == BODY
+    assert Handler.hits["good"] == 1
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
 @pytest.fixture
@@ -2250,7 +2221,7 @@ def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
     frozen = ["--learning_rate", "1e-30", "--weight_decay", "0", "--eval_interval", "1"]
     _, err = ablate_tiny(tmp_path, "--vary", "bias=true,false", "--seeds", "1", *frozen,
                          "--patience", "2")
-    assert err.count("stopped early: no better validation loss in 2 evaluations") == 2
+    assert err.count("trained to step 2 in ") == 2
     for value in (True, False):
         folder = tmp_path / "ablate_bias" / f"bias={str(value).lower()}_seed=1337"
         state = load_checkpoint(folder / "latest.pt")
@@ -2260,7 +2231,7 @@ def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
     assert bad == ["learning_rate=1e30", "diverged", "diverged", "diverged", "0 of 1"]
     assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
 
-def test_flops_are_those_that_torch_counts_and_parts_add_up():
+def test_flops_are_those_that_torch_counts():
     """6 N + 12 n_layer C T, against the matrix products of a real pass. Fails if the head or the
     attention is left out, or if the table of tokens, which is only looked up, is counted."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -2271,11 +2242,6 @@ def test_flops_are_those_that_torch_counts_and_parts_add_up():
         with FlopCounterMode(display=False) as counter:
             model(ids, ids)[1].backward()
         assert counter.get_total_flops() == minigpt.flops_per_token(model) * ids.numel()
-    model = GPT(replace(small_config(), tie_weights=False))
-    parts = minigpt.count_parts(model)
-    assert sum(parts.values()) == minigpt.count_parameters(model) and len(parts) == 6
-    assert parts["wte"] == parts["lm_head"] == 11 * 8 and parts["norms"] == 5 * 16
-    assert parts["attn"] == 2 * (24 * 8 + 24 + 8 * 8 + 8)
 
 def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
     """Parameters, rates, utilization and memory are what they say. And nothing is written."""
@@ -2292,6 +2258,8 @@ def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
     model = GPT(GPTConfig(**{**sizes, "vocab_size": 65}))
     assert rows["parameters"] == minigpt.count_parameters(model) == sum(
         value for name, value in rows.items() if name.startswith("parameters, "))
+    assert rows["parameters, wte"] == 65 * 32 and rows["parameters, norms"] == 3 * 32
+    assert rows["parameters, attn"] == 4 * 32 * 32 + 16 and rows["parameters, mlp"] == 8 * 32 * 32
     assert rows["training, model-FLOPs utilization"] == pytest.approx(
         minigpt.flops_per_token(model) * rows["training, tokens/s"]
         / (rows["matrix products, GFLOP/s"] * 1e9), rel=0.03)
@@ -2323,10 +2291,10 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
 --mode train --n_embd 2000000000 => memory & --n_embd
 --mode train --data nowhere.txt => nowhere.txt: No such file
---mode train --data {tmp}/empty.txt => --data {tmp}/empty.txt: too short
---mode train --data {tmp} => {tmp}: Is a directory; name another
+--mode train --data {tmp}/empty.txt => --block_size 128 & a longer --data
+--mode train --data {tmp} => {tmp}: Is a directory & name another
 --mode train --data {tmp}/latin.txt => latin.txt: not UTF-8
---mode train --data {tmp}/few.txt => few.txt & --block_size 128
+--mode train --data {tmp}/few.txt => --block_size 128 & tenth, 1; & --data
 --mode train --n_layer 99999999999999999999 => --n_layer & 9999
 --mode train --n_layer 0 => --n_layer & '0'
 --mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
@@ -2344,10 +2312,9 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --vocab_size 300 => --tokenizer bpe
 --mode train --n_embd 12 --n_head 4 => --pos
 --mode train --out_dir {tmp}/empty.txt/out => {tmp}/empty.txt
---mode train --checkpoint {run}/best.pt => add --resume
---mode train --resume --checkpoint {tmp}/none.pt => none.pt
+--mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & copy it to & --resume
 --mode generate --out_dir {tmp}/none => best.pt & train first
---mode eval --checkpoint {tmp} => {tmp}: Is a directory; name another
+--mode eval --checkpoint {tmp} => {tmp}: Is a directory & name another
 --mode generate --checkpoint {tmp}/cut.pt => cut.pt: damaged
 --mode eval --checkpoint {tmp}/latin.txt => latin.txt: damaged
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
@@ -2491,15 +2458,15 @@ def test_help_lists_every_flag_in_80_columns():
 
 @POSIX
 def test_a_reader_that_leaves_early(tiny_run, tmp_path, start_main):
-    """`generate | head -c 10` is no error. `train 2>&1 | head -1` ends the run, and the exit code
-    says so, as a shell expects (128 + 13)."""
+    """`generate | head -c 10` and `train 2>&1 | head -1` end without a traceback, and the exit code
+    is what a shell expects (128 + 13)."""
     generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--device", "cpu", "--max_tokens",
                 "300000"]
     train = [*TRAIN, "--out_dir", tmp_path, "--max_steps", "5000"]
-    for argv, code in ((generate, 0), (train, 141)):
-        os.mkfifo(fifo := tmp_path / f"fifo{code}")
-        reader, log = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), tmp_path / f"log{code}"
-        process, got = start_main(argv, *((log, fifo) if code == 0 else (fifo, log))), b""
+    for argv in (generate, train):
+        os.mkfifo(fifo := tmp_path / f"fifo{len(argv)}")
+        reader, log = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), tmp_path / f"log{len(argv)}"
+        process, got = start_main(argv, *((log, fifo) if argv is generate else (fifo, log))), b""
         while not got:
             with contextlib.suppress(BlockingIOError):
                 got = os.read(reader, 10)
@@ -2507,7 +2474,7 @@ def test_a_reader_that_leaves_early(tiny_run, tmp_path, start_main):
             time.sleep(0.01)
         os.close(reader)
         process.join(60)
-        assert process.exitcode == code and not re.search("Traceback|Exception", log.read_text())
+        assert process.exitcode == 141 and not re.search("Traceback|Exception", log.read_text())
 
 # ---- Writing -------------------------------------------------------------------------------------
 def test_typed_settings_reach_the_writing(tiny_run):
@@ -2521,7 +2488,7 @@ def test_typed_settings_reach_the_writing(tiny_run):
         for flags in ([], ["--no_cache"]):
             flags += [f"--{name}={value}" for name, value in options.items()]
             _, out, err = run_main(*generate, "--prompt", "THE", "--seed", "7", *flags)
-            dice = torch.Generator().manual_seed(minigpt.derived_seed(7))
+            dice = torch.Generator().manual_seed(minigpt.derived_seed(7, 0))
             ids = model.generate(torch.tensor([tokenizer.encode("THE")]), 30,
                                  **{"temperature": 0.8, **options}, generator=dice)
             assert out == tokenizer.decode(ids[0].tolist()) + "\n"
@@ -2549,23 +2516,37 @@ def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monke
     text can meet; half a character waits for its other half, and after the end-of-text token there
     is nothing. Every character is flushed before the next is drawn: a reader of a pipe sees it at
     once."""
-    tokenizer, dice = BPETokenizer.train(["aba " * 9], 260), random.Random(0)
+    tokenizer, dice, out = BPETokenizer.train("aba " * 9, 260), random.Random(0), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+
+    def show(ids, stop):
+        """What is on the screen after each token, and in the end."""
+        seen = []
+
+        def tokens():
+            for i in ids:
+                seen.append(out.getvalue())
+                yield torch.tensor([[i]])
+            seen.append(out.getvalue())
+
+        out.seek(0), out.truncate()
+        minigpt.show_text(tokenizer, tokens(), stop)
+        return seen, out.getvalue()
+
     for _ in range(500):
         text = "".join(dice.choices("ab\né", k=dice.randrange(12)))
         stop = "".join(dice.choices("ab\né", k=dice.randrange(3)))
-        ids, shown, ended, n = [i for c in text for i in tokenizer.encode(c)], "", False, 0
-        while n < len(ids) and not ended:
-            n += 1
-            new, ended = minigpt.visible_text(tokenizer, ids[:n], stop, complete=False)
+        ids = [i for c in text for i in tokenizer.encode(c)]
+        seen, whole = show(ids, stop)
+        assert whole == (text.split(stop)[0] if stop else text) + "\n"
+        for new, shown in zip([*seen[1:], whole], seen):
             assert new.startswith(shown) and "\ufffd" not in new
-            shown = new
-        whole = minigpt.visible_text(tokenizer, ids[:n], stop, complete=True)[0]
-        assert whole.startswith(shown) and whole == (text.split(stop)[0] if stop else text)
-        assert ended == bool(stop and stop in text)
-        after = minigpt.visible_text(tokenizer, [*ids, tokenizer.end, *ids], "", complete=False)
-        assert after == (text, True)
+        assert (len(seen) <= len(ids)) == bool(stop and stop in text)  # then no more is drawn
+        seen, whole = show([*ids, tokenizer.end, *ids], "")
+        assert whole == text + "\n" and len(seen) == len(ids) + 1
     ids = tokenizer.encode("abé ")
-    assert minigpt.visible_text(tokenizer, ids, "xy", complete=False) == ("abé", False)
+    assert show(ids, "xy")[0][-1] == "abé" and show(tokenizer.encode("é")[:1], "")[1] == "\ufffd\n"
+    monkeypatch.undo()
     events, draw, out = [], minigpt.draw_token, io.StringIO()
     out.write = lambda text: events.extend([text] * bool(text))
     out.flush = lambda: events.append("flush")

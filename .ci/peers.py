@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--tokenizers", action="store_true", help="only these")
     args, flags = parser.parse_known_args()
     if args.tokenizers:
-        text = (minigpt.DATA / "input.txt").read_text(encoding="utf-8")
+        text = minigpt.find_corpus("").read_text(encoding="utf-8")
         for size in (1024, 8192):
             for name, taken in tokenizer_times(text, size, args.seconds).items():
                 print(f"| {name}, s | {taken:.3f} |")
