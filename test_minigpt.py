@@ -1300,7 +1300,7 @@ def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
     assert "step 2/4" in err and "0:01:41 left" in err and "to step 4 in 0:05:02;" in err
     assert metrics_of(tmp_path)[-1]["seconds"] == 302.0
     err = resume_tiny(tmp_path, "--max_steps", "6")
-    assert "to step 6 in 0:06:43;" in err and "0:00:00 left" in err
+    assert "to step 6 in 0:06:43;" in err and "0:00:00 left" in err and "| 256 tokens/s" in err
 
 def test_the_score_is_that_of_the_best_model(tiny_run):
     """As minigpt.evaluate gives it, and --mode eval."""
@@ -1859,6 +1859,9 @@ def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
         assert corpus.train.tolist() == tokenizer.encode(text[:cut])
         assert corpus.val.tolist() == tokenizer.encode(text[cut:])
         assert corpus.val_characters == len(text) - cut and corpus.train.element_size() == 2
+    minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 16)  # a window is 16 and a target
+    with pytest.raises(UserError, match="--block_size 17: must be below .* 17;"):
+        minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 17)
     assert tokenizer.merges == BPETokenizer.train(text[: int(0.9 * (len(text) + 1))], 300).merges
 
 @pytest.mark.slow
