@@ -12,7 +12,7 @@ The file is a book in five parts, to be read from the top:
 
     Part I     A GPT, complete    from characters to verse; nothing in it needs to be skipped
     Part II    Better             variations of each part: what each changes and what it brings
-    Part III   The machine room   devices, processes, signals, files that survive a crash
+    Part III   The machine room   devices, processes, signals, damaged files, records, the corpus
     Part IV    The laboratory     comparing variations, measuring speed
     Part V     The command line   presets, flags, modes
 
@@ -61,17 +61,17 @@ import torch.nn.functional as F
 # Part I: A GPT, complete
 # ==================================================================================================
 
+class UserError(ValueError):
+    """A mistake that whoever runs the program can mend: shown as one line, without a traceback."""
+
 # ---- The sizes -----------------------------------------------------------------------------------
 # A model is defined by a handful of numbers, each explained where it is used. Each is a flag, too,
 # such as --n_layer 8. The defaults are a larger model's; `plain` has n_layer 4, n_head 4, n_embd
 # 128, block_size 128 and dropout 0.
-class UserError(ValueError):
-    """A mistake that whoever runs the program can mend: shown as one line, without a traceback."""
-
 @dataclass
 class GPTConfig:
     """The sizes of a model, and which kind of each part it has."""
-    vocab_size: int  # V: distinct tokens, counted in the corpus (bpe: as given, else 1024)
+    vocab_size: int  # V: distinct tokens; counted in the corpus, but by bpe: as many, or 1024
     block_size: int = 256  # context: the most tokens that the model sees at once
     n_layer: int = 6  # blocks stacked on each other
     n_head: int = 6  # attention heads in each block
@@ -79,8 +79,8 @@ class GPTConfig:
     mlp_ratio: float = 4.0  # width of the MLP, over n_embd
     dropout: float = 0.2  # share of numbers set to zero in training
     bias: bool = True  # bias vectors in Linear and LayerNorm, as GPT-2 has them
-    # Kinds of parts: Part I has the one that stands here, Part II has more.
     model: str = "gpt"  # the GPT, or the bigram baseline
+    # Kinds of parts: Part I has the one that stands here, Part II has more.
     norm: str = "layernorm"  # normalization
     norm_position: str = "pre"  # normalize before each part, or after its addition
     pos: str = "learned"  # how the model knows positions
@@ -177,8 +177,8 @@ class Corpus:
         return cls(train, val, len(text) - cut)
 
 def get_batch(tokens, block_size: int, batch_size: int, generator=None):
-    """batch_size windows at random positions of tokens (N,): x and y (B, T), int64 (as which tokens
-    may not be stored).
+    """batch_size windows at random positions of tokens (N,): x and y (B, T), int64 (Part III stores
+    tokens in 16 bits).
 
     generator: a torch.Generator, a source of random numbers: seeded alike, it draws alike.
 
@@ -638,7 +638,7 @@ class TrainConfig:
     checkpoint_interval: int = 500  # steps between snapshots; 0: none
     log_interval: int = 25  # steps between status lines
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
-    seed: int = 1337  # of first weights, batches and dropout
+    seed: int = 1337  # of first weights, batches, dropout, and of what is written
     dtype: str = "auto"  # number format of the matrix products (Part III)
     compile: bool = False  # torch.compile, a speed-up (Part III)
     wandb: bool = True  # log to Weights & Biases (Part III)
@@ -993,7 +993,6 @@ def train(run: Run) -> float:
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
 # ==================================================================================================
 
-import array
 import collections
 import functools
 import heapq
@@ -1240,8 +1239,8 @@ def piece_pattern() -> re.Pattern:
     r"""GPT-2's pattern, '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     Python's re knows no \p{L} (letter) and \p{N} (number), so the classes are spelled out from the
-    Unicode tables; and its \s holds four control characters more than GPT-2's. The second branch is
-    a short cut for words of A-Z that no other letter can follow.
+    Unicode tables; and its \s holds four control characters more than GPT-2's. One branch is added,
+    the second: a short cut for words of A-Z that no other letter can follow.
 
     >>> piece_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
@@ -1501,6 +1500,7 @@ SCHEDULES["linear"] = lambda r: 1 - r
 # subclass of Part I's Run puts them to use, and the loop stays as it was.
 # ==================================================================================================
 
+import array
 import contextlib
 import hashlib
 import signal
@@ -1516,7 +1516,7 @@ from datetime import timedelta
 #           range (8 exponent bits) and just 8 bits of precision: it needs no care. float16 is
 #           finer, but gradients below 6e-8 vanish: so the derivative of the loss is multiplied by a
 #           large number on its way into the model, and that of a weight divided by it afterwards.
-# Here      By `--mode bench`, `plain` trains at 24,800 tokens/s, with --dtype float32 at 16,300.
+# Here      By `--mode bench`, `plain` trains 1.5 times as fast as with --dtype float32.
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
     here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -1532,7 +1532,7 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 def find_dtype(name: str, device: torch.device) -> str:
-    """auto: the fastest format that needs no care and that the device has in hardware."""
+    """auto: bfloat16 where the device has it in hardware; else float16 on CUDA, else float32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -1551,8 +1551,7 @@ class MixedPrecision(nn.Module):
             return self.model(x, y)
 
 class ScaledGradients(MixedPrecision):
-    """The same in float16. Where a gradient leaves its range because of the factor, the step is
-    skipped and the factor halved."""
+    """The same in float16. If a gradient overflows, the step is skipped and the factor halved."""
     scale = 2.0**16
 
     def __init__(self, model, dtype: str, optimizer):
@@ -1579,7 +1578,7 @@ class ScaledGradients(MixedPrecision):
 #           PyTorch's DistributedDataParallel averages the gradients while backward() still runs [Li
 #           et al. 2020, section 3.2], by the library gloo on CPUs, by nccl on GPUs. So all take the
 #           same step, and as they began alike, they stay alike. All evaluate; the first one writes
-#           files and speaks: generated text and results to stdout, everything else to stderr.
+#           files, and speaks, to stderr: stdout is for generated text and results.
 def process_rank() -> int:
     """The number of this process among those that torchrun started; 0 if it did not."""
     return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
@@ -1637,13 +1636,13 @@ def read_checkpoint(path: Path) -> dict:
             damaged = archive.testzip() or any(m.external_attr for m in archive.infolist())
         state = None if damaged else load_checkpoint(path)
     except FileNotFoundError:
-        raise UserError(f"--checkpoint {path}: no file; train first, or name another") from None
+        raise UserError(f"{path}: no such file; train first, or name a --checkpoint") from None
     except Exception as problem:  # there is no telling what a damaged file makes the readers raise
         if isinstance(problem, MemoryError) or getattr(problem, "filename", None):
             raise  # it is not the file's content
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"--checkpoint {path}: damaged, or not a checkpoint of this version; copy "
-                        "another one, such as best.pt or a step_*.pt of the same run, over it")
+        raise UserError(f"{path}: damaged, or not a checkpoint of this version; copy another one, "
+                        "such as best.pt or a step_*.pt of the same run, over it")
     return state
 
 def refuse_used(out_dir: Path) -> None:
@@ -1732,6 +1731,7 @@ def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
                         f"text's last tenth, {len(parts[1])}; lower it, or take a longer --data")
     return Corpus(*parts, val_characters=len(text) - cut)
 
+# ---- A run with all of it ------------------------------------------------------------------------
 def time_left(began: float, share: float) -> timedelta:
     """What remains if this share was done since `began`."""
     return timedelta(seconds=round((time.perf_counter() - began) * (1 / share - 1)))
@@ -1746,7 +1746,6 @@ class Progress:
             self.shown = time.perf_counter()
             say(f"evaluating: {share:.0%}, {time_left(self.began, share)} left")
 
-# ---- A run with all of it ------------------------------------------------------------------------
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
 
@@ -1802,8 +1801,7 @@ class FullRun(Run):
         return super().over()
 
     def batches(self):
-        """Of each batch the rows that are this process's. Gradients are averaged over the processes
-        once a step, after the last micro-step."""
+        """Of each batch this process's rows. Gradients are averaged after the last micro-step."""
         for i, (x, y) in enumerate(super().batches(), start=1):
             if i == 1 and self.rank > 0:
                 torch.manual_seed(derived_seed(self.config.seed, self.step, self.rank))  # dropout
@@ -1853,6 +1851,8 @@ class FullRun(Run):
 
 # ==================================================================================================
 # Part IV: The laboratory
+#
+# `typed` is what was typed, of which `pick` and `find_settings` make settings (Part V).
 # ==================================================================================================
 
 import statistics
@@ -1926,7 +1926,9 @@ def run_bench(typed: dict) -> None:
 
     device = find_device(command.device)
     sizes, config = find_settings({**typed, "grad_accum": 1}, device)
-    model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)
+    if sizes["model"] != "gpt":
+        raise UserError(f"--preset {config.preset}: bench measures a GPT; choose another preset")
+    model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)  # as of Shakespeare
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     rows = collections.Counter()
@@ -1991,10 +1993,10 @@ PRESETS = {
         grad_accum=1)),
     "mini": Preset("two wide layers, a step up from the laptop model", dict(
         n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1, attention="fused",
-        batch_size=64, grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4)),
+        grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4)),
     "bpe": Preset("our own byte-pair encoding in place of characters", dict(
-        tokenizer="bpe", vocab_size=1024, n_layer=4, n_head=4, n_embd=192, mlp_ratio=2.0,
-        dropout=0.1, attention="fused", batch_size=16, grad_accum=1)),
+        tokenizer="bpe", n_layer=4, n_head=4, n_embd=192, mlp_ratio=2.0, dropout=0.1,
+        attention="fused", batch_size=16, grad_accum=1)),
     "gpt2": Preset("GPT-2 small's shape, for large corpora and large GPUs", dict(
         n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, attention="fused",
         batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95, patience=4,
@@ -2020,7 +2022,7 @@ class Command:
 @dataclass
 class GenerateConfig:
     """How text is drawn from a trained model."""
-    prompt: str = ""  # the text to continue; without it, a line break
+    prompt: str = ""  # the text to continue; else that of id 0, in Shakespeare a line break
     max_tokens: int = 200  # tokens to add to the prompt
     temperature: float = 0.8  # 0: always the likeliest; 1: as learned
     top_k: int | None = None  # draw from the k likeliest tokens only
@@ -2042,7 +2044,7 @@ RANGES = {
                      "max_tokens"], (0, 2**63 - 1)),
 }
 
-# What may change when a run is resumed: how long to go on and what to report, not how it learns.
+# What may change on --resume: how long to go on, what to report and save, and how to compute.
 MAY_CHANGE = {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interval", "log_interval",
               "patience", "dtype", "compile", "wandb"}
 
@@ -2109,8 +2111,7 @@ def pick(config_class, settings: dict):
                            if f.name in settings})
 
 def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, TrainConfig]:
-    """The settings of the model and of training: those of the checkpoint `state`, or of a preset,
-    and over them what was typed."""
+    """Settings of model and training: those of a checkpoint or preset, over them what was typed."""
     if state:
         base = {**state["model_config"], **state["train_config"]}
         for name, value in typed.items():
@@ -2180,8 +2181,7 @@ def prepare_run(typed: dict) -> FullRun:
     return run
 
 def run_train(typed: dict) -> tuple[float, float, float]:
-    """--mode train. Returns the best model's loss in nats per token and in bits per character, and
-    the seconds of training."""
+    """--mode train. Returns the best model's nats per token, bits per character, and seconds."""
     run = prepare_run(typed)
     with stop_signals() as run.signals:
         nats = train(run)
@@ -2254,7 +2254,7 @@ def explain(problem: Exception) -> str:
     if isinstance(problem, OSError):
         return f"{problem.filename or '--out_dir'}: {problem.strerror}; mend that, or name another"
     if isinstance(problem, MemoryError) or "memory" in str(problem):
-        return "out of memory; lower --batch_size, --block_size, --n_embd or --num_samples"
+        return "out of memory; lower --batch_size, --block_size or --n_embd"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: does not work here ({type(problem).__name__}); use --no_compile"
     raise problem

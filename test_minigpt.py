@@ -1670,7 +1670,7 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
         files.append(file.getvalue())
     for content in files:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"^--checkpoint .*a\.pt: "):
+        with pytest.raises(UserError, match=r"a\.pt: "):
             minigpt.read_checkpoint(path)
     assert not marker.exists()
 
@@ -2286,6 +2286,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --max_steps => --max_steps
 --mode train --max_steps many => --max_steps & 'many' & whole number
 --mode train --bias maybe => maybe
+--mode bench --preset bigram => --preset bigram & GPT
 --mode ablate => --vary
 --mode ablate --vary luck=1,2 => --vary luck=1,2
 --mode ablate --vary seed=1,2 => --vary seed=1,2
