@@ -1658,9 +1658,8 @@ def keep_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: from here on blocks come from the system
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return what is free beyond this
-        mallopt(-2, 2**28)  # M_TOP_PAD: ask for so much more than is needed
+        mallopt(-4, 0)  # M_MMAP_MAX: how many blocks may be the system's own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back what is free beyond this
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Problem   One device is too slow, and there are more of them, here or in other machines.
@@ -2078,10 +2077,11 @@ PRESETS = {
         n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16, grad_accum=1,
         max_steps=1500, learning_rate=6e-3, min_lr=1e-4)),
     "laptop": Preset("the best model that 3 minutes on two CPU cores train", dict(
-        n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False, pos="rope",
-        qk_norm=True, activation="relu2", attention="fused", batch_size=16, grad_accum=1,
-        max_steps=1600, optimizer="muon", learning_rate=4e-3, momentum=0.85, weight_decay=0.2,
-        schedule="linear", min_lr=0.0, warmup_steps=50)),
+        n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False, pos="rope",
+        qk_norm=True, activation="relu2", attention="fused", batch_size=4, grad_accum=1,
+        sampling="even", short_share=0.85, max_steps=2500, optimizer="muon", learning_rate=7e-3,
+        momentum=0.85, weight_decay=0.2, schedule="linear", min_lr=0.0, warmup_steps=50,
+        eval_interval=500)),
     "gpt": Preset("the reference, in the shape of nanoGPT's Shakespeare model", dict(
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(
