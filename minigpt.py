@@ -896,17 +896,14 @@ class Run:
         waited = (self.step - self.best_step) // self.config.eval_interval
         return self.step >= self.config.max_steps or 0 < self.config.patience <= waited
 
-    def windows(self) -> tuple[int, int]:
-        """How long the windows of a batch are, and how many. (Part II: shorter ones at first.)"""
-        return self.model.config.block_size, self.config.batch_size
-
     def batches(self):
         """Yields the grad_accum batches of the next step."""
         seed = derived_seed(self.config.seed, self.step)
         torch.manual_seed(seed)  # for dropout
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.config.grad_accum):
-            yield get_batch(self.corpus.train, *self.windows(), generator)
+            yield get_batch(self.corpus.train, self.model.config.block_size, self.config.batch_size,
+                            generator)
 
     def report(self, loss, norm) -> None:
         """After each step. loss and norm are scalar tensors."""
@@ -1223,26 +1220,22 @@ class CachedReader:
 # Answer    Give each part, attention and MLP, half of its channels from the position before: after
 #           the norm, x_t becomes (x_{t-1}[: C/2], x_t[C/2 :]). It costs no weights and next to no
 #           time. [Peng et al. 2023, RWKV, section 3.1.1, with learned shares]
-class Shift(nn.Module):
-    """(B, T, C) -> (B, T, C): the first half of the channels from one position before."""
+class ShiftedBlock(Block):
+    """A block whose parts see half of the position before."""
     cache = None
 
     def forward(self, x):
-        first = x[..., : x.shape[-1] // 2]  # (B, T, C / 2)
-        last = self.cache["last"] if self.cache else torch.zeros_like(first[:, :1])
+        x = x + self.attn(self.shift(self.ln_1(x), "attention"))
+        return x + self.mlp(self.shift(self.ln_2(x), "mlp"))
+
+    def shift(self, x, part: str):
+        """(B, T, C) -> (B, T, C). What comes before the first position was kept, or is zero."""
+        first, second = x.chunk(2, dim=-1)  # (B, T, C / 2) each
+        before = torch.zeros_like(first[:, :1])
         if self.cache is not None:
-            self.cache["last"] = first[:, -1:]
-        return torch.cat([torch.cat([last, first[:, :-1]], dim=1), x[..., first.shape[-1] :]], -1)
-
-class ShiftedBlock(Block):
-    """A block whose parts also see the position before."""
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.shift_1, self.shift_2 = Shift(), Shift()
-
-    def forward(self, x):
-        x = x + self.attn(self.shift_1(self.ln_1(x)))
-        return x + self.mlp(self.shift_2(self.ln_2(x)))
+            before = self.cache.get(part, before)
+            self.cache[part] = first[:, -1:]
+        return torch.cat([torch.cat([before, first[:, :-1]], dim=1), second], dim=-1)
 
 def pre_norm_block(config: GPTConfig) -> Block:
     return (ShiftedBlock if config.token_shift else Block)(config)
@@ -1541,24 +1534,19 @@ SCHEDULES["linear"] = lambda r: 1 - r
 # Here      @@
 class BetterBatches(Run):
     """A run whose windows may be short at first, and may cover the text evenly."""
-    def windows(self) -> tuple[int, int]:
-        (length, number), c = super().windows(), self.config
-        if self.step >= c.short_share * c.max_steps:
-            return length, number
-        short = min(c.short_block, length)
-        return short, number * length // short
-
     def batches(self):
-        if self.config.sampling == "random":
-            yield from super().batches()
-            return
-        (length, number), c = self.windows(), self.config
-        torch.manual_seed(derived_seed(c.seed, self.step))  # for dropout
+        c, tokens, length = self.config, self.corpus.train, self.model.config.block_size
+        short = self.step < c.short_share * c.max_steps
+        T = min(c.short_block, length) if short else length
+        B = c.batch_size * length // T
+        seed = derived_seed(c.seed, self.step)
+        torch.manual_seed(seed)  # for dropout
+        generator, offset = torch.Generator().manual_seed(seed), random.Random(c.seed).random()
         for micro_step in range(c.grad_accum):
-            i = torch.arange(number).double() + (self.step * c.grad_accum + micro_step) * number
-            share = (i * (math.sqrt(5) - 1) / 2 + random.Random(c.seed).random()) % 1
-            starts = (share * (len(self.corpus.train) - length)).long()
-            yield cut_windows(self.corpus.train, length, starts)
+            i = torch.arange(B).double() + (self.step * c.grad_accum + micro_step) * B
+            share = (i * (math.sqrt(5) - 1) / 2 + offset) % 1
+            even = cut_windows(tokens, T, (share * (len(tokens) - T)).long())
+            yield even if c.sampling == "even" else get_batch(tokens, T, B, generator)
 
 # ---- What it comes to ----------------------------------------------------------------------------
 # The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
@@ -1994,27 +1982,20 @@ def run_ablate(typed: dict) -> None:
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
 #           has no v). What the backward pass needs of each layer comes on top.
+def count_parts(model) -> collections.Counter:
+    """The parameters by part, and in all."""
+    parts = collections.Counter({"parameters": count_parameters(model)})
+    for name, p in model.named_parameters():
+        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
+        parts[f"parameters, {part}"] += p.numel()
+    return parts
+
 def flops_per_token(model) -> int:
     """Of one forward and backward pass."""
     c = model.config
     n = sum(p.numel() for name, p in model.named_parameters()
             if p.dim() == 2 and name.startswith("h."))
     return 6 * (n + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
-
-def memory_rows(device: torch.device, step) -> dict[str, float]:
-    """What a call of step does to the memory: of the GPU if there is one; nothing on Windows."""
-    if device.type == "cuda":
-        return {"peak memory, MiB": torch.cuda.max_memory_allocated() / 2**20}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        step()
-    after, unit = resource.getrusage(resource.RUSAGE_SELF), 20 if sys.platform == "darwin" else 10
-    return {"page faults per step": (after.ru_minflt - before) / 10,
-            "peak memory, MiB": after.ru_maxrss / 2**unit}
 
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
@@ -2033,19 +2014,24 @@ def run_bench(typed: dict) -> None:
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     run.step = config.max_steps  # where windows are whole
-    rows = collections.Counter()
-    for name, p in model.named_parameters():
-        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
-        rows[f"parameters, {part}"] += p.numel()
-    rows["parameters"] = count_parameters(model)
+    rows = count_parts(model)
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
-    peak = rate(2 * 2048**3, lambda: a @ a)
-    rows["matrix products, GFLOP/s"] = peak / 1e9
+    rows["matrix products, GFLOP/s"] = rate(2 * 2048**3 / 1e9, lambda: a @ a)
     step = functools.partial(train_step, run.runner, run.optimizer, config=config)
-    training = rate(config.batch_size * model.config.block_size, lambda: step(run.batches()))
+    training = rate(config.batch_size * sizes["block_size"], lambda: step(run.batches()))
     rows["training, tokens/s"] = training
-    rows["training, model-FLOPs utilization"] = flops_per_token(model) * training / peak
-    rows.update(memory_rows(device, lambda: step(run.batches())))
+    rows["training, model-FLOPs utilization"] = (
+        flops_per_token(model) * training / rows["matrix products, GFLOP/s"] / 1e9)
+    if device.type == "cuda":
+        rows["peak memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    elif sys.platform == "linux":
+        import resource
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step(run.batches())
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        rows["page faults per step"] = after.ru_minflt - before
+        rows["peak memory, MiB"] = after.ru_maxrss / 2**10
 
     def writing(samples: int, make_reader) -> float:
         start = torch.zeros(samples, 1, dtype=torch.long)
@@ -2231,18 +2217,13 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
     config = replace(config, dtype=find_dtype(config.dtype, device))
     return asdict(pick(GPTConfig, settings)), config
 
-def steps_for(corpus: Corpus, config: TrainConfig, block_size: int) -> int:
-    """The steps of a preset on this corpus. They are chosen for Tiny Shakespeare; a text that is
-    smaller than its 1.1 million characters would be learned by heart. There they end after twelve
-    passes, or after as many as the preset makes over Tiny Shakespeare."""
-    n, per_step = len(corpus.train), config.batch_size * config.grad_accum * block_size
-    share = corpus.val_characters / 111_540
-    steps = max(12 * n // per_step, int(config.max_steps * share), 1)
-    if share >= 1 or steps >= config.max_steps:
+def steps_for(n: int, sizes: dict, config: TrainConfig) -> int:
+    """A preset's steps on n tokens: without dropout, no more than twelve passes over them."""
+    steps = 12 * n // (config.batch_size * config.grad_accum * sizes["block_size"])
+    if steps >= config.max_steps or sizes["dropout"] > 0:
         return config.max_steps
-    say(f"a small text: {steps} steps, {steps * per_step / n:.0f} passes, instead of "
-        f"{config.max_steps}; --max_steps has its way")
-    return steps
+    say(f"a small text: {steps} steps, twelve passes, instead of --max_steps {config.max_steps}")
+    return max(steps, 1)
 
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
@@ -2273,7 +2254,7 @@ def prepare_run(typed: dict) -> FullRun:
         tokenizer = make_tokenizer(config.tokenizer, text, sizes["vocab_size"])
         corpus = encode_corpus(text, tokenizer, sizes["block_size"])
         if "max_steps" not in typed:
-            config.max_steps = steps_for(corpus, config, sizes["block_size"])
+            config.max_steps = steps_for(len(corpus.train), sizes, config)
         model = new_model(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}), config.seed)
     out_dir.mkdir(parents=True, exist_ok=True)
     same = sizes, asdict(config), sha256, state and state["step"]
