@@ -1,4 +1,4 @@
-"""The ladder of Part II: from `plain` to `laptop`, one change at a time, each rung for the same time.
+"""The ladder of Part II: from `plain` to `laptop`, one change at a time, each rung in equal time.
 
     python .ci/ladder.py --seconds 195 --seeds 3 --out_dir ladder
 
