@@ -1489,8 +1489,8 @@ SCHEDULES["linear"] = lambda r: 1 - r
 # ---- What it comes to ----------------------------------------------------------------------------
 # The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
 # QK-norm, the squared ReLU, no biases, fused kernels, Muon, a straight line. Trained to their ends
-# on one machine, three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 129 to 170 s, `laptop` 1.498
-# +- 0.009 in 147 to 163 s.
+# on one machine, three seeds (1337, 1, 2): `plain` 1.676 +- 0.005 in 134 to 153 s, `laptop` 1.498
+# +- 0.009 in 146 to 156 s.
 
 # ==================================================================================================
 # Part III: The machine room
