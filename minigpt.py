@@ -71,7 +71,7 @@ class UserError(ValueError):
 @dataclass
 class GPTConfig:
     """The sizes of a model, and which kind of each part it has."""
-    vocab_size: int  # V: distinct tokens; counted in the corpus, but by bpe: as many, or 1024
+    vocab_size: int  # V: distinct tokens, counted in the corpus; bpe: at most so many, else 1024
     block_size: int = 256  # context: the most tokens that the model sees at once
     n_layer: int = 6  # blocks stacked on each other
     n_head: int = 6  # attention heads in each block
@@ -872,7 +872,7 @@ class Run:
         self.step = 0  # steps completed
         self.best_val, self.best_step = math.inf, 0  # lowest validation loss, and when it was
 
-    load = staticmethod(load_checkpoint)
+    load = staticmethod(load_checkpoint)  # Part III looks for damage, too
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -1722,7 +1722,7 @@ def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
     """Both parts as tokens. Raises UserError if one is too short for a single window."""
     cut, parts = int(0.9 * len(text)), []
     for part in text[:cut], text[cut:]:
-        ids = array.array("H")  # H: 16 bits, no sign
+        ids = array.array("H")  # 16 bits, no sign; frombuffer, below, wants at least one
         for chunk in chunks(part):
             ids.extend(tokenizer.encode(chunk))
         parts.append(torch.frombuffer(ids or array.array("H", [0]), dtype=torch.uint16))
