@@ -86,6 +86,7 @@ class GPTConfig:
     pos: str = "learned"  # how the model knows positions
     activation: str = "gelu"  # the function between the two halves of the MLP
     qk_norm: bool = False  # normalize queries and keys
+    token_shift: bool = False  # show each part half of the position before
     tie_weights: bool = True  # one matrix for token vectors and output head
     attention: str = "explicit"  # attention and LayerNorm written out, or one fused kernel each
 
@@ -188,8 +189,12 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
     """
     # Subtle: a window takes block_size + 1 tokens, so the last start is len - block_size - 1, and
     # randint's upper end is exclusive.
-    starts = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    windows = tokens[starts + torch.arange(block_size + 1)].long()  # (B, T + 1)
+    starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator)
+    return cut_windows(tokens, block_size, starts)
+
+def cut_windows(tokens, block_size: int, starts):
+    """The windows that begin at starts (B,): x and y (B, T)."""
+    windows = tokens[starts[:, None] + torch.arange(block_size + 1)].long()  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 # ---- The task, and the simplest model ------------------------------------------------------------
@@ -621,6 +626,9 @@ class TrainConfig:
     tokenizer: str = "char"  # what a token is
     batch_size: int = 64  # B: sequences in one micro-step
     grad_accum: int = 4  # micro-steps added up into one step
+    sampling: str = "random"  # where the windows of a batch are
+    short_share: float = 0.0  # share of the steps on short windows, the first ones (Part II)
+    short_block: int = 128  # tokens in a short window
     max_steps: int = 2000  # steps to train for
     learning_rate: float = 3e-4  # the schedule's peak
     min_lr: float = 3e-5  # where the learning rate ends; at most its peak
@@ -1072,18 +1080,18 @@ POSITIONS["sinusoidal"] = Sinusoids
 POSITIONS["rope"] = lambda config: lambda positions: 0.0  # to the token vectors nothing is added
 
 class Rotary(nn.Module):
-    """Turns queries or keys (B, nh, T, hs) according to their positions, start and following."""
+    """Turns queries and keys (B, nh, T, hs) according to their positions, start and following: the
+    halves x1, x2 of the channels become x1 cos - x2 sin, x2 cos + x1 sin."""
     def __init__(self, n_positions: int, hs: int):
         super().__init__()
         a = angles(n_positions, hs)  # (block_size, hs / 2)
-        self.register_buffer("cos", a.cos(), persistent=False)
-        self.register_buffer("sin", a.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat([a.cos(), a.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-a.sin(), a.sin()], dim=-1), persistent=False)
 
     def forward(self, x, start: int):
         positions = slice(start, start + x.shape[2])
-        cos, sin = (table[positions].to(x.dtype) for table in (self.cos, self.sin))  # (T, hs / 2)
-        x1, x2 = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2) each
-        return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
+        cos, sin = self.cos[positions].to(x.dtype), self.sin[positions].to(x.dtype)  # (T, hs)
+        return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # rolled: x2, x1
 
 # ---- Attention: rotation, QK-norm, and room for a memory -----------------------------------------
 # QK-norm   Queries and keys may grow until the softmax freezes into a choice of one. Normalized (by
@@ -1101,14 +1109,18 @@ class Attention(CausalSelfAttention):
         self.cache = None
 
     def heads(self, x):
-        q, k, v = super().heads(x)
+        qk, v = self.c_attn(x).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
+        qk = qk.unflatten(-1, (2 * self.n_head, -1)).transpose(1, 2)  # as if q had twice the heads
+        v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         if self.qk_norm:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+            qk = self.qk_norm(qk)
         if self.rotary:
-            start = self.cache.length if self.cache else 0
-            q, k = self.rotary(q, start), self.rotary(k, start)
+            qk = self.rotary(qk, self.cache["k"].shape[2] if self.cache else 0)
+        q, k = qk.chunk(2, dim=1)  # (B, nh, T, hs) each
         if self.cache:
-            k, v = self.cache.append(k, v)
+            k, v = torch.cat([self.cache["k"], k], dim=2), torch.cat([self.cache["v"], v], dim=2)
+        if self.cache is not None:
+            self.cache.update(k=k, v=v)
         return q, k, v
 
 ATTENTION["explicit"] = Attention
@@ -1169,9 +1181,9 @@ NORMS["layernorm"] = lambda n, config: (
 # ---- Writing faster: the cache -------------------------------------------------------------------
 # Problem   To draw the 200th token the model reads the 199 before it. It read 198 of them a moment
 #           ago, and since no position sees a later one, they have the same vectors as then.
-# Answer    Keep what later tokens ask of earlier ones: the keys and values of each layer. The
-#           prompt goes through as a whole (prefill), then each new token alone (decode): its query
-#           meets the keys that were kept.
+# Answer    Keep what later tokens ask of earlier ones: keys and values (B, nh, length, hs), in
+#           a dictionary of each layer, its `cache`. The prompt goes through as a whole (prefill),
+#           then each new token alone (decode): its query meets the keys that were kept.
 #
 #               prefill   T  o  _  b  e      5 in, keys and values of 5 kept, "," drawn
 #               decode                  ,    1 in,                    6 kept, "_" drawn
@@ -1182,37 +1194,57 @@ NORMS["layernorm"] = lambda n, config: (
 #           memory. So it pays to write several texts side by side, as GPT.generate can.
 # Window    When the window moves (window_start, in Part I), every token in it has a new position,
 #           and what deeper layers kept was computed from tokens that are gone: all is read anew.
-class KeyValueCache:
-    """The keys and values of one layer, of all tokens in the window: (B, nh, length, hs) each."""
-    length = 0
-
-    def append(self, k, v):
-        """Adds those of T more tokens, (B, nh, T, hs) each. Returns those of all so far."""
-        if self.length > 0:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v, self.length = k, v, k.shape[2]
-        return k, v
-
 class CachedReader:
     """next_logits, for a text that grows: reads only the tokens that it has not read yet."""
     def __init__(self):
         self.start = self.end = 0  # of what was read
 
-    @torch.no_grad()
+    @torch.inference_mode()  # no_grad, and less bookkeeping
     def __call__(self, model, idx):
         start = window_start(idx.shape[1], model.config.block_size)
         if self.end == 0 or start != self.start:  # the beginning, or the window has moved
             model.eval()
             self.start = self.end = start
-            self.caches = {layer: KeyValueCache() for layer in model.modules()
-                           if isinstance(layer, Attention)}
-        for layer, cache in self.caches.items():
-            layer.cache = cache
+            self.caches = {part: {} for part in model.modules() if hasattr(part, "cache")}
+        for part, cache in self.caches.items():
+            part.cache = cache
         logits, _ = model(idx[:, self.end :], start=self.end - self.start)
-        for layer in self.caches:
-            layer.cache = None
+        for part in self.caches:
+            part.cache = None
         self.end = idx.shape[1]
         return logits[:, -1].float().cpu()
+
+# ---- Token shift ---------------------------------------------------------------------------------
+# Problem   What came just before matters everywhere, and it takes a whole head to fetch it.
+# Answer    Give each part, attention and MLP, half of its channels from the position before: after
+#           the norm, x_t becomes (x_{t-1}[: C/2], x_t[C/2 :]). It costs no weights and next to no
+#           time. [Peng et al. 2023, RWKV, section 3.1.1, with learned shares]
+class ShiftedBlock(Block):
+    """A block whose parts see half of the position before."""
+    cache = None
+
+    def forward(self, x):
+        x = x + self.attn(self.shift(self.ln_1(x), "attention"))
+        return x + self.mlp(self.shift(self.ln_2(x), "mlp"))
+
+    def shift(self, x, part: str):
+        """(B, T, C) -> (B, T, C). What comes before the first position was kept, or is zero."""
+        first, second = x.chunk(2, dim=-1)  # (B, T, C / 2) each
+        before = torch.zeros_like(first[:, :1])
+        if self.cache is not None:
+            before = self.cache.get(part, before)
+            self.cache[part] = first[:, -1:]
+        return torch.cat([torch.cat([before, first[:, :-1]], dim=1), second], dim=-1)
+
+def pre_norm_block(config: GPTConfig) -> Block:
+    return (ShiftedBlock if config.token_shift else Block)(config)
+
+def post_norm_block(config: GPTConfig) -> Block:
+    if config.token_shift:
+        raise UserError("--token_shift: goes with --norm_position pre only; leave one of them out")
+    return PostNormBlock(config)
+
+BLOCKS |= {"pre": pre_norm_block, "post": post_norm_block}
 
 # ---- Larger tokens: byte-pair encoding -----------------------------------------------------------
 # Problem   Characters are safe but slow: "the" costs three steps of the model. Whole words are
@@ -1486,6 +1518,35 @@ def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
 OPTIMIZERS["muon"] = make_muon
 SCHEDULES["linear"] = lambda r: 1 - r
 
+# ---- Better batches ------------------------------------------------------------------------------
+# Short     The longer the window, the more there is to look back at; but attention compares each
+#           position with all, and at first a model learns what the last few characters tell. So
+#           train the first short_share of the steps on windows of short_block tokens, so many more
+#           of them, and the rest on whole ones. (Until then the estimates of the loss, on whole
+#           windows, ask for distances that no step has shown.)
+# Even      Random windows leave gaps: in as many draws as would cover a text three times, 5 % of it
+#           is never seen, and some of it eight times. --sampling even takes the windows at
+#           (i g + offset) mod 1 of the text, i = 0, 1, 2, ..., g the golden ratio: each falls into
+#           one of the largest gaps that those before it left [Weyl 1916; Knuth 1998, section 6.4].
+#           It needs no list of what was seen, only the number of the step.
+# Example   i = 0, 1, 2, 3, 4 and offset 0: 0, 0.62, 0.24, 0.85, 0.47 of the text.
+# Here      @@
+class BetterBatches(Run):
+    """A run whose windows may be short at first, and may cover the text evenly."""
+    def batches(self):
+        c, tokens, length = self.config, self.corpus.train, self.model.config.block_size
+        short = self.step < c.short_share * c.max_steps
+        T = min(c.short_block, length) if short else length
+        B = c.batch_size * length // T
+        seed = derived_seed(c.seed, self.step)
+        torch.manual_seed(seed)  # for dropout
+        generator, offset = torch.Generator().manual_seed(seed), random.Random(c.seed).random()
+        for micro_step in range(c.grad_accum):
+            i = torch.arange(B).double() + (self.step * c.grad_accum + micro_step) * B
+            share = (i * (math.sqrt(5) - 1) / 2 + offset) % 1
+            even = cut_windows(tokens, T, (share * (len(tokens) - T)).long())
+            yield even if c.sampling == "even" else get_batch(tokens, T, B, generator)
+
 # ---- What it comes to ----------------------------------------------------------------------------
 # The preset `laptop` has what, combined, brought a small model furthest in a given time: RoPE,
 # QK-norm, the squared ReLU, no biases, fused kernels, Muon, a straight line. Trained to their ends
@@ -1571,6 +1632,21 @@ class ScaledGradients(MixedPrecision):
             self.scale /= 2
             for p in weights:
                 p.grad = None  # an optimizer leaves such a weight alone
+
+# ---- Memory that is kept -------------------------------------------------------------------------
+# Problem   A step asks for the same blocks of memory as the step before, and gives them back. The C
+#           library of Linux returns large ones to the system at once and gets them anew as pages of
+#           4 KB, each of them mapped and cleared when it is first touched: a page fault.
+# Answer    Tell its `malloc` to keep what it has.
+# Here      By `--mode bench`, a step of `laptop` has @@ page faults without this, @@ with it.
+def keep_memory() -> None:
+    """Makes glibc keep memory that was freed. Where there is no glibc, nothing happens."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: how many blocks may be the system's own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back what is free beyond this
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Problem   One device is too slow, and there are more of them, here or in other machines.
@@ -1749,8 +1825,8 @@ class Progress:
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
 
-class FullRun(Run):
-    """Part I's run, on any device, in several processes, that heeds signals and keeps records."""
+class FullRun(BetterBatches):
+    """A run on any device, in several processes, that heeds signals and keeps records."""
     def __init__(self, model, tokenizer, corpus, config, out_dir, device, text_info: dict):
         """text_info: where the corpus is from, and its checksum; both go into checkpoints."""
         super().__init__(model.to(device), tokenizer, corpus, config, out_dir)
@@ -1906,6 +1982,14 @@ def run_ablate(typed: dict) -> None:
 #           this machine multiplies two large matrices in the same number format.
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
 #           has no v). What the backward pass needs of each layer comes on top.
+def count_parts(model) -> collections.Counter:
+    """The parameters by part, and in all."""
+    parts = collections.Counter({"parameters": count_parameters(model)})
+    for name, p in model.named_parameters():
+        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
+        parts[f"parameters, {part}"] += p.numel()
+    return parts
+
 def flops_per_token(model) -> int:
     """Of one forward and backward pass."""
     c = model.config
@@ -1931,25 +2015,25 @@ def run_bench(typed: dict) -> None:
     model = new_model(GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)  # as of Shakespeare
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
-    rows = collections.Counter()
-    for name, p in model.named_parameters():
-        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
-        rows[f"parameters, {part}"] += p.numel()
-    rows["parameters"] = count_parameters(model)
+    run.step = config.max_steps  # where windows are whole
+    rows = count_parts(model)
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
-    peak = rate(2 * 2048**3, lambda: a @ a)
-    rows["matrix products, GFLOP/s"] = peak / 1e9
-    training = rate(config.batch_size * model.config.block_size,
-                    lambda: train_step(run.runner, run.optimizer, run.batches(), config))
+    rows["matrix products, GFLOP/s"] = rate(2 * 2048**3 / 1e9, lambda: a @ a)
+    step = functools.partial(train_step, run.runner, run.optimizer, config=config)
+    training = rate(config.batch_size * sizes["block_size"], lambda: step(run.batches()))
     rows["training, tokens/s"] = training
-    rows["training, model-FLOPs utilization"] = flops_per_token(model) * training / peak
+    rows["training, model-FLOPs utilization"] = (
+        flops_per_token(model) * training / rows["matrix products, GFLOP/s"] / 1e9)
     if device.type == "cuda":
         rows["peak memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    elif sys.platform != "win32":
+    elif sys.platform == "linux":
         import resource
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        rows["peak memory, MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        step(run.batches())
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        rows["page faults per step"] = after.ru_minflt - before
+        rows["peak memory, MiB"] = after.ru_maxrss / 2**10
 
     def writing(samples: int, make_reader) -> float:
         start = torch.zeros(samples, 1, dtype=torch.long)
@@ -1981,10 +2065,11 @@ PRESETS = {
         n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16, grad_accum=1,
         max_steps=1500, learning_rate=6e-3, min_lr=1e-4)),
     "laptop": Preset("the best model that 3 minutes on two CPU cores train", dict(
-        n_layer=4, n_head=2, n_embd=128, block_size=128, dropout=0.0, bias=False, pos="rope",
-        qk_norm=True, activation="relu2", attention="fused", batch_size=16, grad_accum=1,
-        max_steps=1600, optimizer="muon", learning_rate=4e-3, momentum=0.85, weight_decay=0.2,
-        schedule="linear", min_lr=0.0, warmup_steps=50)),
+        n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False, pos="rope",
+        qk_norm=True, activation="relu2", attention="fused", batch_size=4, grad_accum=1,
+        sampling="even", short_share=0.85, max_steps=2500, optimizer="muon", learning_rate=7e-3,
+        momentum=0.85, weight_decay=0.2, schedule="linear", min_lr=0.0, warmup_steps=50,
+        eval_interval=500)),
     "gpt": Preset("the reference, in the shape of nanoGPT's Shakespeare model", dict(
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(
@@ -2034,11 +2119,12 @@ class GenerateConfig:
 CHOICES = {"model": MODELS, "norm": NORMS, "norm_position": BLOCKS, "pos": POSITIONS,
            "activation": ACTIVATIONS, "attention": ATTENTION, "tokenizer": TOKENIZERS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "preset": ["auto", *PRESETS],
-           "dtype": ["auto", "float32", "bfloat16", "float16"]}
+           "sampling": ["random", "even"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
 
 # From where to where a setting goes; otherwise whole numbers begin at 1 and others at 0.
 RANGES = {
     "vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9), "top_p": (0, 1),
+    "short_share": (0, 1),
     **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
     **dict.fromkeys(["seed", "warmup_steps", "sample_tokens", "checkpoint_interval", "patience",
                      "max_tokens"], (0, 2**63 - 1)),
@@ -2132,6 +2218,14 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
     config = replace(config, dtype=find_dtype(config.dtype, device))
     return asdict(pick(GPTConfig, settings)), config
 
+def steps_for(n: int, sizes: dict, config: TrainConfig) -> int:
+    """A preset's steps on n tokens: without dropout, no more than twelve passes over them."""
+    steps = 12 * n // (config.batch_size * config.grad_accum * sizes["block_size"])
+    if steps >= config.max_steps or sizes["dropout"] > 0:
+        return config.max_steps
+    say(f"a small text: {steps} steps, twelve passes, instead of --max_steps {config.max_steps}")
+    return max(steps, 1)
+
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
     command = pick(Command, typed)
@@ -2160,6 +2254,8 @@ def prepare_run(typed: dict) -> FullRun:
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, sizes["vocab_size"])
         corpus = encode_corpus(text, tokenizer, sizes["block_size"])
+        if "max_steps" not in typed:
+            config.max_steps = steps_for(len(corpus.train), sizes, config)
         model = new_model(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}), config.seed)
     out_dir.mkdir(parents=True, exist_ok=True)
     same = sizes, asdict(config), sha256, state and state["step"]
@@ -2266,6 +2362,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
             stream.reconfigure(encoding="utf-8", errors="replace")
+    keep_memory()
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
         mode = typed.get("mode")
