@@ -2219,11 +2219,11 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
     return asdict(pick(GPTConfig, settings)), config
 
 def steps_for(n: int, sizes: dict, config: TrainConfig) -> int:
-    """A preset's steps on n tokens: without dropout, no more than twelve passes over them."""
-    steps = 12 * n // (config.batch_size * config.grad_accum * sizes["block_size"])
+    """A preset's steps on n tokens: without dropout, no more than six passes over them."""
+    steps = 6 * n // (config.batch_size * config.grad_accum * sizes["block_size"])
     if steps >= config.max_steps or sizes["dropout"] > 0:
         return config.max_steps
-    say(f"a small text: {steps} steps, twelve passes, instead of --max_steps {config.max_steps}")
+    say(f"a small text: {steps} steps, six passes, instead of --max_steps {config.max_steps}")
     return max(steps, 1)
 
 def prepare_run(typed: dict) -> FullRun:

@@ -1266,20 +1266,20 @@ def test_every_preset_trains_and_writes(tmp_path, name):
     assert code == 0 and out.startswith("THE"), err
 
 @pytest.mark.parametrize("dropout, asked, taken",
-                         [(0, 1300, 1300), (0, 1400, 1350), (0.1, 1400, 1400)])
+                         [(0, 600, 600), (0, 700, 675), (0.1, 700, 700)])
 def test_a_small_text_is_not_learned_by_heart(capsys, dropout, asked, taken):
-    """Twelve passes over 9,000 tokens in steps of 80, unless dropout prevents it. (That a typed
+    """Six passes over 9,000 tokens in steps of 80, unless dropout prevents it. (That a typed
     --max_steps is heeded, every other run shows.)"""
     config = TrainConfig(batch_size=4, grad_accum=2, max_steps=asked)
     assert minigpt.steps_for(9000, {"dropout": dropout, "block_size": 10}, config) == taken
     assert ("--max_steps" in capsys.readouterr().err) == (taken < asked)
 
 def test_a_run_on_a_small_text_ends_with_its_schedule_complete(tmp_path):
-    """At the floor of the learning rate, after twelve passes."""
+    """At the floor of the learning rate, after six passes."""
     succeed("--mode", "train", "--preset", "bigram", "--data", SHORT, "--out_dir", tmp_path,
             "--batch_size", "4", "--eval_batches", "1", "--sample_tokens", "0", "--dropout", "0")
     state = load_checkpoint(tmp_path / "latest.pt")
-    steps = 12 * int(0.9 * len(SHORT.read_text(encoding="utf-8"))) // (4 * 64)
+    steps = 6 * int(0.9 * len(SHORT.read_text(encoding="utf-8"))) // (4 * 64)
     assert state["train_config"]["max_steps"] == state["step"] == steps
     config = minigpt.pick(TrainConfig, state["train_config"])
     assert metrics_of(tmp_path)[-3]["lr"] == get_lr(steps - 1, config) < 1.01 * config.min_lr
