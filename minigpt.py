@@ -1106,22 +1106,28 @@ class Attention(CausalSelfAttention):
         hs = config.n_embd // config.n_head
         self.qk_norm = NORMS[config.norm](hs, config) if config.qk_norm else None
         self.rotary = Rotary(config.block_size, hs) if config.pos == "rope" else None
-        self.cache = None
+        self.block_size, self.cache = config.block_size, None
 
     def heads(self, x):
-        qk, v = self.c_attn(x).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
-        qk = qk.unflatten(-1, (2 * self.n_head, -1)).transpose(1, 2)  # as if q had twice the heads
-        v = v.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        y = self.c_attn(x).unflatten(-1, (3 * self.n_head, -1)).transpose(1, 2)
+        qk, v = y.split([2 * self.n_head, self.n_head], dim=1)  # as if q had twice the heads
+        start = self.cache["length"] if self.cache else 0
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if self.rotary:
-            qk = self.rotary(qk, self.cache["k"].shape[2] if self.cache else 0)
+            qk = self.rotary(qk, start)
         q, k = qk.chunk(2, dim=1)  # (B, nh, T, hs) each
-        if self.cache:
-            k, v = torch.cat([self.cache["k"], k], dim=2), torch.cat([self.cache["v"], v], dim=2)
         if self.cache is not None:
-            self.cache.update(k=k, v=v)
+            k, v = self.kept("k", k, start), self.kept("v", v, start)
+            self.cache["length"] = k.shape[2]
         return q, k, v
+
+    def kept(self, name: str, new, start: int):
+        """Keeps new keys or values (B, nh, T, hs) from position start on. Returns all so far."""
+        if start == 0:  # room for a window
+            self.cache[name] = new.new_empty(*new.shape[:2], self.block_size, new.shape[3])
+        self.cache[name].narrow(2, start, new.shape[2]).copy_(new)
+        return self.cache[name].narrow(2, 0, start + new.shape[2])
 
 ATTENTION["explicit"] = Attention
 
@@ -1192,8 +1198,18 @@ NORMS["layernorm"] = lambda n, config: (
 # Cost      A pass over one token instead of up to block_size, whose query still has to be compared
 #           with every key that is kept. What takes the time then is to fetch each weight from
 #           memory. So it pays to write several texts side by side, as GPT.generate can.
+# Cores     PyTorch's product of a matrix and a single vector keeps one core busy. In two halves, a
+#           batch of two products, a large matrix is fetched by two.
 # Window    When the window moves (window_start, in Part I), every token in it has a new position,
 #           and what deeper layers kept was computed from tokens that are gone: all is read anew.
+def linear_in_halves(layer: nn.Linear, x):
+    """What the layer computes; (1, 1, n) in two halves, where that is faster."""
+    w = layer.weight
+    if x.numel() > x.shape[-1] or w.numel() < 10**5 or len(w) % 2 or x.device.type != "cpu":
+        return F.linear(x, w, layer.bias)
+    halves = torch.bmm(x.expand(2, -1, -1), w.view(2, -1, x.shape[-1]).mT)  # (2, 1, rows / 2)
+    return halves.view(1, 1, -1) + (0.0 if layer.bias is None else layer.bias)
+
 class CachedReader:
     """next_logits, for a text that grows: reads only the tokens that it has not read yet."""
     def __init__(self):
@@ -1206,6 +1222,9 @@ class CachedReader:
             model.eval()
             self.start = self.end = start
             self.caches = {part: {} for part in model.modules() if hasattr(part, "cache")}
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.forward = functools.partial(linear_in_halves, layer)
         for part, cache in self.caches.items():
             part.cache = cache
         logits, _ = model(idx[:, self.end :], start=self.end - self.start)
