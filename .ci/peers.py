@@ -141,7 +141,9 @@ def main() -> None:
     written = take_turns({
         "writing a window": lambda: write(idx, n), "Hugging Face": lambda: theirs(idx, n),
         "writing 512": lambda: write(idx, many), "nanoGPT": lambda: peer.generate(idx, many),
-        "8 samples": lambda: write(idx.expand(8, 1), many)}, args.seconds)
+        "8 samples": lambda: write(idx.expand(8, 1), many),
+        "weights": lambda: [p.sum() for p in run.model.parameters()]}, args.seconds)
+    print(f"| reading all weights, times/s | {1 / written.pop('weights'):,.0f} |")
     lengths = {"writing 512": many, "nanoGPT": many, "8 samples": 8 * many}
     for name, taken in trained.items():
         print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
