@@ -1571,7 +1571,7 @@ class BetterBatches(Run):
 # that what makes a step slower has to earn it: nats per character on the full validation split,
 # mean and standard deviation over the seeds 1337, 1338 and 1339, by `python .ci/ladder.py`:
 #
-@LADDER@
+#     @LADDER@
 #
 # What was tried and did not help, in forms of `laptop` with 1,000 to 2,500 steps; one seed each if
 # nothing else is said, where the order of the batches alone makes a difference of 0.01. In nats, +
