@@ -882,13 +882,20 @@ VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "
                                             minigpt.ACTIVATIONS, (False, True), (True, False))]
 
 def test_token_shift_shows_half_of_the_channels_of_the_position_before():
-    """To attention and to the MLP, after the norm; before the first position there are zeros."""
-    x, model = random_x(2, 5, 8), GPT(small_config(token_shift=True))
-    block, y = stir(model.h[0]), model.h[0].shift(x, "mlp")
-    assert torch.equal(y[..., 4:], x[..., 4:]) and torch.equal(y[:, 1:, :4], x[:, :-1, :4])
-    assert y[:, 0, :4].abs().sum() == 0
-    middle = x + block.attn(block.shift(block.ln_1(x), "attention"))
-    assert_close(block(x), middle + block.mlp(block.shift(block.ln_2(middle), "mlp")))
+    """To attention and to the MLP, after the norm if that comes first; before the first position
+    there are zeros."""
+    def shifted(x):
+        return torch.cat([F.pad(x, (0, 0, 1, 0))[:, :-1, :4], x[..., 4:]], dim=-1)
+
+    x, plain = random_x(2, 5, 8), small_model()
+    for norm_position in minigpt.BLOCKS:
+        block = small_model(token_shift=True, norm_position=norm_position).h[0]
+        middle = x + plain.h[0].attn(shifted(plain.h[0].ln_1(x)))
+        wanted = middle + plain.h[0].mlp(shifted(plain.h[0].ln_2(middle)))
+        if norm_position == "post":
+            middle = plain.h[0].ln_1(x + plain.h[0].attn(shifted(x)))
+            wanted = plain.h[0].ln_2(middle + plain.h[0].mlp(shifted(middle)))
+        assert_close(block(x), wanted)
 
 def test_windows_are_short_at_first(tmp_path):
     """And so many more of them, for that share of the steps; then whole."""
@@ -925,7 +932,7 @@ def test_the_future_cannot_be_seen_in_any_combination():
     changed[0, 5] = (changed[0, 5] + 1) % 11
     for i, variant in enumerate(VARIANTS):
         model = small_model(attention=("explicit", "fused")[i % 2], tie_weights=i % 3 > 0,
-                            token_shift=i % 4 == 3 and variant["norm_position"] == "pre",
+                            token_shift=i % 4 == 3,
                             n_head=(2, 1, 4)[i % 5 % 3], mlp_ratio=(4.0, 2.0)[i % 7 % 2], **variant)
         logits, loss = model(idx, idx)
         loss.backward()
@@ -2346,7 +2353,6 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --tokenizer bpe --vocab_size 65537 => --vocab_size & 65536
 --mode train --vocab_size 300 => --tokenizer bpe
 --mode train --n_embd 12 --n_head 4 => --pos
---mode train --token_shift --norm_position post => --token_shift & --norm_position
 --mode train --out_dir {tmp}/empty.txt/out => {tmp}/empty.txt
 --mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & copy it to & --resume
 --mode generate --out_dir {tmp}/none => best.pt & train first
