@@ -2023,14 +2023,6 @@ def run_ablate(typed: dict) -> None:
 # Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
 #           has no v). What the backward pass needs of each layer comes on top.
 # Writing   is done in float32, in which small models on a CPU are faster.
-def count_parts(model) -> collections.Counter:
-    """The parameters by part, and in all."""
-    parts = collections.Counter({"parameters": count_parameters(model)})
-    for name, p in model.named_parameters():
-        part = re.search("attn|mlp|wte|wpe|lm_head|$", name)[0] or "norms"
-        parts[f"parameters, {part}"] += p.numel()
-    return parts
-
 def flops_per_token(model) -> int:
     """Of one forward and backward pass."""
     c = model.config
@@ -2057,7 +2049,7 @@ def run_bench(typed: dict) -> None:
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     run.step = config.max_steps  # where windows are whole
-    rows = count_parts(model)
+    rows = {"parameters": count_parameters(model)}
     a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
     rows["matrix products, GFLOP/s"] = rate(2 * 2048**3 / 1e9, lambda: a @ a)
     step = functools.partial(train_step, run.runner, run.optimizer, config=config)
@@ -2117,9 +2109,9 @@ PRESETS = {
         bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu", beta2=0.95,
         attention="fused", optimizer="muon", learning_rate=3e-3, schedule="linear", min_lr=0.0,
         grad_accum=1)),
-    "mini": Preset("two wide layers, a step up from the laptop model", dict(
+    "mini": Preset("two wide layers of Part I's kind, with dropout", dict(
         n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1, attention="fused",
-        grad_accum=1, max_steps=3000, learning_rate=1e-3, min_lr=1e-4)),
+        batch_size=16, grad_accum=1, max_steps=3000, learning_rate=3e-3, min_lr=1e-4)),
     "bpe": Preset("our own byte-pair encoding in place of characters", dict(
         tokenizer="bpe", n_layer=4, n_head=4, n_embd=192, mlp_ratio=2.0, dropout=0.1,
         attention="fused", batch_size=16, grad_accum=1)),
