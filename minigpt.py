@@ -1546,7 +1546,7 @@ SCHEDULES["linear"] = lambda r: 1 - r
 #           (i g + offset) mod 1 of the text, i = 0, 1, 2, ..., g the golden ratio: each falls into
 #           one of the largest gaps that those before it left [Weyl 1916; Knuth 1998, section 6.4].
 #           No list is needed of what was seen, only the number of the step. (The whole windows,
-#           after the short ones, are a series of their own.)
+#           after the short ones, are a series of their own, with another offset.)
 # Example   i = 0, 1, 2, 3, 4 and offset 0: 0, 0.62, 0.24, 0.85, 0.47 of the text.
 class BetterBatches(Run):
     """A run whose windows may be short at first, and may cover the text evenly."""
@@ -1557,7 +1557,8 @@ class BetterBatches(Run):
         B = c.batch_size * (length // T)
         seed = derived_seed(c.seed, self.step)
         torch.manual_seed(seed)  # for dropout
-        generator, offset = torch.Generator().manual_seed(seed), random.Random(c.seed).random()
+        generator = torch.Generator().manual_seed(seed)
+        offset = random.Random(c.seed + short).random()
         for micro_step in range(c.grad_accum):
             if c.sampling == "even":
                 i = torch.arange(B).double() + (self.step * c.grad_accum + micro_step) * B

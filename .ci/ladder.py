@@ -1,4 +1,4 @@
-"""The ladder of Part II: from `plain` to `laptop` and on, one change at a time, in equal time.
+"""The ladder of Part II: from `plain` to `laptop`, one change at a time, in equal time.
 
     python .ci/ladder.py --out_dir ladder
 
@@ -28,7 +28,6 @@ RUNGS = {
     "--learning_rate 7e-3 --schedule linear --min_lr 0 --warmup_steps 50",
     "even windows": "--sampling even",
     "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.85",
-    "token shift": "--token_shift",
 }
 LAPTOP = "windows of 128, then of 512"
 FREE = "even windows"  # which cost no time: as many steps as the rung before
