@@ -2101,9 +2101,9 @@ PRESETS = {
     "laptop": Preset("the best model that two CPU cores train in 3 1/2 minutes", dict(
         n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False, pos="rope",
         qk_norm=True, activation="relu2", attention="fused", batch_size=4, grad_accum=1,
-        sampling="even", short_share=0.85, max_steps=2450, optimizer="muon", learning_rate=7e-3,
+        sampling="even", short_share=0.85, max_steps=2200, optimizer="muon", learning_rate=7e-3,
         momentum=0.85, weight_decay=0.2, schedule="linear", min_lr=0.0, warmup_steps=50,
-        eval_interval=500)),
+        eval_interval=550)),
     "gpt": Preset("the reference, in the shape of nanoGPT's Shakespeare model", dict(
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(
