@@ -823,7 +823,7 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 # Try it    Press Ctrl-C during training, then type the same command with --resume: the losses go on
 #           as they would have; with --dtype float32 to the last bit.
 
-FORMAT = "minigpt-2"  # Part III checks it
+FORMAT = "minigpt-3"  # Part III checks it
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes a dictionary of tensors and plain values: all of it, or nothing. Raises OSError."""
@@ -881,6 +881,7 @@ class Run:
         self.best_val, self.best_step = math.inf, 0  # lowest validation loss, and when it was
 
     load = staticmethod(load_checkpoint)  # Part III looks for damage, too
+    reader = staticmethod(lambda: next_logits)  # Part II reads only what is new
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -928,7 +929,7 @@ class Run:
         """A few lines from the model as it is, always drawn with the same random numbers."""
         start = torch.tensor([[self.tokenizer.start]])
         drawn = stream_tokens(self.model, start, self.config.sample_tokens, temperature=0.8,
-                              generator=torch.Generator().manual_seed(0))
+                              generator=torch.Generator().manual_seed(0), read=self.reader())
         text = self.tokenizer.decode([token.item() for token in drawn]).strip("\n")
         self.say("".join(f"    | {line}\n" for line in text.split("\n")) if text else "")
 
@@ -1477,56 +1478,58 @@ TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 # Here      --optimizer muon: 2.050 +- 0.012. --schedule linear alone: 2.259 +- 0.010.
 
 def orthogonalize(G):
-    """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone.
+    """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone;
+    rows must not be more than columns, so that X X^T is the smaller of the two squares.
 
     X <- (a + b X X^T + c (X X^T)^2) X takes each singular value s of X to a s + b s^3 + c s^5 and
     leaves U and V alone. With these constants [Jordan 2024] a small s more than triples in a round
     and none gets far above 1: after five, what was 0.01 or more is between 0.68 and 1.14."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G if G.shape[1] <= G.shape[2] else G.mT  # so that X X^T is the smaller of the two squares
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
+    X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
     for _ in range(5):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
-    return X if G.shape[1] <= G.shape[2] else X.mT
+    return X
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the groups with `parts`: the number of matrices that each weight of theirs
-    stacks, 3 for c_attn. Those of one shape go through orthogonalize together, which is faster."""
+    """AdamW, but for the group with `parts`: how many matrices each of its weights stacks, 3 for
+    c_attn. Those of one shape go through orthogonalize together, which is faster."""
     def __init__(self, groups, dtype=torch.float32, **options):
         super().__init__(groups, **options)
         self.dtype = dtype  # of the matrix products
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            stacks = collections.defaultdict(list)  # by shape: a matrix and its update
-            for p in group["params"] if "parts" in group else []:
-                if p.grad is None:
-                    continue
-                if p not in self.state:
-                    # `step` is not used, but AdamW's load_state_dict looks for it.
-                    self.state[p] = {"mean": torch.zeros_like(p), "step": torch.tensor(0.0)}
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])
-                p.grad = None  # so that AdamW, below, leaves it alone
-                stacks[p.shape] += zip(p.chunk(group["parts"]), update.chunk(group["parts"]))
-            for stack in stacks.values():
-                updates = orthogonalize(torch.stack([update for _, update in stack]).to(self.dtype))
-                size = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))
-                for (w, _), update in zip(stack, updates):
-                    w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * size)
+        *_, group = self.param_groups
+        stacks = collections.defaultdict(list)  # by shape: a matrix and its update
+        for p, parts in zip(group["params"], group["parts"]):
+            if p.grad is None:
+                continue
+            if p not in self.state:
+                # `step` is not used, but AdamW's load_state_dict looks for it.
+                self.state[p] = {"mean": torch.zeros_like(p), "step": torch.tensor(0.0)}
+            mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(mean, group["momentum"])
+            p.grad = None  # so that AdamW, below, leaves it alone
+            for w, u in zip(p.chunk(parts), update.chunk(parts)):
+                w, u = (w, u) if len(w) <= w.shape[1] else (w.mT, u.mT)
+                stacks[w.shape].append((w, u))
+        for stack in stacks.values():
+            updates = orthogonalize(torch.stack([update for _, update in stack]).to(self.dtype))
+            size = group["lr"] * 0.2 * math.sqrt(updates.shape[2])
+            for (w, _), update in zip(stack, updates):
+                w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * size)
         super().step()
 
 def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
     """Muon for the matrices inside the blocks, AdamW for the rest."""
-    groups, mine = weight_groups(model, config), {1: [], 3: []}  # by parts
-    for name, p in model.named_parameters():
-        if name.startswith("h.") and p.dim() == 2:
-            mine[3 if "c_attn" in name else 1].append(p)
-    groups[0]["params"] = [p for p in groups[0]["params"] if p not in {*mine[1], *mine[3]}]
-    groups += [{"params": matrices, "parts": parts, "momentum": config.momentum,
-                "weight_decay": config.weight_decay} for parts, matrices in mine.items()]
+    mine = {name: p for name, p in model.named_parameters()
+            if name.startswith("h.") and p.dim() == 2}
+    groups, matrices = weight_groups(model, config), set(mine.values())
+    groups[0]["params"] = [p for p in groups[0]["params"] if p not in matrices]
+    groups.append({"params": [*mine.values()], "momentum": config.momentum,
+                   "weight_decay": config.weight_decay,
+                   "parts": [3 if "c_attn" in name else 1 for name in mine]})
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return Muon(groups, dtype, lr=config.learning_rate, fused=True,
                 betas=(config.beta1, config.beta2))
@@ -1898,7 +1901,7 @@ class FullRun(BetterBatches):
         if not (self.out_dir / "best.pt").exists():  # it goes on in another folder than before
             self.best_val, self.best_step = math.inf, self.step
 
-    say, load = staticmethod(say), staticmethod(read_checkpoint)
+    say, load, reader = staticmethod(say), staticmethod(read_checkpoint), CachedReader
 
     def log(self, **record) -> None:
         """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number."""
@@ -2111,7 +2114,7 @@ PRESETS = {
         qk_norm=True, activation="relu2", attention="fused", batch_size=4, grad_accum=1,
         sampling="even", short_share=0.85, max_steps=2200, optimizer="muon", learning_rate=7e-3,
         momentum=0.85, weight_decay=0.2, schedule="linear", min_lr=0.0, warmup_steps=50,
-        eval_interval=550)),
+        eval_interval=550, eval_batches=5)),
     "gpt": Preset("the reference, in the shape of nanoGPT's Shakespeare model", dict(
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(

