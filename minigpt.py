@@ -1686,8 +1686,8 @@ class ScaledGradients(MixedPrecision):
 #           library of Linux returns large ones to the system at once and gets them anew as pages of
 #           4 KB, each of them mapped and cleared when it is first touched: a page fault.
 # Answer    Tell `malloc`, its function that hands out memory, to keep what it has.
-# Here      A step of `laptop` has 9 page faults and takes 80 ms. Without `keep_memory`, which `main`
-#           calls first, it has 7,000 and takes 95 to 120 ms. (--mode bench shows both figures.)
+# Here      A step of `laptop` has 9 page faults and takes 80 ms. Without `keep_memory`, which
+#           `main` calls first, it has 7,000 and takes 95 to 120 ms. (--mode bench shows both.)
 def keep_memory() -> None:
     """Makes glibc keep memory that was freed. Where there is no glibc, nothing happens."""
     import ctypes
