@@ -1440,10 +1440,15 @@ class BPETokenizer:
     @classmethod
     def load(cls, folder) -> "BPETokenizer":
         """Reads what save wrote, or GPT-2's own files (their ids follow from the merges)."""
-        byte_of = {character: byte for byte, character in SHOWN.items()}
         lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        return cls.from_lines(line for line in lines if line)
+
+    @classmethod
+    def from_lines(cls, lines) -> "BPETokenizer":
+        """Merges as they are in merges.txt: "Ġlow er"."""
+        byte_of = {character: byte for byte, character in SHOWN.items()}
         return cls([tuple(bytes(map(byte_of.get, token)) for token in line.split(" "))
-                    for line in lines if line])
+                    for line in lines])
 
 class GPT2Tokenizer:
     """GPT-2's own 50,257 tokens, through the library tiktoken. Raises UserError without it."""
@@ -1743,6 +1748,8 @@ def read_checkpoint(path: Path) -> dict:
     """Reads a checkpoint. Raises UserError if it is missing, damaged or not one of ours. It is a
     zip archive, with checksums of all but the members' attributes, which are 0."""
     state = None
+    if path.is_dir():
+        return read_folder(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() or any(m.external_attr for m in archive.infolist())
@@ -2083,6 +2090,235 @@ def run_bench(typed: dict) -> None:
     for name, value in rows.items():
         print(f"| {name} | " + (f"{value:,.0f} |" if value >= 100 else f"{value:.3g} |"))
 
+# ---- Out, and in: the format of Hugging Face -----------------------------------------------------
+# Problem   A model should run where people run models, and models from there should run here.
+# Answer    The library transformers keeps a model in a folder: config.json names one of several
+#           hundred architectures, and its sizes; model.safetensors has the weights, by the names
+#           that they bear there; tokenizer.json the tokens. Four of them compute what ours may: a
+#           model that none of them holds exactly is refused.
+# Back      `their_weights` puts each of our weights where it belongs there. Given numbers of places
+#           instead of weights, it tells where each of theirs belongs here.
+PLAIN, ANY = ("gelu", "relu", "relu2"), (False, True)
+HELD = {  # by architecture: what --pos, --norm, --activation, --qk_norm, --bias may be
+    "gpt2": (("learned", "sinusoidal"), ("layernorm",), PLAIN, (False,), ANY),
+    "persimmon": (("rope",), ("layernorm",), PLAIN, ANY, ANY),
+    "apertus": (("rope",), ("rmsnorm",), PLAIN, (True,), (False,)),
+    "qwen3": (("rope",), ("rmsnorm",), ("swiglu",), (True,), (False,)),
+}
+THEIR_NAMES = """
+ours         gpt2        persimmon                 apertus                qwen3
+wte          wte         embed_tokens              embed_tokens           embed_tokens
+wpe          wpe         -                         -                      -
+ln_f         ln_f        final_layernorm           norm                   norm
+ln_1         ln_1        input_layernorm           attention_layernorm    input_layernorm
+ln_2         ln_2        post_attention_layernorm  feedforward_layernorm  post_attention_layernorm
+attn.c_attn  attn.c_attn self_attn.query_key_value self_attn.{q,k,v}_proj self_attn.{q,k,v}_proj
+attn.c_proj  attn.c_proj self_attn.dense           self_attn.o_proj       self_attn.o_proj
+attn.qk_norm -           self_attn.{q,k}_layernorm self_attn.{q,k}_norm   self_attn.{q,k}_norm
+mlp.c_fc     mlp.c_fc    mlp.dense_h_to_4h         mlp.up_proj            mlp.{gate,up}_proj
+mlp.c_proj   mlp.c_proj  mlp.dense_4h_to_h         mlp.down_proj          mlp.down_proj
+"""
+
+def find_architecture(config: GPTConfig) -> str:
+    """The architecture that holds a model. Raises UserError, naming a setting, if none does."""
+    wrong, always = {}, {"model": ("gpt",), "norm_position": ("pre",), "token_shift": (False,)}
+    for kind, held in HELD.items():
+        held = {**always, **dict(zip(("pos", "norm", "activation", "qk_norm", "bias"), held))}
+        wrong[kind] = [name for name in held if getattr(config, name) not in held[name]]
+    kind, faults = min(wrong.items(), key=lambda item: len(item[1]))
+    if faults:
+        raise UserError(f"--{faults[0]} {getattr(config, faults[0])}: no architecture of the "
+                        "library transformers has this; train a model with another setting")
+    return kind
+
+def their_weights(model, kind: str, ours: dict) -> dict:
+    """Our weights, by name, in the places that they have in an architecture."""
+    header, *rows = (row.split() for row in THEIR_NAMES.strip().split("\n"))
+    names, theirs = {row[0]: row[header.index(kind)] for row in rows}, {}
+    for name, w in ours.items():
+        block, layer, what = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        if layer == "lm_head":
+            theirs[name] = w
+            continue
+        if kind == "gpt2" and ".c_" in name:
+            w = w.t()  # they have x W, not x W^T
+        if kind == "persimmon" and layer == "attn.c_attn":  # a head's q, k, v stand together
+            w = w.unflatten(0, (3, model.config.n_head, -1)).transpose(0, 1).flatten(0, 2)
+        before, *braces = re.split("[{}]", names[layer])  # a.{q,k}_b means a.q_b and a.k_b
+        there = [before + part + braces[1] for part in braces[0].split(",")] if braces else [before]
+        pieces = [w] * 2 if layer == "attn.qk_norm" else w.chunk(len(there))
+        trunk, blocks = ("transformer", "h") if kind == "gpt2" else ("model", "layers")
+        for place, piece in zip(there, pieces):
+            place = f"{blocks}.{block}.{place}" if block else place
+            theirs[f"{trunk}.{place}.{what}"] = piece.contiguous()
+    return theirs
+
+def our_weights(model) -> dict:
+    """The weights, and of fixed position vectors the table."""
+    table = {"wpe.weight": model.wpe.table} if model.config.pos == "sinusoidal" else {}
+    return {**model.state_dict(), **table}
+
+def their_model(model, kind: str, tokenizer):
+    """A model of the library's that computes the same."""
+    import transformers
+
+    c = model.config
+    hidden = model.h[0].mlp.c_proj.in_features
+    activation = {"gelu": "gelu_new", "swiglu": "silu"}.get(c.activation, c.activation)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.n_embd // c.n_head,
+        max_position_embeddings=c.block_size, intermediate_size=hidden, n_inner=hidden,
+        hidden_act=activation, activation_function=activation, attention_bias=c.bias,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        qk_layernorm=c.qk_norm, rms_norm_eps=RMSNorm.eps, tie_word_embeddings=c.tie_weights,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        rope_theta=1e4, bos_token_id=None, eos_token_id=tokenizer.end, pad_token_id=None,
+        minigpt=asdict(c)))  # the last one is for us
+    for p in theirs.parameters():
+        nn.init.zeros_(p)  # what we have not are biases
+    theirs.load_state_dict(their_weights(model, kind, our_weights(model)), strict=False)
+    theirs.generation_config.update(max_length=c.block_size, do_sample=True)
+    return theirs.eval()
+
+def their_tokenizer(tokenizer, folder: Path):
+    """A tokenizer of the library's with the same ids."""
+    import tokenizers as t
+    import transformers
+
+    if tokenizer.kind == "char":
+        theirs = t.Tokenizer(t.models.WordLevel(tokenizer.stoi))
+        theirs.pre_tokenizer = t.pre_tokenizers.Split("", "isolated")
+        theirs.decoder = t.decoders.Fuse()
+    else:
+        tokenizer.save(folder)
+        theirs = t.Tokenizer(t.models.BPE.from_file(f"{folder}/vocab.json", f"{folder}/merges.txt"))
+        theirs.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = t.decoders.ByteLevel()
+        theirs.add_special_tokens([END_OF_TEXT])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=theirs, eos_token=tokenizer.end and END_OF_TEXT)
+
+def run_export(typed: dict) -> None:
+    """--mode export: a folder that transformers loads."""
+    import transformers
+
+    command = pick(Command, typed)
+    model, tokenizer, _ = load_for_use({**typed, "device": "cpu"})
+    kind = find_architecture(model.config)
+    folder = Path(command.export_dir or Path(command.out_dir, "hf"))
+    folder.mkdir(parents=True, exist_ok=True)
+    their_model(model, kind, tokenizer).save_pretrained(folder)
+    their_tokenizer(tokenizer, folder).save_pretrained(folder)
+    back = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    idx = torch.arange(model.config.block_size)[None] % model.config.vocab_size
+    with torch.no_grad():
+        difference = (back(idx).logits - model.eval()(idx)[0]).abs().max().item()
+    print(f"{folder}: {kind}; read again, its logits differ from ours by at most {difference:.1e}")
+
+def read_tokenizer(folder: Path):
+    """The tokenizer of a folder: characters, or GPT-2's kind of byte pairs."""
+    if (folder / "merges.txt").exists():
+        return BPETokenizer.load(folder)
+    theirs = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    if theirs["type"] == "WordLevel":
+        return CharTokenizer(sorted(theirs["vocab"], key=theirs["vocab"].get))
+    return BPETokenizer.from_lines([" ".join(merge) for merge in theirs["merges"]])
+
+def read_folder(folder: Path) -> dict:
+    """A folder of transformers as a checkpoint. Nothing in it is executed. Raises UserError."""
+    import transformers
+
+    try:
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+        tokenizer = read_tokenizer(folder)
+        c = theirs.config
+        sizes = getattr(c, "minigpt", None) or dict(
+            vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, mlp_ratio=(c.n_inner or 4 * c.n_embd) / c.n_embd, attention="fused",
+            dropout=c.resid_pdrop, tie_weights=c.tie_word_embeddings)
+        model = GPT(GPTConfig(**sizes))
+        kind, weights = find_architecture(model.config), model.state_dict()
+        lengths = [w.numel() for w in weights.values()]
+        places = {name: numbers.view_as(w) for (name, w), numbers in
+                  zip(weights.items(), torch.arange(sum(lengths)).split(lengths))}
+        found, values = theirs.state_dict(), torch.zeros(sum(lengths))
+        for name, place in their_weights(model, kind, places).items():
+            values[place] = found[name]
+        for w, part in zip(weights.values(), values.split(lengths)):
+            w.copy_(part.view_as(w))
+        again = their_weights(model, kind, our_weights(model))
+        for name, w in found.items():
+            if name in report["missing_keys"] or not torch.equal(again.get(name, 0 * w), w):
+                raise ValueError(f"{name} is missing, or not as in a model of ours")
+    except Exception as problem:
+        raise UserError(f"{folder}: {str(problem).splitlines()[0]}; ...") from None
+    return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": 0,
+            "model_config": asdict(model.config), "corpus": {"data": "", "sha256": ""}}
+
+# ---- A look inside -------------------------------------------------------------------------------
+# Problem   A loss is one number. Which tokens did the model foresee, and where did it look?
+# Answer    --mode inspect --prompt "..." prints for each token the probability that the model gave
+#           it, from what stands before it, and the five likeliest; and draws for each head the
+#           shares with which each position (a row) looks at itself and at those before (columns).
+# Look for  A head that is bright just left of the diagonal: it fetches the token before. One whose
+#           first column is bright: it found nothing, and rests there. One that is bright below each
+#           line break or space: it looks back to where the line, or the word, began.
+def attention_maps(model, idx) -> list:
+    """The shares of each layer (nh, T, T), for idx (1, T), as the written-out equation has them."""
+    explicit, maps = GPT(replace(model.config, attention="explicit")).eval(), []
+    explicit.load_state_dict(model.state_dict())
+    for block in explicit.h:
+        block.attn.attn_dropout.register_forward_pre_hook(lambda _, x: maps.append(x[0][0]))
+    explicit(idx.cpu())
+    return maps
+
+def visible(token: str) -> str:
+    """A token in one line, with "_" for a space."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace(" ", "_"))
+
+def draw_attention(path: Path, maps: list, labels: list[str]) -> None:
+    """A picture of each head, layer by layer."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say(f"no {path.name}: pip install matplotlib to get one")
+    side, heads = 1 + 0.12 * len(labels), len(maps[0])
+    panels = Figure(figsize=(side * heads, side * len(maps)), layout="constrained").subplots(
+        len(maps), heads, squeeze=False)
+    for i, axes in enumerate(panels.flat):
+        axes.imshow(maps[i // heads][i % heads], cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(f"layer {i // heads}, head {i % heads}", fontsize=8)
+        axes.set_xticks(range(len(labels)), labels, fontsize=5)
+        axes.set_yticks(range(len(labels)), labels, fontsize=5)
+    panels[0, 0].figure.savefig(path, dpi=150)
+
+@torch.no_grad()
+def run_inspect(typed: dict) -> None:
+    """--mode inspect: a line for each token of the prompt after the first, and attention.png."""
+    command = pick(Command, typed)
+    model, tokenizer, _ = load_for_use(typed)
+    ids = encode_prompt(tokenizer, typed.get("prompt", ""))
+    if not 1 < len(ids) <= model.config.block_size:
+        raise UserError(f"--prompt: {len(ids)} tokens; must be 2 to {model.config.block_size}")
+    idx, records = torch.tensor([ids]), []
+    p = torch.softmax(model.eval()(idx)[0][0].float().cpu(), dim=-1)  # (T, V)
+    for row, i in zip(p, ids[1:]):
+        likeliest = [(tokenizer.decode([j]), row[j].item()) for j in row.topk(5).indices.tolist()]
+        records.append({"token": tokenizer.decode([i]), "p": row[i].item(), "likeliest": likeliest})
+    shown = [visible(record["token"]) for record in records]
+    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    for token, record in zip(shown, records):
+        bar = "#" * round(10 * record["p"])
+        others = "".join(f"  {visible(other)} {q:.2f}" for other, q in record["likeliest"])
+        print(json.dumps(record) if command.json else
+              f"{token:>10} {record['p']:.3f} {green}{bar:10}{plain}{others}")
+    if model.config.model == "gpt" and len(ids) <= 48:
+        labels = [visible(tokenizer.decode([i])) for i in ids]
+        path = Path(command.out_dir, "attention.png")
+        draw_attention(path, attention_maps(model, idx), labels)
+
 # ==================================================================================================
 # Part V: The command line
 #
@@ -2136,6 +2372,9 @@ class Command:
     checkpoint: str = ""  # the model to use; else best.pt of out_dir
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     resume: bool = False  # train on from latest.pt of out_dir
+    init_from: str = ""  # train: begin with the weights of this checkpoint or folder
+    export_dir: str = ""  # export: the folder to write; else out_dir/hf
+    json: bool = False  # inspect: records instead of lines
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
     bench_seconds: float = 4.0  # bench: time for each figure
@@ -2232,8 +2471,9 @@ def pick(config_class, settings: dict):
     return config_class(**{f.name: settings[f.name] for f in fields(config_class)
                            if f.name in settings})
 
-def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, TrainConfig]:
-    """Settings of model and training: those of a checkpoint or preset, over them what was typed."""
+def find_settings(typed: dict, device: torch.device, state=None, origin=None):
+    """Settings of model (a dict) and training: those of a checkpoint or preset, over them what was
+    typed. Of `origin`, a checkpoint to begin with, the model's are taken and must remain."""
     if state:
         base = {**state["model_config"], **state["train_config"]}
         for name, value in typed.items():
@@ -2247,6 +2487,12 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
         say(f"preset {name} ({why}): {PRESETS[name].about}. Others, by --preset: "
             + ", ".join(other for other in PRESETS if other != name))
         base = {"vocab_size": 1024, **PRESETS[name].settings, "preset": name}
+    if origin:
+        kind, _ = origin["tokenizer"]
+        base |= {**origin["model_config"], "tokenizer": kind}
+        for name in typed.keys() & ({*origin["model_config"], "tokenizer"} - {"dropout"}):
+            if typed[name] != base[name]:
+                raise UserError(f"--{name} {typed[name]}: --init_from has {base[name]}; leave it out")
     settings = {**base, **typed, "preset": base["preset"]}
     config = pick(TrainConfig, settings)
     if "vocab_size" in typed and config.tokenizer != "bpe":
@@ -2277,15 +2523,16 @@ def prepare_run(typed: dict) -> FullRun:
         say(f"resuming {latest} at step {state['step']}")
     else:
         say(f"--resume: there is no {latest} yet, so a new run begins")
-    sizes, config = find_settings(typed, device, state)
+    origin = read_checkpoint(Path(command.init_from)) if command.init_from and not state else None
+    sizes, config = find_settings(typed, device, state, origin)
     data = command.data or (state["corpus"]["data"] if state else "")
     path = find_corpus(data)
     text, sha256 = read_text(path)
     if state and sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {path}: cannot change on --resume, and this is not the text that "
                         f"{latest} was trained on; name that one, or start a new run")
-    if state:
-        model, tokenizer = model_from_checkpoint(state)
+    if state or origin:
+        model, tokenizer = model_from_checkpoint(state or {**origin, "model_config": sizes})
         corpus = encode_corpus(text, tokenizer, sizes["block_size"])
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, sizes["vocab_size"])
@@ -2328,6 +2575,13 @@ def load_for_use(typed: dict):
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return model.to(find_device(command.device)), tokenizer, state
 
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Its ids; without any, the one that a sample begins with."""
+    try:
+        return tokenizer.encode(prompt) or [tokenizer.start]
+    except UserError as problem:
+        raise UserError(f"--prompt {prompt!r}: {problem}") from None
+
 def show_text(tokenizer, tokens, stop: str) -> None:
     """Prints a text while its tokens are drawn, up to where it ends. Half a character, and what may
     become the stop text, are held back."""
@@ -2349,10 +2603,7 @@ def run_generate(typed: dict) -> None:
     """--mode generate"""
     config = pick(GenerateConfig, typed)
     model, tokenizer, _ = load_for_use(typed)
-    try:
-        start = tokenizer.encode(config.prompt) or [tokenizer.start]
-    except UserError as problem:
-        raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
+    start = encode_prompt(tokenizer, config.prompt)
     seed = typed.get("seed", TrainConfig.seed)
     for number in range(config.num_samples):
         print("---------------\n" * (number > 0) + tokenizer.decode(start), end="", flush=True)
@@ -2374,13 +2625,15 @@ def run_eval(typed: dict) -> None:
     print(describe_loss(nats, corpus))
 
 MODES = {"train": run_train, "generate": run_generate, "eval": run_eval, "ablate": run_ablate,
-         "bench": run_bench}
+         "bench": run_bench, "inspect": run_inspect, "export": run_export}
 CHOICES["mode"] = MODES
 
 def explain(problem: Exception) -> str:
     """A user's mistake in one line. What is nobody's mistake is raised again."""
     if isinstance(problem, UserError):
         return str(problem)
+    if isinstance(problem, ImportError):
+        return f"{problem.name} is not installed, which this needs: pip install {problem.name}"
     if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
         problem = problem.__context__
     if isinstance(problem, OSError):
@@ -2414,7 +2667,7 @@ def main(argv: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
-    except (UserError, OSError, MemoryError, RuntimeError) as problem:
+    except (UserError, OSError, MemoryError, RuntimeError, ImportError) as problem:
         if process_rank() > 0:  # if it is a mistake of all, the first one tells it meanwhile
             time.sleep(3)
         print(f"error: {explain(problem)}", file=sys.stderr, flush=True)

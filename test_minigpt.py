@@ -2308,6 +2308,177 @@ def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
         assert row in out
     assert not os.listdir(tmp_path)
 
+# ---- Hugging Face's format, against the library itself -------------------------------------------
+ROPE = dict(pos="rope", qk_norm=True, bias=False)
+EXPORTED = [
+    ("gpt2", {}), ("gpt2", dict(pos="sinusoidal", activation="relu2", bias=False)),
+    ("gpt2", dict(tie_weights=False, activation="relu", mlp_ratio=3.0)),
+    ("persimmon", dict(pos="rope", tie_weights=False)),
+    ("persimmon", dict(ROPE, activation="relu2", attention="fused")),
+    ("qwen3", dict(ROPE, norm="rmsnorm", activation="swiglu", n_head=4)),
+    ("apertus", dict(ROPE, norm="rmsnorm", activation="relu", tie_weights=False))]
+
+def save_model(folder, tokenizer, **changes):
+    """A best.pt whose weights are far from their start."""
+    changes = dict(vocab_size=tokenizer.vocab_size, n_embd=24, block_size=16) | changes
+    model = small_model(**changes).float()
+    minigpt.save_checkpoint(folder / "best.pt", {
+        "format": minigpt.FORMAT, "model": model.state_dict(), "step": 1,
+        "tokenizer": (tokenizer.kind, tokenizer.state), "model_config": minigpt.asdict(model.config)})
+    return model.eval()
+
+@pytest.mark.parametrize("kind, changes", EXPORTED)
+def test_what_goes_out_computes_the_same_and_comes_back(tmp_path, kind, changes):
+    """In transformers, which needs no code of ours: the logits to 1e-4, the greedy text, the ids,
+    an error for a character that is not there. Back here: the same bits; out again: the same file.
+    Fails for a matrix that is not transposed, heads that are mixed up, an eps, theta or activation
+    of another model, an id for the end where there is none."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = CharTokenizer.train("to be, or not\n\u00e9\U0001f600")
+    model = save_model(tmp_path, tokenizer, **changes)
+    code, out, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    assert code == 0 and out.startswith(f"{tmp_path / 'hf'}: {kind};"), err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    idx = random_ids(2, 16, vocab_size=tokenizer.vocab_size)
+    assert_close(theirs(idx).logits, model(idx)[0], 1e-4)
+    assert float(out.split()[-1]) < 1e-4 and theirs.generation_config.max_length == 16
+    assert torch.equal(theirs.generate(idx[:1, :5], max_new_tokens=9, do_sample=False),
+                       model.generate(idx[:1, :5], 9, temperature=0))
+    assert theirs.config.eos_token_id is theirs.config.bos_token_id is None
+    characters = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "be not \u00e9\n\U0001f600, "
+    assert characters(text)["input_ids"] == tokenizer.encode(text)
+    assert characters.decode(tokenizer.encode(text)) == text
+    with pytest.raises(Exception, match="WordLevel"):
+        characters("x")
+    state = minigpt.read_checkpoint(tmp_path / "hf")
+    again, back = minigpt.model_from_checkpoint(state)
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.config == model.config and back.itos == tokenizer.itos
+    weights = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    code, out, err = run_main("--mode", "export", "--checkpoint", tmp_path / "hf", "--export_dir",
+                              tmp_path / "again")
+    assert code == 0 and (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+
+def test_byte_pairs_go_out_and_come_back(tmp_path, bpe):
+    """Every text has the same ids, with the end of text; and a pipeline writes."""
+    transformers = pytest.importorskip("transformers")
+    save_model(tmp_path, bpe)
+    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    assert code == 0, err
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    rng = random.Random(0)
+    for text in ("I'll  go<|endoftext|> now \n", *(random_text(rng, 40) for _ in range(200))):
+        assert theirs(text)["input_ids"] == bpe.encode(text)
+    assert theirs.decode(bpe.encode("caf\u00e9 , 'tis ")) == "caf\u00e9 , 'tis "
+    assert theirs.eos_token_id == bpe.end
+    (tmp_path / "hf" / "merges.txt").unlink()  # the library's own file has them, too
+    assert minigpt.read_tokenizer(tmp_path / "hf").merges == bpe.merges
+    write = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
+
+@pytest.mark.parametrize("named, changes", [
+    ("--norm_position post", dict(norm_position="post")), ("--norm none", dict(norm="none")),
+    ("--qk_norm True", dict(qk_norm=True)), ("--token_shift True", dict(token_shift=True)),
+    ("--bias True", dict(ROPE, norm="rmsnorm", activation="swiglu", bias=True)),
+    ("--model bigram", dict(model="bigram"))])
+def test_what_no_architecture_holds_is_refused(tmp_path, named, changes):
+    """In one line, with the setting that stands in the way; nothing is written."""
+    save_model(tmp_path, CharTokenizer.train("abc"), **changes)
+    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), [named])
+    assert not (tmp_path / "hf").exists()
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """As the library writes it, in several files; with GPT-2's two files for the tokenizer."""
+    transformers, folder = pytest.importorskip("transformers"), tmp_path_factory.mktemp("gpt2")
+    tokenizer = BPETokenizer.train(SHORT.read_text(encoding="utf-8"), 300)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_positions=32, n_embd=96, n_layer=3, n_head=3,
+        initializer_range=0.2, bos_token_id=tokenizer.end, eos_token_id=tokenizer.end))
+    model.save_pretrained(folder, max_shard_size="1MB")
+    tokenizer.save(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder, model.eval(), tokenizer
+
+def test_a_model_of_the_library_runs_here(gpt2_folder, tmp_path):
+    """Its logits and text; it is scored, looked into, and trained on: the loss on the sample
+    falls. Its sizes are not to be changed."""
+    folder, theirs, tokenizer = gpt2_folder
+    model, ours = minigpt.model_from_checkpoint(minigpt.read_checkpoint(folder))
+    idx = random_ids(2, 32, vocab_size=tokenizer.vocab_size)
+    assert_close(model.eval()(idx)[0], theirs(idx).logits, 1e-4)
+    assert ours.merges == tokenizer.merges
+    for mode in ("generate", "eval", "inspect"):
+        code, out, err = run_main("--mode", mode, "--checkpoint", folder, "--prompt", "The tide",
+                                  "--data", SHORT, "--out_dir", tmp_path, "--max_tokens", "5")
+        assert code == 0 and out, err
+    argv = ["--mode", "train", "--init_from", folder, "--data", SHORT, "--learning_rate", "3e-3",
+            "--max_steps", "12", "--sample_tokens", "0", "--out_dir", tmp_path / "out"]
+    succeed(*argv)
+    losses = [r["val_loss"] for r in metrics_of(tmp_path / "out") if "val_loss" in r]
+    assert losses[-1] < losses[0] - 0.3
+    argv[-1] = tmp_path / "other"
+    check_mistake(*run_main(*argv, "--n_layer", "2"), ["--n_layer 2", "--init_from has 3"])
+
+@pytest.mark.parametrize("named, damage", [
+    ("model.layers", "architecture"), ("is missing", "tensor"), ("safetensors", "cut"),
+    ("config.json", "config"), ("tokenizer", "tokenizer"), ("ln_f.weight", "shape")])
+def test_a_folder_that_is_not_ours_is_one_line(tmp_path, named, damage):
+    """Another architecture, a missing or a misshapen tensor, half a file, no config, no
+    tokenizer."""
+    pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    assert run_main("--mode", "export", "--out_dir", tmp_path)[0] == 0
+    config, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
+    tensors, settings = safetensors.load_file(weights), json.loads(config.read_text())
+    if damage == "architecture":
+        config.write_text(json.dumps({"model_type": "llama", "vocab_size": 3, "hidden_size": 8,
+                                      "intermediate_size": 8, "num_hidden_layers": 1,
+                                      "num_attention_heads": 1}))
+    elif damage in ("tensor", "shape"):
+        tensors.pop("transformer.ln_f.weight")
+        if damage == "shape":
+            tensors["transformer.ln_f.weight"] = torch.ones(5)
+        safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (tmp_path / "hf" / {"config": "config.json", "tokenizer": "tokenizer.json"}[damage]).unlink()
+    assert settings["minigpt"]["n_embd"] == 24
+    check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path / "hf"), [str(tmp_path)])
+
+# ---- A look inside -------------------------------------------------------------------------------
+def test_inspect_shows_the_models_own_probabilities_and_attention(tiny_run, tmp_path, pictures):
+    """The logs of what it prints sum to the loss; the likeliest come in order; the shares are those
+    of the equation, whatever kernel the model has: rows sum to 1, nothing above the diagonal."""
+    text = "THE TIDE: me\nO"
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path)
+    argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
+    code, out, err = run_main(*argv, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
+    idx = torch.tensor([tokenizer.encode(text)])
+    loss = model.eval()(*pair(idx))[1].item()
+    assert -sum(math.log(r["p"]) for r in records) / len(records) == pytest.approx(loss, abs=1e-4)
+    assert "".join(r["token"] for r in records) == text[1:]
+    for r in records:
+        ps = [p for _, p in r["likeliest"]]
+        assert ps == sorted(ps, reverse=True) and len(ps) == 5 and max(ps) >= r["p"]
+    lines = run_main(*argv)[1].splitlines()
+    assert len(lines) == len(records) and max(map(len, lines)) <= 80 and lines[2].split()[0] == "_"
+    with torch.no_grad():
+        maps = minigpt.attention_maps(model, idx)
+        q, k, _ = model.h[0].attn.heads(model.h[0].ln_1(model.wte(idx)))
+    scores = (q @ k.mT / q.shape[-1] ** 0.5)[0]
+    T = idx.shape[1]
+    scores[:, torch.ones(T, T).triu(1).bool()] = -math.inf
+    assert_close(maps[0], scores.softmax(-1), 1e-5)
+    assert all(m.shape == (2, T, T) and m.triu(1).abs().sum() == 0 for m in maps)
+    assert (tmp_path / "attention.png").stat().st_size > 10_000 or not importable("matplotlib")
+
 # ---- The command line, as a user types it --------------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
  => --mode is missing & generate
