@@ -1686,8 +1686,9 @@ class ScaledGradients(MixedPrecision):
 #           library of Linux returns large ones to the system at once and gets them anew as pages of
 #           4 KB, each of them mapped and cleared when it is first touched: a page fault.
 # Answer    Tell `malloc`, its function that hands out memory, to keep what it has.
-# Here      A step of `laptop` has 9 page faults and takes 80 ms. Without `keep_memory`, which
-#           `main` calls first, it has 7,000 and takes 95 to 120 ms. (--mode bench shows both.)
+# Here      By `--mode bench`, a step of `laptop` has 0 or 1 page faults. In three runs without
+#           `keep_memory`, which `main` calls first, it had 4,832, 8,160 and 0. The time that this
+#           costs changed from day to day: from a fifth of a step to less than could be measured.
 def keep_memory() -> None:
     """Makes glibc keep memory that was freed. Where there is no glibc, nothing happens."""
     import ctypes
