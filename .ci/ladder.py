@@ -3,8 +3,8 @@
     python .ci/ladder.py --out_dir ladder
 
 Each rung is `minigpt.py --mode train` with the flags of all rungs so far. First each trains for a
-moment, several times in turn, which tells how many of its steps take the time of `laptop`'s. Then
-all are trained, --jobs at once; what was trained before is not trained again. Prints a table of the
+moment, several times in turn, which tells how many of its steps take the time of the last one's.
+Then all are trained, --jobs at once; what was trained before is not trained again. Prints a table of the
 losses on the full validation split.
 """
 
@@ -51,7 +51,7 @@ def rate(flags: list[str], out_dir: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=2500, help="of laptop")
+    parser.add_argument("--steps", type=int, default=2500, help="of the last rung")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, from 1337 on")
     parser.add_argument("--rounds", type=int, default=3, help="of measuring the rates, in turn")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
