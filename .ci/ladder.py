@@ -4,8 +4,8 @@
 
 Each rung is `minigpt.py --mode train` with the flags of all rungs so far. First each trains for a
 moment, several times in turn, which tells how many of its steps take the time of the last one's.
-Then all are trained, --jobs at once; what was trained before is not trained again. Prints a table of the
-losses on the full validation split.
+Then all are trained, --jobs at once; what was trained before is not trained again. Prints a table
+of the losses on the full validation split.
 """
 
 import argparse
