@@ -13,22 +13,19 @@ The file is a book in five parts, to be read from the top:
     Part I     A GPT, complete    from characters to verse; nothing in it needs to be skipped
     Part II    Better             variations of each part: what each changes and what it brings
     Part III   The machine room   devices, processes, signals, damaged files, records, the corpus
-    Part IV    The laboratory     comparing variations, measuring speed
+    Part IV    The laboratory     comparing, measuring, exchange with Hugging Face, a look inside
     Part V     The command line   presets, flags, modes
 
 Part I uses nothing of the parts that follow. Where one of them will have another answer, Part I
 keeps its own in a table (`NORMS`, `ACTIVATIONS`, ...) or in a method that a subclass may replace,
-and says so. The preset `plain` trains the model of Part I, in some two minutes on two cores:
-
-    python minigpt.py --mode train --preset plain
-
-The experiments, "Try it", are variations of that command, each in an --out_dir of its own, run on
-two cores with the seed 1337.
+and says so. `--mode train --preset plain` trains the model of Part I, in some two minutes on two
+cores; the experiments, "Try it", are variations of that command, each in an --out_dir of its own,
+with the seed 1337.
 
 PyTorch supplies tensors, derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of
 vectors, looked up by row number), Dropout, the usual functions, and AdamW; `.to(device)` moves a
 tensor to the CPU or a GPU. What makes a GPT a GPT is written here.
-Calling a PyTorch module, `model(x)`, runs its method `forward(x)`. `(B, T, C)` is a tensor of sizes
+Calling a PyTorch module, `model(x)`, runs its method `forward(x)`. A tensor's sizes, as (B, T, C):
 
     B    batch: how many sequences are processed side by side
     T    time: how many tokens (here: characters) each has, at most block_size
@@ -36,11 +33,6 @@ Calling a PyTorch module, `model(x)`, runs its method `forward(x)`. `(B, T, C)` 
     V    vocabulary: how many different tokens there are, vocab_size
     nh   number of attention heads, n_head;      hs   size of a head, C / nh
 """
-
-if __name__ == "__main__":  # while PyTorch loads, Ctrl-C ends the program without a traceback
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
 import math
@@ -65,13 +57,12 @@ class UserError(ValueError):
     """A mistake that whoever runs the program can mend: shown as one line, without a traceback."""
 
 # ---- The sizes -----------------------------------------------------------------------------------
-# A model is defined by a handful of numbers, each explained where it is used. Each is a flag, too,
-# such as --n_layer 8. The defaults are a larger model's; `plain` has n_layer 4, n_head 4, n_embd
-# 128, block_size 128 and dropout 0.
+# A handful of numbers defines a model, each explained where it is used, each a flag (--n_layer 8).
+# The defaults are a larger model's; `plain` has 4 layers, 4 heads, 128 channels, 128 tokens.
 @dataclass
 class GPTConfig:
     """The sizes of a model, and which kind of each part it has."""
-    vocab_size: int  # V: distinct tokens, counted in the corpus; bpe: at most so many, else 1024
+    vocab_size: int  # V: distinct tokens: counted in the corpus; bpe: a limit, 1024 if not given
     block_size: int = 256  # context: the most tokens that the model sees at once
     n_layer: int = 6  # blocks stacked on each other
     n_head: int = 6  # attention heads in each block
@@ -101,8 +92,6 @@ class GPTConfig:
 #           one character. `stoi` ("string to integer") encodes, `itos` decodes. Tiny Shakespeare
 #           has V = 65 characters: letters, a little punctuation, the digit 3, space and line break.
 # Shapes    str of n characters -> list of n integers in [0, V)
-# Try it    tokenizer = CharTokenizer.train("hello"), then tokenizer.encode("help") is refused,
-#           naming 'p': a model can only be asked about what it could have seen.
 #
 # The ids mean nothing by their size. The model looks each up in a table of learned vectors.
 class CharTokenizer:
@@ -167,20 +156,19 @@ TOKENIZERS = {"char": CharTokenizer}  # Part II: larger tokens
 @dataclass
 class Corpus:
     """A text as tokens, in two parts."""
-    train: torch.Tensor  # (N,) ids of the first nine tenths of the characters
+    train: torch.Tensor  # (N,) ids of the first nine tenths of the characters, 2 bytes each
     val: torch.Tensor  # ids of the last tenth
     val_characters: int  # how many characters the tokens of val stand for
 
     @classmethod
     def from_text(cls, text: str, tokenizer) -> "Corpus":
         cut = int(0.9 * len(text))
-        train, val = (torch.tensor(tokenizer.encode(part)) for part in (text[:cut], text[cut:]))
+        train, val = (torch.tensor(tokenizer.encode(part), dtype=torch.uint16)
+                      for part in (text[:cut], text[cut:]))
         return cls(train, val, len(text) - cut)
 
 def get_batch(tokens, block_size: int, batch_size: int, generator=None):
-    """batch_size windows at random positions of tokens (N,): x and y (B, T), int64 (Part III stores
-    tokens in 16 bits).
-
+    """batch_size windows at random positions of tokens (N,): x and y (B, T), int64.
     generator: a torch.Generator, a source of random numbers: seeded alike, it draws alike.
 
     >>> x, y = get_batch(torch.arange(5), block_size=4, batch_size=1)
@@ -238,7 +226,7 @@ def cross_entropy(logits, targets):
 # comes `u`? The bigram model is a table of V x V numbers, whose row i holds the logits of what
 # follows token i. It starts at random and is learned by the loop that will train the GPT.
 #
-# Shapes    idx (B, T) -> logits (B, T, V): for each position of each sequence, what may come next
+# Shapes    ids idx (B, T) -> logits (B, T, V): for each position of a sequence, what may come next
 # Try it    --preset bigram takes seconds and ends at 2.4845 nats per character. Counting the pairs
 #           of the training part (each once more than it occurs, so that none is impossible) gives
 #           2.4819. What a GPT gains over that, it gains by looking further back.
@@ -247,7 +235,7 @@ class Bigram(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.vocab_size)
+        self.wte = nn.Embedding(config.vocab_size, config.vocab_size)  # "word token embedding"
         nn.init.normal_(self.wte.weight, mean=0.0, std=0.02)
 
     def forward(self, idx, targets=None, start=0):
@@ -294,14 +282,13 @@ class Bigram(nn.Module):
 # Try it    In `attend`, leave out `+ mask` and train with --max_steps 300. At step 200 the loss is
 #           2.35, at step 250 it is 0.09: the model has found out that the answer stands in the next
 #           position. The sample is a single "e": at writing time there is no next position.
-#
-# The names of the layers (c_attn, c_proj, wte, ...) are those of GPT-2's published weights.
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one: (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         # Three projections in one matrix product: q, k and v stand side by side in its output.
+        # (Layers bear the names that they have in GPT-2's published weights.)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
@@ -335,7 +322,6 @@ ATTENTION = {"explicit": CausalSelfAttention}  # Part II: fused kernels
 #           vector [Radford et al. 2018, section 3.1]. The price: there is none for position
 #           block_size, so the context is bounded.
 # Shapes    positions (T,) -> vectors (T, C)
-
 POSITIONS = {"learned": lambda config: nn.Embedding(config.block_size, config.n_embd)}
 
 # ---- The MLP -------------------------------------------------------------------------------------
@@ -595,13 +581,6 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #
 #     t3ZrjmhPPqkARxLsXlLUWHoHca  exhkyyyoNddIgAlsvSBUMyccRD$BygX-fntwzkVrM h&?j DJRbsOEHWlC!BTg3x
 #
-# To see what a model expects, ask for its likeliest next tokens.
-def likeliest(model, tokenizer, text: str, n: int = 5) -> list[tuple[str, float]]:
-    """The n tokens that are likeliest to follow a text, each with its probability."""
-    p = torch.softmax(next_logits(model, torch.tensor([tokenizer.encode(text)])), dim=-1)
-    ids = p[0].argsort(descending=True)[:n].tolist()
-    return [(tokenizer.decode([i]), round(p[0, i].item(), 3)) for i in ids]
-
 # One line, all the way through the model of --preset plain, after training:
 #
 #     text       T  o  _  b  e  ,  _  o  r  _  n  o  t  _  t  o             16 characters
@@ -611,8 +590,6 @@ def likeliest(model, tokenizer, text: str, n: int = 5) -> list[tuple[str, float]
 #     logits     after the last `o`: 2.98, 7.01, -0.56, ...                 (1, 16, 65)
 #     next       _ 0.826   o 0.053   - 0.029   n 0.017   line break 0.015   five likeliest of 65
 #     untrained  o 0.055   g 0.026   k 0.023   I 0.022   3 0.020            by chance: 0.015
-#
-# (Untrained, `o` itself is likeliest: its vector went in, and logits compare with each vector.)
 
 # ---- Learning ------------------------------------------------------------------------------------
 # Problem   Find weights that make the corpus likely, without overshooting.
@@ -743,10 +720,6 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 #           never in memory as a whole.
 # Try it    --max_steps 100, and again with --batch_size 4 --grad_accum 4 (not 16 and 1): after 50
 #           steps the losses are 2.6197 and 2.6206, for the same windows, rounded differently.
-#           Then return windows[:, :-1] twice in cut_windows (no shift): by step 100 the loss is
-#           0.001, since the model copies what it sees. But it writes only line breaks, and on the
-#           whole validation part, where `evaluate`, below, makes a shift of its own, its loss is
-#           11.0: far worse than knowing nothing.
 def train_step(model, optimizer, batches, config: TrainConfig):
     """One change of the weights, from the grad_accum pairs (x, y) of batches.
 
@@ -822,7 +795,6 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 #           With weights_only=True nothing but tensors and plain values is made.
 # Try it    Press Ctrl-C during training, then type the same command with --resume: the losses go on
 #           as they would have; with --dtype float32 to the last bit.
-
 FORMAT = "minigpt-3"  # Part III checks it
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -880,7 +852,7 @@ class Run:
         self.step = 0  # steps completed
         self.best_val, self.best_step = math.inf, 0  # lowest validation loss, and when it was
 
-    load = staticmethod(load_checkpoint)  # Part III looks for damage, too
+    load, evaluate = staticmethod(load_checkpoint), staticmethod(evaluate)  # Part III: with care
     reader = staticmethod(lambda: next_logits)  # Part II reads only what is new
 
     def say(self, text: str) -> None:
@@ -888,9 +860,6 @@ class Run:
 
     def log(self, **record) -> None:
         """Part III keeps records of numbers; here nothing happens."""
-
-    def progress(self, share: float) -> None:
-        """Part III shows how far the last evaluation is."""
 
     def over(self) -> bool:
         """Whether to stop: at max_steps, or when there was no better evaluation for too long."""
@@ -953,7 +922,7 @@ class Run:
     def finish(self) -> float:
         """Gives the model the weights of best.pt; returns their loss on all validation tokens."""
         self.model.load_state_dict(self.load(self.out_dir / "best.pt")["model"])
-        nats = evaluate(self.model, self.corpus.val, progress=self.progress)
+        nats = self.evaluate(self.model, self.corpus.val)
         self.say(describe_loss(nats, self.corpus))
         return nats
 
@@ -1034,7 +1003,7 @@ NORMS["none"] = lambda n, config: nn.Identity()
 # Problem   The first Transformer had its norms on the main road, after each addition [Vaswani et
 #           al. 2017, section 3.1]. Why did it change? Because then every gradient passes through
 #           every norm, and with depth training becomes delicate [Xiong et al. 2020, section 3.3].
-# Here      --norm_position post: 3.03 +- 0.54, for two of the three seeds hardly learned.
+# Here      --norm_position post: 3.03 +- 0.54; two of the three seeds hardly learned.
 class PostNormBlock(Block):
     """A block that normalizes the residual stream itself."""
     def forward(self, x):
@@ -1060,8 +1029,7 @@ BLOCKS["post"] = PostNormBlock
 def angles(n_positions: int, n_channels: int) -> torch.Tensor:
     """t w_i for each position t and each pair of channels i: (n_positions, n_channels / 2)."""
     if n_channels % 2:
-        raise UserError(f"--pos: rotation needs an even number of channels, not {n_channels}; "
-                        "change --n_embd (or --n_head, by which rope divides it)")
+        raise UserError(f"--pos: {n_channels} channels make no pairs; change --n_embd or --n_head")
     w = 10000.0 ** (-torch.arange(0, n_channels, 2) / n_channels)
     return torch.outer(torch.arange(n_positions).float(), w)
 
@@ -1071,11 +1039,10 @@ class Sinusoids(nn.Module):
         super().__init__()
         a = angles(config.block_size, config.n_embd)
         table = torch.stack([a.sin(), a.cos()], dim=-1).flatten(1) / math.sqrt(config.n_embd)
-        # A buffer moves to the device with the model; it is not learned, and here not saved.
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("weight", table)  # moves and is saved with the model; is not learned
 
     def forward(self, positions):
-        return self.table[positions]
+        return self.weight[positions]
 
 POSITIONS["sinusoidal"] = Sinusoids
 POSITIONS["rope"] = lambda config: lambda positions: 0.0  # to the token vectors nothing is added
@@ -1227,7 +1194,7 @@ class CachedReader:
             self.caches = {part: {} for part in model.modules() if hasattr(part, "cache")}
             for layer in model.modules():
                 if isinstance(layer, nn.Linear):
-                    layer.forward = functools.partial(linear_in_halves, layer)
+                    layer.forward = functools.partial(linear_in_halves, layer)  # for good
         for part, cache in self.caches.items():
             part.cache = cache
         logits, _ = model(idx[:, self.end :], start=self.end - self.start)
@@ -1238,9 +1205,9 @@ class CachedReader:
 
 # ---- Token shift ---------------------------------------------------------------------------------
 # Problem   What came just before matters everywhere, and it takes a whole head to fetch it.
-# Answer    Give each part, attention and MLP, half of its channels from the position before: its
-#           input x_t becomes (x_{t-1}[: C/2], x_t[C/2 :]). It costs no weights and next to no time.
-#           [Peng et al. 2023, RWKV, section 3.1.1, where the shares are learned]
+# Answer    Give each part half of its channels from the position before: its input x_t becomes
+#           (x_{t-1}[: C/2], x_t[C/2 :]) [Peng et al. 2023, RWKV, section 3.1.1, shares learned].
+# Here      --token_shift: 1.827 +- 0.004; and `laptop` ends at 1.428 in place of 1.448.
 def shift(part, inputs):
     """Runs before a part and changes what it gets: (B, T, C) -> (B, T, C). What comes before the
     first position is zero, or was kept."""
@@ -1280,7 +1247,6 @@ BLOCKS = {name: shifting(make_block) for name, make_block in BLOCKS.items()}
 #           and " s", and the 1.1 million characters become 460,000 tokens.
 # Here      --tokenizer bpe: 2.697 +- 0.013 bits per character, against 3.288 +- 0.005; but a step
 #           sees 2.4 times as much text.
-
 END_OF_TEXT = "<|endoftext|>"  # one token of its own; where it is drawn, the writing ends
 
 @functools.cache
@@ -1306,18 +1272,13 @@ def piece_pattern() -> re.Pattern:
     return re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])| ?[{L}]+"
                       rf"| ?[{N}]+| ?[^{S}{L}{N}]+|[{S}]+(?![^{S}])|[{S}]+")
 
-def chunks(text: str, size: int = 10**6):
-    """Yields a long text bit by bit: size characters, and on to the end of the line, so that no
-    word is torn; but not further than size characters, since a text may have no lines."""
-    parts = re.finditer(rf"(?s).{{1,{size}}}[^\n]{{0,{size}}}\n?", text)
-    return (part[0] for part in parts)
-
 def split_pieces(text: str):
-    """Yields lists of pieces, one for each stretch of text between two END_OF_TEXT.
+    """Yields the pieces, one iterator for each stretch of text between two END_OF_TEXT.
 
     Lone surrogates, halves of a character that UTF-8 cannot write, become U+FFFD each."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return map(piece_pattern().findall, text.split(END_OF_TEXT))
+    for part in text.split(END_OF_TEXT):
+        yield map(re.Match.group, piece_pattern().finditer(part))
 
 # The 256 bytes in GPT-2's order, and what stands for each in its files: the byte's own character
 # where that has a visible shape, one from U+0100 on where it has none.
@@ -1351,14 +1312,10 @@ class BPETokenizer:
     def __init__(self, merges: list[tuple[bytes, bytes]]):
         """merges: pairs of tokens, in the order in which they were learned, which is their rank."""
         self.state = self.merges = merges
-        # Subtle: in a file of other origin two merges may make one token (ab + c, a + bc).
-        self.tokens = list(dict.fromkeys([bytes([byte]) for byte in BYTES]
-                                         + [a + b for a, b in merges]))
+        self.tokens = [bytes([byte]) for byte in BYTES] + [a + b for a, b in merges]
         token_of = {token: chr(i) for i, token in enumerate(self.tokens)}
-        pairs = [token_of[a] + token_of[b] for a, b in merges]
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        self.made = {pair: token_of[a + b] for pair, (a, b) in zip(pairs, merges)}
-        self.encode_piece = functools.lru_cache(2**20)(self.encode_piece)  # pieces come back
+        self.made = {token_of[a] + token_of[b]: chr(i) for i, (a, b) in enumerate(merges, 256)}
+        self.encode_piece = functools.lru_cache(2**20)(self.encode_piece)  # the same ones recur
         self.end = len(self.tokens)
         self.tokens.append(END_OF_TEXT.encode())
         self.vocab_size = len(self.tokens)
@@ -1367,24 +1324,22 @@ class BPETokenizer:
     def train(cls, text: str, vocab_size: int) -> "BPETokenizer":
         """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
 
-        `counts` says how often a pair occurs, `where` in which of the distinct pieces it may. The
-        heap hands out the most frequent pair; an entry whose count has changed goes back."""
-        pieces = collections.Counter()
-        for chunk in chunks(text):
-            pieces.update(itertools.chain.from_iterable(split_pieces(chunk)))
+        `counts` says how often a pair occurs, `where` in which pieces. The heap hands out the most
+        frequent pair; where the count that it knew is out of date, the pair goes back."""
+        pieces = collections.Counter(itertools.chain.from_iterable(split_pieces(text)))
         words, freqs = [to_tokens(piece) for piece in pieces], list(pieces.values())
-        counts, where = collections.Counter(), collections.defaultdict(set)
+        counts, where, heap = collections.Counter(), collections.defaultdict(set), []
 
         def count(i: int, sign: int) -> None:
             """Adds the pairs of word i to the counts, or takes them away."""
             for pair in pairs_of(words[i]):
+                if pair not in counts:
+                    heapq.heappush(heap, (-math.inf, pair))
                 counts[pair] += sign * freqs[i]
                 where[pair].add(i)
 
         for i in range(len(words)):
             count(i, +1)
-        heap = [(-n, pair) for pair, n in counts.items()]
-        heapq.heapify(heap)
         tokens, merges = [bytes([byte]) for byte in BYTES], []
         while heap and len(tokens) < vocab_size - 1:
             n, pair = heapq.heappop(heap)
@@ -1394,23 +1349,19 @@ class BPETokenizer:
             if -n < 2:
                 break
             a, b = (tokens[ord(token)] for token in pair)
-            token, born = chr(len(tokens)), set()
-            merges.append((a, b))
-            tokens.append(a + b)
             for i in where.pop(pair):
                 count(i, -1)
-                words[i] = words[i].replace(pair, token)
+                words[i] = words[i].replace(pair, chr(len(tokens)))
                 count(i, +1)
-                born.update(p for p in pairs_of(words[i]) if token in p)
-            for p in born:
-                heapq.heappush(heap, (-counts[p], p))
+            merges.append((a, b))
+            tokens.append(a + b)
         return cls(merges)
 
     def encode_piece(self, piece: str) -> list[int]:
         """Merges one piece, always the pair that was learned first, until none is left."""
         word = to_tokens(piece)
-        while known := self.ranks.keys() & pairs_of(word):
-            pair = min(known, key=self.ranks.get)
+        while known := self.made.keys() & pairs_of(word):
+            pair = min(known, key=self.made.get)
             word = word.replace(pair, self.made[pair])
         return [ord(token) for token in word]
 
@@ -1426,38 +1377,40 @@ class BPETokenizer:
         """Ids to text; bytes that are not UTF-8, as of half a character, become U+FFFD."""
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
 
-    def save(self, folder) -> None:
-        """Writes folder/vocab.json and folder/merges.txt as GPT-2 has them, with Ġ for a space."""
+    def vocab(self) -> dict[str, int]:
+        """The id of each token, with Ġ for a space."""
         tokens = ["".join(map(SHOWN.get, token)) for token in self.tokens[: self.end]]
-        vocab = json.dumps(dict(zip([*tokens, END_OF_TEXT], range(self.vocab_size))))
-        Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
+        return dict(zip([*tokens, END_OF_TEXT], range(self.vocab_size)))
+
+    def save(self, folder) -> None:
+        """Writes folder/vocab.json and folder/merges.txt as GPT-2 has them."""
+        Path(folder, "vocab.json").write_text(json.dumps(self.vocab()), encoding="utf-8")
         lines = [" ".join("".join(map(SHOWN.get, token)) for token in pair) for pair in self.merges]
         merges = "\n".join(["#version: 0.2", *lines, ""])
         Path(folder, "merges.txt").write_bytes(merges.encode("utf-8"))
 
     @classmethod
     def load(cls, folder) -> "BPETokenizer":
-        """Reads what save wrote, or GPT-2's own files (their ids follow from the merges)."""
+        """Reads what save wrote, or GPT-2's own files. Raises UserError for other ids."""
         byte_of = {character: byte for byte, character in SHOWN.items()}
-        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-        return cls([tuple(bytes(map(byte_of.get, token)) for token in line.split(" "))
-                    for line in lines if line])
+        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
+        tokenizer = cls([tuple(bytes(map(byte_of.get, token)) for token in line.split(" "))
+                         for line in lines[lines[0].startswith("#version") :] if line])
+        if json.loads(Path(folder, "vocab.json").read_bytes()) != tokenizer.vocab():
+            raise UserError(f"{folder}: vocab.json is not in GPT-2's order; no other is read here")
+        return tokenizer
 
-class GPT2Tokenizer:
-    """GPT-2's own 50,257 tokens, through the library tiktoken. Raises UserError without it."""
-    kind, state, vocab_size, start, end = "gpt2", None, 50257, 198, 50256
+def gpt2_tokenizer(_=None) -> BPETokenizer:
+    """GPT-2's own 50,257 tokens, whose files are fetched at the first use. Raises UserError."""
+    from huggingface_hub import snapshot_download
 
-    def __init__(self, _=None):
-        try:
-            import tiktoken
+    try:
+        files = ["vocab.json", "merges.txt"]
+        return BPETokenizer.load(snapshot_download("openai-community/gpt2", allow_patterns=files))
+    except Exception:
+        raise UserError("--tokenizer gpt2: needs a network once; connect, or use bpe") from None
 
-            encoding = tiktoken.get_encoding("gpt2")
-        except Exception:  # not installed; or its file, fetched at the first use, is not here
-            raise UserError("--tokenizer gpt2: pip install tiktoken, connect, or use bpe") from None
-        self.encode = functools.partial(encoding.encode, allowed_special="all")
-        self.decode = encoding.decode
-
-TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": gpt2_tokenizer}
 
 # ---- Muon ----------------------------------------------------------------------------------------
 # Problem   To AdamW a matrix is a heap of unrelated numbers. But it maps vectors to vectors:
@@ -1476,7 +1429,6 @@ TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 #           is tied; of the rows that it has, each still belongs to one token.
 # Schedule  --schedule linear: 1 - r in place of the cosine, a straight line.
 # Here      --optimizer muon: 2.050 +- 0.012. --schedule linear alone: 2.259 +- 0.010.
-
 def orthogonalize(G):
     """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone;
     rows must not be more than columns, so that X X^T is the smaller of the two squares.
@@ -1541,15 +1493,13 @@ SCHEDULES["linear"] = lambda r: 1 - r
 # Problem   What should a step see, that it may learn most?
 # Short     The longer the window, the more there is to look back at; but attention compares each
 #           position with all before it, and at first a model learns what the last few characters
-#           tell. So the first short_share of the steps take windows of short_block tokens, as many
-#           more of them as fill a step; the others take whole ones. (Until then the validation
-#           loss, estimated on whole windows, asks for distances that no step has shown.)
+#           tell. So the first short_share of the steps take windows of short_block tokens, and more
+#           of them, so that a step has as many tokens; the others take whole windows.
 # Even      Random windows leave gaps: in as many draws as would cover a text three times, 5 % of it
 #           is never seen, and some of it eight times. --sampling even takes the windows at
 #           (i g + offset) mod 1 of the text, i = 0, 1, 2, ..., g the golden ratio: each falls into
 #           one of the largest gaps that those before it left [Weyl 1916; Knuth 1998, section 6.4].
-#           No list is needed of what was seen, only the number of the step. (The whole windows,
-#           after the short ones, are a series of their own, with another offset.)
+#           No list is needed of what was seen, only the number of the step.
 # Example   i = 0, 1, 2, 3, 4 and offset 0: 0, 0.62, 0.24, 0.85, 0.47 of the text.
 class BetterBatches(Run):
     """A run whose windows may be short at first, and may cover the text evenly."""
@@ -1571,10 +1521,9 @@ class BetterBatches(Run):
                 yield get_batch(tokens, T, B, generator)
 
 # ---- What it comes to ----------------------------------------------------------------------------
-# Which of all this is worth its time? The ladder leads from `plain` to the preset `laptop`, by one
-# change after the other, which stays. Each rung is trained for the same time, 204 s on two cores,
-# so that what makes a step slower has to earn it. Nats per character on the full validation split,
-# mean and standard deviation over the seeds 1337, 1338 and 1339, by `python .ci/ladder.py`:
+# Which of all this is worth its time? From `plain` to `laptop`, by one change after the other; each
+# trained for as many steps as take 204 s on two cores, so a slower step has to earn it. Nats per
+# character on the full validation split, seeds 1337 to 1339, by `python .ci/ladder.py`:
 #
 #     plain                               2,931 steps    1.590 +- 0.006
 #     fused kernels, no biases            2,963          1.581 +- 0.010
@@ -1584,34 +1533,28 @@ class BetterBatches(Run):
 #     even windows                        2,545          1.463 +- 0.011
 #     windows of 128, then of 512         2,500          1.446 +- 0.001
 #
-# RoPE and Muon bring two thirds of it, and what a step gets to see most of the rest. (The preset
-# itself ends after 2,200 steps.)
+# RoPE and Muon bring two thirds of it. (The preset itself ends after 2,200 steps.)
 #
-# What was tried and did not help, in earlier forms of `laptop` with 1,000 to 2,500 steps; one seed
-# each if nothing else is said. The order of the batches alone makes a difference of 0.01, so below
-# that they are neither better nor worse. In nats, + is worse:
+# What was tried and did not help, in earlier forms of `laptop` with 1,000 to 2,500 steps, one seed
+# if nothing else is said. The order of the batches alone makes a difference of 0.01. + is worse:
 #
-#     the mean of the weights over the last 15 % of the steps           +0.002
 #     windows of 64, then 128, then 256, in place of 128, then 256      +0.009
-#     windows of 1,024 in the end, in place of 512                      +0.002
 #     four rounds of orthogonalize with constants that change by round  +0.008
-#     a constant rate, which falls in the last 40 % of the steps        +0.001
-#     every c_proj begins at zero                                       -0.001
 #     5 layers, 2,000 steps, in place of 4 and 2,500 (2 seeds)          +0.010
 #     3 layers of 192 channels, in equal time                           +0.013
 #     dropout 0.05                                                      +0.02
-#     weight decay 0.5 in place of 0.2 (2 seeds)                         0.000
+#     within 0.002: windows of 1,024 in the end; the mean of the weights of the last 15 % of steps;
+#     a rate that is constant until the last 40 %; every c_proj zero at first; weight decay of 0.5
 
 # ==================================================================================================
 # Part III: The machine room
 #
-# Nothing here is about language: devices and number formats, memory, several processes, signals,
-# what is kept of a run, and where the corpus comes from. Each is a function or a small class; in
-# the end a subclass of Part I's Run puts them to use, and the loop stays as it was.
+# Nothing here is about language. Each chapter is a function or a small class; in the end a subclass
+# of Part I's Run puts them to use, and the loop stays as it was.
 # ==================================================================================================
 
-import array
 import contextlib
+import ctypes
 import hashlib
 import signal
 import time
@@ -1622,10 +1565,9 @@ from datetime import timedelta
 # Problem   Most of the time goes into matrix products, and hardware multiplies 16-bit numbers
 #           several times faster than 32-bit ones.
 # Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
-#           stay float32; `autocast` runs each matrix product in 16 bits. bfloat16 has float32's
-#           range (8 exponent bits) and just 8 bits of precision: it needs no care. float16 is
-#           finer, but gradients below 6e-8 vanish: so the derivative of the loss is multiplied by a
-#           large number on its way into the model, and that of a weight divided by it afterwards.
+#           stay float32; `autocast` runs each matrix product in bfloat16, which has float32's range
+#           (8 exponent bits) and just 8 bits of precision. (Older GPUs have float16 instead: finer,
+#           but gradients below 6e-8 vanish in it, so such GPUs compute in float32 here.)
 # Here      By `--mode bench`, `plain` trains 1.5 times as fast as with --dtype float32.
 def find_device(name: str) -> torch.device:
     """auto: the best device present. Raises UserError for one that is not."""
@@ -1642,58 +1584,33 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 def find_dtype(name: str, device: torch.device) -> str:
-    """auto: bfloat16 where the device has it in hardware; else float16 on CUDA, else float32."""
+    """auto: bfloat16 where the device has it in hardware, else float32."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+    has = able.get("avx512_bf16") or able.get("amx_bf16") or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return "bfloat16" if has else "float32"
 
 class MixedPrecision(nn.Module):
     """The model, with its matrix products in 16 bits."""
-    def __init__(self, model, dtype: str):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.dtype = model, getattr(torch, dtype)
+        self.model = model
 
     def forward(self, x, y):
-        with torch.autocast(next(self.model.parameters()).device.type, dtype=self.dtype):
+        with torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16):
             return self.model(x, y)
 
-class ScaledGradients(MixedPrecision):
-    """The same in float16. If a gradient overflows, the step is skipped and the factor halved."""
-    scale = 2.0**16
-
-    def __init__(self, model, dtype: str, optimizer):
-        super().__init__(model, dtype)
-        for p in model.parameters():
-            p.register_hook(lambda gradient: gradient / self.scale)
-        optimizer.register_step_pre_hook(self.before_step)
-
-    def forward(self, x, y):
-        logits, loss = super().forward(x, y)
-        loss.register_hook(lambda gradient: gradient * self.scale)
-        return logits, loss
-
-    def before_step(self, *_) -> None:
-        weights = [p for p in self.model.parameters() if p.grad is not None]
-        if not all(p.grad.isfinite().all() for p in weights):
-            self.scale /= 2
-            for p in weights:
-                p.grad = None  # an optimizer leaves such a weight alone
-
 # ---- Memory that is not given back ---------------------------------------------------------------
-# Problem   A step asks for the same blocks of memory as the step before, and gives them back. The C
-#           library of Linux returns large ones to the system at once and gets them anew as pages of
-#           4 KB, each of them mapped and cleared when it is first touched: a page fault.
-# Answer    Tell `malloc`, its function that hands out memory, to keep what it has.
-# Here      By `--mode bench`, a step of `laptop` has 0 or 1 page faults. In three runs without
-#           `keep_memory`, which `main` calls first, it had 4,832, 8,160 and 0. The time that this
-#           costs changed from day to day: from a fifth of a step to less than could be measured.
+# Problem   A step asks for the blocks of memory that the step before gave back. The C library of
+#           Linux returns large ones to the system at once and gets them anew in pages of 4 KB, each
+#           mapped and cleared when it is first touched: a page fault.
+# Answer    Tell `malloc`, which hands out memory, to keep what it has.
+# Here      A step of `laptop` has 0 or 1 page faults, without `keep_memory` it had 4,832, 8,160 and
+#           0 in three runs. That cost from a fifth of a step to less than could be measured.
 def keep_memory() -> None:
     """Makes glibc keep memory that was freed. Where there is no glibc, nothing happens."""
-    import ctypes
-
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: how many blocks may be asked of the system one by one
@@ -1703,9 +1620,8 @@ def keep_memory() -> None:
 # Problem   One device is too slow, and there are more of them, here or in other machines.
 # Answer    Data parallelism: every process holds the whole model and takes its rows of each batch;
 #           PyTorch's DistributedDataParallel averages the gradients while backward() still runs [Li
-#           et al. 2020, section 3.2], by the library gloo on CPUs, by nccl on GPUs. So all take the
-#           same step, and as they began alike, they stay alike. All evaluate; the first one writes
-#           files, and speaks, to stderr: stdout is for generated text and results.
+#           et al. 2020, section 3.2]. So all take the same step, and as they began alike, they stay
+#           alike. All evaluate; the first one writes files, and speaks.
 def process_rank() -> int:
     """The number of this process among those that torchrun started; 0 if it did not."""
     return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
@@ -1720,8 +1636,7 @@ def join_processes() -> int:
     if not torch.distributed.is_torchelastic_launched():
         return 1
     if not torch.distributed.is_initialized():
-        gpus = torch.cuda.is_available()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        torch.distributed.init_process_group()  # gloo, and nccl for GPUs
     return torch.distributed.get_world_size()
 
 def gather(value) -> list:
@@ -1733,11 +1648,9 @@ def gather(value) -> list:
     return values
 
 # ---- Signals -------------------------------------------------------------------------------------
-# Ctrl-C may arrive in the middle of a step or of a write. Nothing is done then but to remember it;
-# the run looks when the step is complete, saves and leaves.
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a list, to which Ctrl-C or SIGTERM is added; the same once more ends the process."""
+# Ctrl-C may come in the middle of a step: it is remembered, and the run leaves when that is done.
+def heed_signals() -> list[int]:
+    """A list, to which from now on Ctrl-C or SIGTERM is added; once more, and the process ends."""
     received = []
 
     def on_signal(number, frame):
@@ -1746,18 +1659,17 @@ def stop_signals():
         if process_rank() == 0:  # by os.write, since a print may be what the signal came amidst
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return received
 
 # ---- What is kept of a run -----------------------------------------------------------------------
 def read_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint. Raises UserError if it is missing, damaged or not one of ours. It is a
-    zip archive, with checksums of all but the members' attributes, which are 0."""
+    """Reads a checkpoint, or a folder (read_folder, Part IV). Raises UserError if it is missing,
+    damaged or not ours. Zip's checksums do not cover members' attributes; ours are all 0."""
     state = None
+    if path.is_dir():
+        return read_folder(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() or any(m.external_attr for m in archive.infolist())
@@ -1768,8 +1680,7 @@ def read_checkpoint(path: Path) -> dict:
         if isinstance(problem, MemoryError) or getattr(problem, "filename", None):
             raise  # it is not the file's content
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: damaged, or not a checkpoint of this version; copy another one, "
-                        "such as best.pt or a step_*.pt of the same run, over it")
+        raise UserError(f"{path}: damaged, or no checkpoint; copy best.pt or a step_*.pt over it")
     return state
 
 def refuse_used(out_dir: Path) -> None:
@@ -1777,8 +1688,7 @@ def refuse_used(out_dir: Path) -> None:
     names = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
     for path in out_dir.glob("*"):
         if re.fullmatch(names, path.name):
-            raise UserError(f"--out_dir {out_dir}: there is a {path.name} already; use --resume to "
-                            "go on with that run, or name another folder")
+            raise UserError(f"--out_dir {out_dir}: has a {path.name}; --resume, or name another")
 
 def read_curve(out_dir: Path, name: str) -> dict[int, float]:
     """A number of metrics.jsonl by step; of two records of a step, as after --resume, the later."""
@@ -1789,25 +1699,28 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
             points[int(record["step"])] = float(record[name])
     return dict(sorted(points.items()))
 
-def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
-    """A picture of named curves, each a run's folder and the name of a number in its records. Needs
-    matplotlib, and does without."""
+def new_figure(path: Path, width: float, height: float):
+    """An empty picture; or None, and a line on what is missing."""
     try:
         from matplotlib.figure import Figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Figure(figsize=(width, height), layout="constrained")
     except ImportError:
-        return say(f"no {path.name}: pip install matplotlib to get one")
-    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
-    for label, (out_dir, name) in curves.items():
-        curve = read_curve(out_dir, name)
-        axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2,
-                  alpha=0.4 if name == "loss" else 1.0)
-    axes.set(xlabel="step", ylabel=ylabel)
-    axes.legend(frameon=False)
-    axes.figure.savefig(path, dpi=120)
+        say(f"no {path.name}: pip install matplotlib to get one")
+
+def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
+    """A picture of curves, each of a run's folder and the name of a number in its records."""
+    if figure := new_figure(path, 7, 4):
+        axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
+        for label, (out_dir, name) in curves.items():
+            curve = read_curve(out_dir, name)
+            axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2,
+                      alpha=0.4 if name == "loss" else 1.0)
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=120)
 
 def start_wandb(config: TrainConfig, out_dir: Path):
-    """A run of Weights & Biases, or None: it is used where WANDB_API_KEY is set or WANDB_MODE is
-    offline, so that it never asks for anything. It never ends a run."""
+    """A run of Weights & Biases where its variables are set; else, and if anything fails, None."""
     ready = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
     try:
         if config.wandb and ready:
@@ -1819,24 +1732,19 @@ def start_wandb(config: TrainConfig, out_dir: Path):
         say(f"no Weights & Biases: {type(problem).__name__}; --no_wandb to leave it out")
 
 # ---- The corpus ----------------------------------------------------------------------------------
-# Problem   As a list of Python's integers a text takes 8 bytes for each token, and as int64, too.
-# Answer    Encode it chunk by chunk, and keep each id in 2 bytes.
-def find_corpus(data: str) -> Path:
-    """--data if given; else Tiny Shakespeare, downloaded at need; else, loudly, the sample."""
+def read_corpus(data: str) -> tuple[Path, str, str]:
+    """--data if given; else Tiny Shakespeare, downloaded at need; else, loudly, the sample: its
+    path, the text and its SHA-256 checksum. Raises UserError if it is not UTF-8."""
     path = Path(data or Path(__file__).resolve().parent / "data" / "input.txt")
-    if data or path.exists():
-        return path
-    import download_data
+    if not data and not path.exists():
+        import download_data
 
-    return download_data.find(path)
-
-def read_text(path: Path) -> tuple[str, str]:
-    """A text and its SHA-256 checksum. Raises UserError if it is not UTF-8."""
+        path = download_data.find(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows adds
-        return text, hashlib.sha256(text.encode("utf-8")).hexdigest()
     except UnicodeDecodeError:
         raise UserError(f"--data {path}: not UTF-8 text; save it as UTF-8") from None
+    return path, text, hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 def make_tokenizer(kind: str, text: str, vocab_size: int):
     """BPE learns from the training part alone, so that the validation text has no say in it;
@@ -1847,50 +1755,32 @@ def make_tokenizer(kind: str, text: str, vocab_size: int):
 
 def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
     """Both parts as tokens. Raises UserError if one is too short for a single window."""
-    cut, parts = int(0.9 * len(text)), []
-    for part in text[:cut], text[cut:]:
-        ids = array.array("H")  # 16 bits, no sign; frombuffer, below, wants at least one
-        for chunk in chunks(part):
-            ids.extend(tokenizer.encode(chunk))
-        parts.append(torch.frombuffer(ids or array.array("H", [0]), dtype=torch.uint16))
-    if len(parts[1]) <= block_size:  # the validation part is the shorter one
-        raise UserError(f"--block_size {block_size}: must be below the number of tokens in the "
-                        f"text's last tenth, {len(parts[1])}; lower it, or take a longer --data")
-    return Corpus(*parts, val_characters=len(text) - cut)
+    corpus = Corpus.from_text(text, tokenizer)
+    if len(corpus.val) <= block_size:  # the shorter one
+        raise UserError(f"--block_size {block_size}: must be below the tokens of the text's last "
+                        f"tenth, {len(corpus.val)}; lower it, or take a longer --data")
+    return corpus
 
 # ---- A run with all of it ------------------------------------------------------------------------
-def time_left(began: float, share: float) -> timedelta:
-    """What remains if this share was done since `began`."""
-    return timedelta(seconds=round((time.perf_counter() - began) * (1 / share - 1)))
-
-class Progress:
-    """For evaluate's `progress`: a line every ten seconds."""
-    def __init__(self):
-        self.began = self.shown = time.perf_counter()
-
-    def __call__(self, share: float) -> None:
-        if time.perf_counter() - self.shown > 10:
-            self.shown = time.perf_counter()
-            say(f"evaluating: {share:.0%}, {time_left(self.began, share)} left")
+def show_progress(share: float) -> None:
+    """For evaluate's `progress`: one line, written over, for who sits before a terminal."""
+    if process_rank() == 0 and sys.stderr.isatty():
+        print(f"\revaluating: {share:.0%}", end="\n" * (share == 1), file=sys.stderr, flush=True)
 
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
 
 class FullRun(BetterBatches):
-    """A run on any device, in several processes, that heeds signals and keeps records."""
+    """A run on any device, in several processes, that heeds signals and keeps records. text_info:
+    where the corpus is from, and its checksum; both go into checkpoints."""
     def __init__(self, model, tokenizer, corpus, config, out_dir, device, text_info: dict):
-        """text_info: where the corpus is from, and its checksum; both go into checkpoints."""
         super().__init__(model.to(device), tokenizer, corpus, config, out_dir)
         self.text_info, self.processes, self.rank = text_info, join_processes(), process_rank()
-        self.signals, self.wandb, self.clock_step = [], None, 0
-        self.began = self.clock = time.perf_counter()
+        self.signals, self.wandb, self.clock, self.began = [], None, None, time.perf_counter()
         if config.batch_size % self.processes:
-            raise UserError(f"--batch_size {config.batch_size}: must be divisible by the number of "
-                            f"processes, {self.processes}")
-        if config.dtype == "float16":
-            self.runner = ScaledGradients(model, config.dtype, self.optimizer)
-        elif config.dtype != "float32":
-            self.runner = MixedPrecision(model, config.dtype)
+            raise UserError(f"--batch_size {config.batch_size}: not for {self.processes} processes")
+        if config.dtype == "bfloat16":
+            self.runner = MixedPrecision(model)
         if config.compile:  # turns a whole pass into a few fused kernels; a minute or two at first
             self.runner = torch.compile(self.runner)
         if torch.distributed.is_initialized():
@@ -1899,17 +1789,17 @@ class FullRun(BetterBatches):
     def restore(self, state: dict) -> None:
         super().restore(state)
         self.began -= state["seconds"]  # as if it had never been interrupted
-        self.clock_step = self.step
         if not (self.out_dir / "best.pt").exists():  # it goes on in another folder than before
             self.best_val, self.best_step = math.inf, self.step
 
     say, load, reader = staticmethod(say), staticmethod(read_checkpoint), CachedReader
+    evaluate = staticmethod(functools.partial(evaluate, progress=show_progress))
 
     def log(self, **record) -> None:
         """A line of metrics.jsonl. Raises Diverged if a loss in it is not a finite number."""
         if not all(math.isfinite(value) for name, value in record.items() if "loss" in name):
-            raise Diverged(f"the run has diverged at step {self.step}: a loss or a weight is no "
-                           f"number; try less than --learning_rate {self.config.learning_rate}")
+            raise Diverged(f"the run has diverged at step {self.step}; try less than "
+                           f"--learning_rate {self.config.learning_rate}")
         if self.rank == 0:  # JSON has no infinity and no NaN: null stands for them
             record = {k: v if math.isfinite(v) else None for k, v in record.items()}
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -1928,7 +1818,9 @@ class FullRun(BetterBatches):
         return super().over()
 
     def batches(self):
-        """Of each batch this process's rows. Gradients are averaged after the last micro-step."""
+        """This process's rows of each batch. Gradients are averaged after the last micro-step."""
+        if not self.clock or self.step % self.config.log_interval == 0:
+            self.clock = (self.step, time.perf_counter())  # since when a report counts
         for i, (x, y) in enumerate(super().batches(), start=1):
             if i == 1 and self.rank > 0:
                 torch.manual_seed(derived_seed(self.config.seed, self.step, self.rank))  # dropout
@@ -1936,22 +1828,18 @@ class FullRun(BetterBatches):
             yield x[self.rank :: self.processes], y[self.rank :: self.processes]
 
     def report(self, loss, norm) -> None:
-        c, now = self.config, time.perf_counter()
+        c = self.config
         if self.step % c.log_interval and self.step < c.max_steps:
             return
         loss = sum(gather(loss.item())) / self.processes
-        tokens = c.batch_size * c.grad_accum * self.model.config.block_size
-        rate = (self.step - self.clock_step) * tokens / (now - self.clock)
-        lr = self.optimizer.param_groups[0]["lr"]
+        now, (step, clock) = time.perf_counter(), self.clock
+        tokens = (self.step - step) * c.batch_size * c.grad_accum * self.model.config.block_size
+        rate, lr = tokens / (now - clock), self.optimizer.param_groups[0]["lr"]
         self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm.item(),
                  tokens_per_second=round(rate))
+        left = timedelta(seconds=round((now - self.began) * (c.max_steps / self.step - 1)))
         say(f"step {self.step}/{c.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-            f"{rate:,.0f} tokens/s | {time_left(self.began, self.step / c.max_steps)} left")
-        self.clock, self.clock_step = time.perf_counter(), self.step
-
-    def look(self) -> None:
-        super().look()
-        self.clock, self.clock_step = time.perf_counter(), self.step  # the rate leaves this out
+            f"{rate:,.0f} tokens/s | {left} left")
 
     def save(self, name: str) -> None:
         if not all(p.isfinite().all() for p in self.model.parameters()):
@@ -1966,7 +1854,6 @@ class FullRun(BetterBatches):
     def finish(self) -> float:
         self.seconds = time.perf_counter() - self.began
         gather(0)  # the first process has written best.pt
-        self.progress = Progress()
         nats = super().finish()
         self.log(step=self.step, full_val_loss=nats, seconds=self.seconds, best_step=self.best_step)
         if self.rank == 0:
@@ -1978,17 +1865,15 @@ class FullRun(BetterBatches):
 
 # ==================================================================================================
 # Part IV: The laboratory
-#
-# `typed` is what was typed, of which `pick` and `find_settings` make settings (Part V).
 # ==================================================================================================
 
 import statistics
+import tempfile
 
 # ---- Comparing variations ------------------------------------------------------------------------
-# Problem   The field argues about norms, positions and activations. What does each change here?
-# Answer    Change one thing at a time, with the same steps, seeds and batches; and say how far the
-#           seeds spread, for a difference smaller than the spread shows none. A variant is an
-#           ordinary run in a folder of its own; typed again, the command goes on where it was.
+# Change one thing at a time, same steps, seeds, batches; a difference below the spread of the seeds
+# shows nothing. A variant is an ordinary run in its own folder; typed again, the command goes on.
+# (`typed` is what was typed, by name of flag; pick, parse, find_settings, run_train: see Part V.)
 def spread(numbers: list[float]) -> str:
     """Mean and standard deviation: [1.0, 2.0] -> "1.5000 ± 0.7071"."""
     mean = statistics.fmean(numbers)
@@ -1999,14 +1884,13 @@ def run_ablate(typed: dict) -> None:
     command, first = pick(Command, typed), typed.get("seed", TrainConfig.seed)
     name, _, values = command.vary.partition("=")
     if name in ("seed", "preset") or name not in {**comments(GPTConfig), **comments(TrainConfig)}:
-        raise UserError(f"--vary {command.vary}: must be FIELD=A,B,C, with a setting of the model "
-                        "or of training (see --help) other than seed and preset")
+        raise UserError(f"--vary {command.vary}: must be FIELD=A,B,C; seed and preset cannot vary")
     switch = {"true": [f"--{name}"], "false": [f"--no_{name}"]}
     variants = {f"{name}={value}": parse(switch.get(value.lower(), [f"--{name}={value}"]))
                 for value in values.split(",")}
     _, config = find_settings(typed, find_device(command.device))
     quiet = dict(sample_tokens=0, checkpoint_interval=0, log_interval=100,
-                 max_steps=config.max_steps)  # for all the same, whatever their batches
+                 max_steps=config.max_steps)  # given, so that prepare_run does not lower it
     folder = Path(command.out_dir) / f"ablate_{name}"
     outcomes, curves = collections.defaultdict(list), {}
     for seed, (label, variant) in itertools.product(range(first, first + command.seeds),
@@ -2026,35 +1910,12 @@ def run_ablate(typed: dict) -> None:
         print(f"| {label} | {' | '.join(cells)} | {len(outcomes[label])} of {command.seeds} |")
 
 # ---- Benchmark -----------------------------------------------------------------------------------
-# Problem   "Fast" means nothing without the machine. `--mode bench` measures this one, and compares
-#           the rate that the model reaches with what the machine allows.
-# FLOPs     A weight of a matrix product costs one multiplication and one addition for each token in
-#           the forward pass, and twice that in the backward pass: 6 N in all, N of such weights
-#           [Kaplan et al. 2020, section 2.1]. Attention adds 12 n_layer C T [Chowdhery et al. 2022,
-#           appendix B].
-# Share     Model-FLOPs utilization: FLOPs per token times tokens per second, over the rate at which
-#           this machine multiplies two large matrices in the same number format.
-# Memory    In training a weight takes 16 bytes: itself, its gradient, AdamW's m and v, 4 each (Muon
-#           has no v). What the backward pass needs of each layer comes on top.
-# Writing   is done in float32, in which small models on a CPU are faster.
-def flops_per_token(model) -> int:
-    """Of one forward and backward pass."""
-    c = model.config
-    n = sum(p.numel() for name, p in model.named_parameters()
-            if p.dim() == 2 and name.startswith("h."))
-    return 6 * (n + c.n_embd * c.vocab_size) + 12 * c.n_layer * c.n_embd * c.block_size
-
+# "Fast" needs a machine: `--mode bench` times this one, on whole windows; writing is in float32.
 def run_bench(typed: dict) -> None:
     """--mode bench: a table on stdout."""
     from torch.utils.benchmark import Timer  # warms up, and waits for the device
 
     command, n = pick(Command, typed), pick(GenerateConfig, typed).max_tokens
-
-    def rate(work: int, function) -> float:
-        """Units of work per second, if a call of the function does so many."""
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return work / timer.blocked_autorange(min_run_time=command.bench_seconds).median
-
     device = find_device(command.device)
     sizes, config = find_settings({**typed, "grad_accum": 1}, device)
     if sizes["model"] != "gpt":
@@ -2063,42 +1924,248 @@ def run_bench(typed: dict) -> None:
     tokens = torch.arange(10 * model.config.block_size) % model.config.vocab_size
     run = FullRun(model, None, Corpus(tokens, tokens, len(tokens)), config, ".", device, {})
     run.step = config.max_steps  # where windows are whole
-    rows = {"parameters": count_parameters(model)}
-    a = torch.randn(2048, 2048, device=device, dtype=getattr(torch, config.dtype))
-    rows["matrix products, GFLOP/s"] = rate(2 * 2048**3 / 1e9, lambda: a @ a)
-    step = functools.partial(train_step, run.runner, run.optimizer, config=config)
-    training = rate(config.batch_size * sizes["block_size"], lambda: step(run.batches()))
-    rows["training, tokens/s"] = training
-    rows["training, model-FLOPs utilization"] = (
-        flops_per_token(model) * training / rows["matrix products, GFLOP/s"] / 1e9)
-    if device.type == "cuda":
-        rows["peak memory, MiB"] = torch.cuda.max_memory_allocated() / 2**20
-    elif sys.platform == "linux":
+    start = torch.zeros(1, 1, dtype=torch.long)
+
+    def rate(work: int, function) -> float:
+        """Units of work per second, if a call of the function does so many."""
+        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+        return work / timer.blocked_autorange(min_run_time=command.bench_seconds).median
+
+    def step() -> None:
+        train_step(run.runner, run.optimizer, run.batches(), config)
+
+    rows = {"parameters": count_parameters(model),
+            "training, tokens/s": rate(config.batch_size * sizes["block_size"], step),
+            "writing, tokens/s": rate(n, lambda: model.generate(start, n, read=CachedReader())),
+            "writing, without the cache": rate(n, lambda: model.generate(start, n))}
+    if sys.platform == "linux":
         import resource
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        step(run.batches())
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        rows["page faults per step"] = after.ru_minflt - before
-        rows["peak memory, MiB"] = after.ru_maxrss / 2**10
-
-    def writing(samples: int, make_reader) -> float:
-        start = torch.zeros(samples, 1, dtype=torch.long)
-        return rate(samples * n, lambda: model.generate(start, n, read=make_reader()))
-
-    rows["writing, tokens/s"] = writing(1, CachedReader)
-    rows["writing, without the cache"] = writing(1, lambda: next_logits)
-    rows["writing, 8 samples at once"] = writing(8, CachedReader)
+        step()
+        rows["page faults per step"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     print(f"| {config.preset}: {device}, {config.dtype}, {torch.get_num_threads()} threads, "
           f"PyTorch {torch.__version__} | |\n|---|---|")
     for name, value in rows.items():
-        print(f"| {name} | " + (f"{value:,.0f} |" if value >= 100 else f"{value:.3g} |"))
+        print(f"| {name} | {value:,.0f} |")
+
+# ---- Exchange with Hugging Face ------------------------------------------------------------------
+# Problem   A model should run where people run models, and models from there should run here.
+# Answer    The library transformers keeps a model in a folder: config.json names one of several
+#           hundred architectures, and its sizes; model.safetensors has the weights, by their names
+#           there. Four of those can compute what ours do. `HELD` has, for each, the settings that
+#           it can hold (regular expressions) and its name for each of our layers (-: none; {q,k}:
+#           two layers for one of ours). What none of them holds is refused.
+# Places    `places` pairs our weights with theirs. Copying ours to theirs exports, theirs to ours
+#           imports; an import is then checked by comparing the logits of both.
+KINDS, *ROWS = (row.split() for row in """\
+              gpt2        persimmon                 apertus                qwen3
+model         gpt         gpt                       gpt                    gpt
+norm_position pre         pre                       pre                    pre
+token_shift   False       False                     False                  False
+pos           learned|s.* rope                      rope                   rope
+norm          layernorm   layernorm                 rmsnorm                rmsnorm
+activation    gelu|relu2? gelu|relu2?               gelu|relu2?            swiglu
+qk_norm       False       True|False                True                   True
+bias          True|False  True|False                False                  False
+wte           wte         embed_tokens              embed_tokens           embed_tokens
+wpe           wpe         -                         -                      -
+ln_f          ln_f        final_layernorm           norm                   norm
+ln_1          ln_1        input_layernorm           attention_layernorm    input_layernorm
+ln_2          ln_2        post_attention_layernorm  feedforward_layernorm  post_attention_layernorm
+attn.c_attn   attn.c_attn self_attn.query_key_value self_attn.{q,k,v}_proj self_attn.{q,k,v}_proj
+attn.c_proj   attn.c_proj self_attn.dense           self_attn.o_proj       self_attn.o_proj
+attn.qk_norm  -           self_attn.{q,k}_layernorm self_attn.{q,k}_norm   self_attn.{q,k}_norm
+mlp.c_fc      mlp.c_fc    mlp.dense_h_to_4h         mlp.up_proj            mlp.{gate,up}_proj
+mlp.c_proj    mlp.c_proj  mlp.dense_4h_to_h         mlp.down_proj          mlp.down_proj
+""".splitlines())
+HELD = {name: dict(zip(KINDS, cells)) for name, *cells in ROWS}
+
+def find_architecture(config: GPTConfig) -> str:
+    """The architecture that holds a model. Raises UserError, naming a setting, if none does."""
+    faults = {kind: [name for name, held in HELD.items() if hasattr(config, name)
+                     and not re.fullmatch(held[kind], str(getattr(config, name)))]
+              for kind in KINDS}
+    kind = min(KINDS, key=lambda kind: len(faults[kind]))
+    for name in faults[kind]:
+        raise UserError(f"{name}={getattr(config, name)}: transformers has no model with all this")
+    return kind
+
+def places(model, theirs, kind: str):
+    """Our weights and their places in theirs, as views of one shape: filling one fills a model."""
+    there = theirs.state_dict()
+    trunk, blocks = ("transformer", "h") if kind == "gpt2" else ("model", "layers")
+    for name, w in model.state_dict().items():
+        block, layer, what = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        if layer == "lm_head":
+            yield w, there[name]
+            continue
+        if kind == "gpt2" and ".c_" in layer:
+            w = w.t()  # they have x W, not x W^T
+        if kind == "persimmon" and layer == "attn.c_attn":  # a head's q, k, v stand together
+            w = w.unflatten(0, (3, model.config.n_head, -1)).transpose(0, 1)
+        before, *braces = re.split("[{}]", HELD[layer][kind])  # a.{q,k}_b means a.q_b and a.k_b
+        called = [before + x + braces[1] for x in braces[0].split(",")] if braces else [before]
+        pieces = [w] * 2 if layer == "attn.qk_norm" else w.chunk(len(called))  # one norm for both
+        for part, piece in zip(called, pieces):
+            place = f"{blocks}.{block}.{part}" if block else part
+            yield piece, there[f"{trunk}.{place}.{what}"].view(piece.shape)
+
+def their_model(model, kind: str, end: int | None):
+    """A model of the library's that computes the same. end: the id that ends a text."""
+    import transformers
+
+    c, hidden = model.config, model.h[0].mlp.c_proj.in_features
+    activation = {"gelu": "gelu_new", "swiglu": "silu"}.get(c.activation, c.activation)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind, vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_head, head_dim=c.n_embd // c.n_head,
+        max_position_embeddings=c.block_size, intermediate_size=hidden, n_inner=hidden,
+        hidden_act=activation, activation_function=activation, attention_bias=c.bias,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        qk_layernorm=c.qk_norm, rms_norm_eps=RMSNorm.eps, tie_word_embeddings=c.tie_weights,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        rope_theta=1e4, bos_token_id=None, eos_token_id=end, pad_token_id=None,
+        minigpt=asdict(c)))  # the last one is for us
+    for p in theirs.parameters():
+        nn.init.zeros_(p)  # they have biases where we have none
+    for ours, there in places(model, theirs, kind):
+        there.copy_(ours)
+    theirs.generation_config.update(max_length=c.block_size, do_sample=True)
+    return theirs
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Writes it twice, with equal ids: as we do, and as the library `tokenizers` does."""
+    import tokenizers as t
+
+    tokenizer.save(folder)
+    if tokenizer.kind == "char":
+        theirs = t.Tokenizer(t.models.WordLevel(tokenizer.stoi))
+        theirs.pre_tokenizer = t.pre_tokenizers.Split("", "isolated")
+        theirs.decoder = t.decoders.Fuse()
+    else:
+        theirs = t.Tokenizer(t.models.BPE.from_file(f"{folder}/vocab.json", f"{folder}/merges.txt"))
+        theirs.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        theirs.decoder = t.decoders.ByteLevel()
+        theirs.add_special_tokens([END_OF_TEXT])
+    theirs.save(f"{folder}/tokenizer.json")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+             "model_input_names": ["input_ids", "attention_mask"],
+             "eos_token": tokenizer.end and END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about), encoding="utf-8")
+
+def read_tokenizer(folder: Path):
+    """The tokenizer of a folder: characters, or byte pairs with GPT-2's ids."""
+    if (folder / "chars.json").exists():
+        return CharTokenizer.load(folder)
+    if (folder / "merges.txt").exists():
+        return BPETokenizer.load(folder)
+    import tokenizers
+
+    with tempfile.TemporaryDirectory() as parts:  # tokenizer.json has both
+        theirs = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        tokenizers.Tokenizer.from_str(theirs).model.save(parts)
+        return BPETokenizer.load(parts)
+
+@torch.no_grad()
+def read_folder(folder: Path) -> dict:
+    """A folder of transformers as a checkpoint; nothing in it is executed. Raises UserError."""
+    import transformers
+
+    try:
+        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32,
+            ignore_mismatched_sizes=True)  # they are in the report
+        c, tokenizer = theirs.config, read_tokenizer(folder)
+        model = GPT(GPTConfig(**getattr(c, "minigpt", None) or dict(
+            vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
+            n_embd=c.n_embd, mlp_ratio=(c.n_inner or 4 * c.n_embd) / c.n_embd, attention="fused",
+            dropout=c.resid_pdrop, tie_weights=c.tie_word_embeddings)))
+        for ours, there in places(model, theirs, find_architecture(model.config)):
+            ours.copy_(there)
+        idx = torch.arange(min(64, model.config.block_size))[None] % model.config.vocab_size
+        logits, expected = model.eval()(idx)[0], theirs.eval()(idx).logits
+        error = ((logits - expected).abs().max() / expected.abs().max()).item()
+        wrong = [*report["missing_keys"], *report["mismatched_keys"]]
+        if wrong or tokenizer.vocab_size != c.vocab_size or not error < 1e-4:
+            raise ValueError(f"{wrong} or {tokenizer.vocab_size} tokens; logits off by {error:.0e}")
+    except Exception as problem:
+        what = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        raise UserError(f"{folder}: not a model that can run here ({what}); name a folder with a "
+                        "GPT-2, or one that --mode export wrote") from None
+    return {"model": model.state_dict(), "tokenizer": (tokenizer.kind, tokenizer.state), "step": 0,
+            "model_config": asdict(model.config), "corpus": {"data": "", "sha256": ""},
+            "error": error}
+
+def run_export(typed: dict) -> None:
+    """--mode export: a folder that transformers loads, with no code of ours."""
+    command = pick(Command, typed)
+    folder = Path(command.export_dir or Path(command.out_dir, "hf"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--export_dir {folder}: is not empty; empty it, or name another folder")
+    model, tokenizer, _ = load_for_use({**typed, "device": "cpu"})
+    kind = find_architecture(model.config)
+    their_model(model, kind, tokenizer.end).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    print(f"{folder}: {kind}; its logits differ from ours by {read_folder(folder)['error']:.0e}")
+
+# ---- A look inside -------------------------------------------------------------------------------
+# Problem   A loss is one number. Which tokens did the model foresee, and where did it look?
+# Answer    --mode inspect --prompt "..." prints for each token the probability that the model gave
+#           it, from what stands before it, and the five likeliest; and draws, for each head, the
+#           weights with which each position (a row) looks at itself and those before (columns).
+# Look for  A head that is dark just left of the diagonal fetches the token before. One with dark
+#           columns at spaces or line breaks looks back to where the word, or the line, began. One
+#           whose first column is dark all the way down often found nothing, and rests there.
+@torch.no_grad()
+def look_inside(model, idx):
+    """What follows each position of idx (1, T): probabilities (T, V); and each layer's attention
+    weights (nh, T, T), caught on their way into attn_dropout. The model keeps the hooks."""
+    weights = []
+    for block in getattr(model, "h", []):
+        block.attn.attend = functools.partial(CausalSelfAttention.attend, block.attn)
+        block.attn.attn_dropout.register_forward_pre_hook(
+            lambda _, inputs: weights.append(inputs[0][0].cpu()))
+    logits, _ = model.eval()(idx)
+    return torch.softmax(logits[0].float().cpu(), dim=-1), weights
+
+def draw_attention(path: Path, weights: list, labels: list[str]) -> None:
+    """A picture of each head, a column for each layer."""
+    ticks, layers, heads = range(len(labels)), len(weights), len(weights[0])
+    side = 1 + 0.12 * len(labels)  # inches
+    if figure := new_figure(path, side * layers, side * heads):
+        for layer, head in itertools.product(range(layers), range(heads)):
+            axes = figure.add_subplot(heads, layers, head * layers + layer + 1, xticks=ticks,
+                                      yticks=ticks, xticklabels=labels, yticklabels=labels)
+            axes.imshow(weights[layer][head].tolist(), cmap="Blues", vmin=0, vmax=1)
+            axes.tick_params(labelsize=5)
+            axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+        figure.savefig(path, dpi=150)
+
+def run_inspect(typed: dict) -> None:
+    """--mode inspect: a line for each token after the first; attention.png for up to 48 tokens."""
+    command = pick(Command, typed)
+    model, tokenizer, _ = load_for_use(typed)
+    ids = encode_prompt(tokenizer, typed.get("prompt", ""))
+    if not 1 < len(ids) <= model.config.block_size:
+        raise UserError(f"--prompt: {len(ids)} tokens; must be 2 to {model.config.block_size}")
+    p, weights = look_inside(model, torch.tensor([ids]))
+    labels = [repr(tokenizer.decode([i])) for i in ids]
+    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    for row, i, label in zip(p, ids[1:], labels[1:]):
+        guesses = [(tokenizer.decode([j]), row[j].item()) for j in row.topk(5).indices.tolist()]
+        bar = f"{green}{'#' * round(10 * row[i].item()):10}{plain}"
+        others = "".join(f"  {guess!r} {q:.2f}" for guess, q in guesses)
+        record = {"token": tokenizer.decode([i]), "p": row[i].item(), "likeliest": guesses}
+        print(json.dumps(record) if command.json else f"{label:>10} {row[i]:.3f} {bar}{others}")
+    if weights and len(ids) <= 48:
+        draw_attention(Path(command.out_dir, "attention.png"), weights, labels)
 
 # ==================================================================================================
 # Part V: The command line
 #
-# Every setting is a flag: the dataclasses say which there are, with defaults and meanings, and the
-# tables what they may be. Settings come from the defaults, then the preset, then what was typed.
+# Every field of a dataclass is a flag, with its default and its comment; the tables say what it may
+# be. Settings come from the defaults, then the preset, then what was typed.
 # ==================================================================================================
 
 import argparse
@@ -2106,12 +2173,11 @@ import inspect
 from dataclasses import MISSING, fields, replace
 
 Preset = collections.namedtuple("Preset", "about settings")  # what differs from the defaults
-
 PRESETS = {
     "plain": Preset("Part I and nothing else, at the laptop's size", dict(
         n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0, batch_size=16, grad_accum=1,
         max_steps=1500, learning_rate=6e-3, min_lr=1e-4)),
-    "laptop": Preset("the best model that two CPU cores train in 3 1/2 minutes", dict(
+    "laptop": Preset("the best model that two CPU cores train in some three minutes", dict(
         n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False, pos="rope",
         qk_norm=True, activation="relu2", attention="fused", batch_size=4, grad_accum=1,
         sampling="even", short_share=0.85, max_steps=2200, optimizer="muon", learning_rate=7e-3,
@@ -2121,7 +2187,7 @@ PRESETS = {
         bias=False, attention="fused", patience=4)),
     "modern": Preset("the reference's size with RoPE, SwiGLU, Muon", dict(
         bias=False, norm="rmsnorm", pos="rope", qk_norm=True, activation="swiglu", beta2=0.95,
-        attention="fused", optimizer="muon", learning_rate=3e-3, schedule="linear", min_lr=0.0,
+        attention="fused", optimizer="muon", learning_rate=5e-3, schedule="linear", min_lr=0.0,
         grad_accum=1)),
     "mini": Preset("two wide layers of Part I's kind, with dropout", dict(
         n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1, attention="fused",
@@ -2131,8 +2197,7 @@ PRESETS = {
         attention="fused", batch_size=16, grad_accum=1)),
     "gpt2": Preset("GPT-2 small's shape, for large corpora and large GPUs", dict(
         n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, attention="fused",
-        batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95, patience=4,
-        checkpoint_interval=0)),
+        batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95)),
     "bigram": Preset("the baseline: the next character from this one alone", dict(
         model="bigram", dropout=0.0, block_size=64, grad_accum=1, max_steps=1000,
         learning_rate=5e-2, min_lr=5e-3, weight_decay=0.0, log_interval=100)),
@@ -2147,6 +2212,9 @@ class Command:
     checkpoint: str = ""  # the model to use; else best.pt of out_dir
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     resume: bool = False  # train on from latest.pt of out_dir
+    init_from: str = ""  # train: begin with the weights of this checkpoint or folder
+    export_dir: str = ""  # export: the folder to write; else out_dir/hf
+    json: bool = False  # inspect: records instead of lines
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
     bench_seconds: float = 4.0  # bench: time for each figure
@@ -2159,20 +2227,19 @@ class GenerateConfig:
     temperature: float = 0.8  # 0: always the likeliest; 1: as learned
     top_k: int | None = None  # draw from the k likeliest tokens only
     top_p: float | None = None  # draw from the likeliest tokens that reach this sum
-    num_samples: int = 1  # continuations to write
+    num_samples: int = 1  # continuations to write, one after the other
     stop: str = ""  # end before this text appears
     cache: bool = True  # keep keys and values instead of computing them again
 
 CHOICES = {"model": MODELS, "norm": NORMS, "norm_position": BLOCKS, "pos": POSITIONS,
            "activation": ACTIVATIONS, "attention": ATTENTION, "tokenizer": TOKENIZERS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "preset": ["auto", *PRESETS],
-           "sampling": ["random", "even"], "dtype": ["auto", "float32", "bfloat16", "float16"]}
+           "sampling": ["random", "even"], "dtype": ["auto", "float32", "bfloat16"]}
 
 # From where to where a setting goes; otherwise whole numbers begin at 1 and others at 0.
 RANGES = {
     "vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9), "top_p": (0, 1),
-    "short_share": (0, 1),
-    **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
+    "short_share": (0, 1), **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
     **dict.fromkeys(["seed", "warmup_steps", "sample_tokens", "checkpoint_interval", "patience",
                      "max_tokens"], (0, 2**63 - 1)),
 }
@@ -2202,11 +2269,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The flags, in groups. A flag that is not typed is absent from what is parsed."""
-    presets = "".join(f"\n  {name:8}{preset.about}" for name, preset in PRESETS.items())
     parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Train a GPT, and write with it. --no_NAME turns a switch off.",
-                    epilog="presets:" + presets, formatter_class=lambda prog:
-                    argparse.RawDescriptionHelpFormatter(prog, width=80, max_help_position=26))
+                    description="Train a GPT, write with it, and look inside.", formatter_class=
+                    lambda prog: argparse.HelpFormatter(prog, width=80, max_help_position=26))
     for title, config in {"common": Command, "the model": GPTConfig, "training": TrainConfig,
                           "writing": GenerateConfig}.items():
         group, help = parser.add_argument_group(title), comments(config)
@@ -2215,42 +2280,34 @@ def build_parser() -> Parser:
             shown = "" if f.default in (None, "", False, MISSING) else f" ({f.default})"
             options = {"help": help[f.name] + shown, "dest": f.name}
             if kind is bool:
-                group.add_argument(f"--{f.name}", action="store_true", **options)
-                group.add_argument(f"--no_{f.name}", action="store_false",
-                                   **{**options, "help": argparse.SUPPRESS})
+                options["action"] = argparse.BooleanOptionalAction
             elif f.name in CHOICES:
-                group.add_argument(f"--{f.name}", choices=CHOICES[f.name], **options)
+                options["choices"] = CHOICES[f.name]
             else:
                 read = str if kind is str else functools.partial(read_number, f.name, kind)
-                group.add_argument(f"--{f.name}", type=read, metavar=f.name.upper(), **options)
+                options |= {"type": read, "metavar": f.name.upper()}
+            group.add_argument(f"--{f.name}", **options)
     return parser
 
 def parse(argv: list[str]) -> dict:
     """What was typed, and nothing else. --max-steps is understood as --max_steps."""
-    parser, arguments = build_parser(), []
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        known = "--" + flag[2:].replace("-", "_")
-        if known in parser._option_string_actions:
-            argument = known + equals + value
-            if value == "--":  # which argparse cannot read
-                raise UserError(f"{argument}: -- is no value; give another, or leave the flag out")
-        arguments.append(argument)
-    return vars(parser.parse_args(arguments))
+    spelled = [re.sub("^--[a-z-]+(?=$|=)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+               for word in argv]
+    for word in filter(re.compile(r"--\w+=--$").match, spelled):  # argparse cannot read these
+        raise UserError(f"{word}: -- is no value; give another, or leave the flag out")
+    return vars(build_parser().parse_args([re.sub("^--no_", "--no-", word) for word in spelled]))
 
 def pick(config_class, settings: dict):
     """A config made of those of the settings that belong to it."""
     return config_class(**{f.name: settings[f.name] for f in fields(config_class)
                            if f.name in settings})
 
-def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, TrainConfig]:
-    """Settings of model and training: those of a checkpoint or preset, over them what was typed."""
+def find_settings(typed: dict, device: torch.device, state=None, origin=None):
+    """Settings of model (a dict) and training: those of a checkpoint or preset, over them what was
+    typed. Of a checkpoint that the run goes on from, or begins with (origin), some must stay."""
     if state:
         base = {**state["model_config"], **state["train_config"]}
-        for name, value in typed.items():
-            if name not in MAY_CHANGE and value not in (base.get(name, value), "auto"):
-                raise UserError(f"--{name} {value}: cannot change on --resume, the run began with "
-                                f"{base[name]}; leave the flag out, or start a new run")
+        fixed, reason = base.keys() - MAY_CHANGE, "cannot change on --resume, the run"
     else:
         name, why = typed.get("preset", "auto"), "as asked"
         if name == "auto":
@@ -2258,6 +2315,13 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
         say(f"preset {name} ({why}): {PRESETS[name].about}. Others, by --preset: "
             + ", ".join(other for other in PRESETS if other != name))
         base = {"vocab_size": 1024, **PRESETS[name].settings, "preset": name}
+        fixed, reason = set(), ""
+    if origin:
+        base |= {**origin["model_config"], "tokenizer": origin["tokenizer"][0]}
+        fixed, reason = {*origin["model_config"], "tokenizer"} - {"dropout"}, "--init_from"
+    for name in typed.keys() & fixed:
+        if typed[name] not in (base[name], "auto"):
+            raise UserError(f"--{name} {typed[name]}: {reason} has {base[name]}; leave it out")
     settings = {**base, **typed, "preset": base["preset"]}
     config = pick(TrainConfig, settings)
     if "vocab_size" in typed and config.tokenizer != "bpe":
@@ -2265,24 +2329,14 @@ def find_settings(typed: dict, device: torch.device, state=None) -> tuple[dict, 
     config = replace(config, dtype=find_dtype(config.dtype, device))
     return asdict(pick(GPTConfig, settings)), config
 
-def steps_for(n: int, sizes: dict, config: TrainConfig) -> int:
-    """A preset's steps on n tokens: without dropout no more than six passes over them, after which
-    the validation loss would rise (tried on two texts of 64 and of 254 KB)."""
-    steps = max(6 * n // (config.batch_size * config.grad_accum * sizes["block_size"]), 1)
-    if steps >= config.max_steps or sizes["dropout"] > 0:
-        return config.max_steps
-    say(f"{steps} steps, six passes over this text, in place of the preset's {config.max_steps}; "
-        "after more a model knows it by heart. --max_steps overrules this")
-    return steps
-
 def prepare_run(typed: dict) -> FullRun:
     """A run, new or resumed: its settings, then its text, then its model."""
     command = pick(Command, typed)
     out_dir, device, state = Path(command.out_dir), find_device(command.device), None
     latest = out_dir / "latest.pt"
     if command.checkpoint:
-        raise UserError(f"--checkpoint {command.checkpoint}: to train on from it, copy it to "
-                        f"{latest} and use --resume")
+        raise UserError(f"--checkpoint {command.checkpoint}: to train on from it use --init_from, "
+                        f"or copy it to {latest} and use --resume")
     if not command.resume:
         refuse_used(out_dir)
     elif latest.exists():
@@ -2290,27 +2344,25 @@ def prepare_run(typed: dict) -> FullRun:
         say(f"resuming {latest} at step {state['step']}")
     else:
         say(f"--resume: there is no {latest} yet, so a new run begins")
-    sizes, config = find_settings(typed, device, state)
+    origin = read_checkpoint(Path(command.init_from)) if command.init_from and not state else None
+    sizes, config = find_settings(typed, device, state, origin)
     data = command.data or (state["corpus"]["data"] if state else "")
-    path = find_corpus(data)
-    text, sha256 = read_text(path)
+    path, text, sha256 = read_corpus(data)
     if state and sha256 != state["corpus"]["sha256"]:
-        raise UserError(f"--data {path}: cannot change on --resume, and this is not the text that "
-                        f"{latest} was trained on; name that one, or start a new run")
-    if state:
-        model, tokenizer = model_from_checkpoint(state)
-        corpus = encode_corpus(text, tokenizer, sizes["block_size"])
+        raise UserError(f"--data {path}: not the text of {latest}; name that, or start a new run")
+    if state or origin:
+        model, tokenizer = model_from_checkpoint(state or {**origin, "model_config": sizes})
     else:
         tokenizer = make_tokenizer(config.tokenizer, text, sizes["vocab_size"])
-        corpus = encode_corpus(text, tokenizer, sizes["block_size"])
-        if "max_steps" not in typed:
-            config.max_steps = steps_for(len(corpus.train), sizes, config)
         model = new_model(GPTConfig(**{**sizes, "vocab_size": tokenizer.vocab_size}), config.seed)
+    corpus = encode_corpus(text, tokenizer, sizes["block_size"])
+    tokens_per_step = config.batch_size * config.grad_accum * sizes["block_size"]
+    steps = max(6 * len(corpus.train) // tokens_per_step, 1)
+    if not state and "max_steps" not in typed and steps < config.max_steps and not sizes["dropout"]:
+        config.max_steps = steps  # beyond, the validation loss rises (seen on 64 and 254 KB)
+        say(f"{steps} steps, six passes over this text; after more a model knows it by heart. "
+            "--max_steps overrules this")
     out_dir.mkdir(parents=True, exist_ok=True)
-    same = sizes, asdict(config), sha256, state and state["step"]
-    if any(other != same for other in gather(same)):
-        raise UserError(f"--data {path}: text, settings or checkpoint are not the same in all "
-                        "processes; give all the same command and the same files")
     run = FullRun(model, tokenizer, corpus, config, out_dir, device,
                   {"data": data and str(Path(data).absolute()), "sha256": sha256})
     if state:
@@ -2328,8 +2380,8 @@ def prepare_run(typed: dict) -> FullRun:
 def run_train(typed: dict) -> tuple[float, float, float]:
     """--mode train. Returns the best model's nats per token, bits per character, and seconds."""
     run = prepare_run(typed)
-    with stop_signals() as run.signals:
-        nats = train(run)
+    run.signals = heed_signals()
+    nats = train(run)
     return nats, bits_per_character(nats, run.corpus), run.seconds
 
 def load_for_use(typed: dict):
@@ -2341,9 +2393,15 @@ def load_for_use(typed: dict):
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return model.to(find_device(command.device)), tokenizer, state
 
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """Its ids; without any, the one that a sample begins with."""
+    try:
+        return tokenizer.encode(prompt) or [tokenizer.start]
+    except UserError as problem:
+        raise UserError(f"--prompt {prompt!r}: {problem}") from None
+
 def show_text(tokenizer, tokens, stop: str) -> None:
-    """Prints a text while its tokens are drawn, up to where it ends. Half a character, and what may
-    become the stop text, are held back."""
+    """Prints a text as it is drawn. Half a character, or half of the stop text, is held back."""
     ids, shown = [], 0
     for token in tokens:
         if token.item() == tokenizer.end:
@@ -2359,13 +2417,9 @@ def show_text(tokenizer, tokens, stop: str) -> None:
     print(tokenizer.decode(ids)[shown:])
 
 def run_generate(typed: dict) -> None:
-    """--mode generate"""
     config = pick(GenerateConfig, typed)
     model, tokenizer, _ = load_for_use(typed)
-    try:
-        start = tokenizer.encode(config.prompt) or [tokenizer.start]
-    except UserError as problem:
-        raise UserError(f"--prompt {config.prompt!r}: {problem}") from None
+    start = encode_prompt(tokenizer, config.prompt)
     seed = typed.get("seed", TrainConfig.seed)
     for number in range(config.num_samples):
         print("---------------\n" * (number > 0) + tokenizer.decode(start), end="", flush=True)
@@ -2376,24 +2430,24 @@ def run_generate(typed: dict) -> None:
                                            generator, read), config.stop)
 
 def run_eval(typed: dict) -> None:
-    """--mode eval"""
     model, tokenizer, state = load_for_use(typed)
-    path = find_corpus(typed.get("data", state["corpus"]["data"]))
-    text, sha256 = read_text(path)
-    if sha256 != state["corpus"]["sha256"]:
+    path, text, sha256 = read_corpus(typed.get("data", state["corpus"]["data"]))
+    if state["corpus"]["sha256"] not in ("", sha256):
         say(f"note: {path} is not the text that this model was trained on")
     corpus = encode_corpus(text, tokenizer, model.config.block_size)
-    nats = evaluate(model, corpus.val, progress=Progress())
+    nats = evaluate(model, corpus.val, progress=show_progress)
     print(describe_loss(nats, corpus))
 
 MODES = {"train": run_train, "generate": run_generate, "eval": run_eval, "ablate": run_ablate,
-         "bench": run_bench}
+         "bench": run_bench, "inspect": run_inspect, "export": run_export}
 CHOICES["mode"] = MODES
 
 def explain(problem: Exception) -> str:
     """A user's mistake in one line. What is nobody's mistake is raised again."""
     if isinstance(problem, UserError):
         return str(problem)
+    if isinstance(problem, ImportError):
+        return f"{problem.name} is not installed, which this needs: pip install {problem.name}"
     if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
         problem = problem.__context__
     if isinstance(problem, OSError):
@@ -2427,7 +2481,7 @@ def main(argv: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
-    except (UserError, OSError, MemoryError, RuntimeError) as problem:
+    except (UserError, OSError, MemoryError, RuntimeError, ImportError) as problem:
         if process_rank() > 0:  # if it is a mistake of all, the first one tells it meanwhile
             time.sleep(3)
         print(f"error: {explain(problem)}", file=sys.stderr, flush=True)
@@ -2437,7 +2491,6 @@ def main(argv: list[str] | None = None) -> int:
             torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
     if torch.distributed.is_torchelastic_launched():  # PyTorch's own threads may abort a plain exit
         sys.stdout.flush()

@@ -153,17 +153,6 @@ def test_the_title_page_promises_the_parts_of_the_book():
     promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
     assert promised == re.findall(r"(?m)^# (Part [IV]+): (.*)", SOURCE) and len(promised) == 5
 
-def test_sample_text_has_the_form_of_the_corpus_and_repeats_no_line():
-    """Speaker in capitals, verse lines, a blank line; long enough; nothing twice."""
-    text = SAMPLE.read_text(encoding="utf-8")
-    assert len(text.encode()) >= 200 * 1024
-    lines = [line for line in text.split("\n") if line]
-    assert len(lines) == len(set(lines))
-    for speech in text.strip("\n").split("\n\n"):
-        speaker, *verse = speech.split("\n")
-        assert re.fullmatch(r"[A-Z' -]+:", speaker) and len(verse) >= 4
-        assert all(len(line) <= 60 and line == line.strip() for line in verse)
-
 # ---- Part I stands alone -------------------------------------------------------------------------
 PART_I = SOURCE[: SOURCE.index(f"# {'=' * 98}\n# Part II: ")]
 
@@ -218,7 +207,6 @@ def test_part_one_alone_trains_saves_goes_on_and_writes(part_one, tmp_path):
     idx = torch.tensor([tokenizer.encode("Speak")])
     text = tokenizer.decode(model.generate(idx, 20, 0.8, top_k=9, top_p=0.9)[0].tolist())
     assert text.startswith("Speak") and len(text) == 25
-    assert len(part_one.likeliest(model, tokenizer, "Speak")) == 5
 
 def test_the_program_at_the_end_of_part_one_runs(part_one, tmp_path, monkeypatch):
     """As printed, with the names of Part I alone, but for the sizes, which are cut down here."""
@@ -467,31 +455,6 @@ def test_forward_is_tables_blocks_norm_and_head(changes):
             x = model.h[i](x)
         assert_close(model(idx, start=start)[0], layer_norm(x, model.ln_f) @ model.lm_head.weight.T)
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_logits_are_those_of_hugging_faces_gpt2(bias):
-    """With our weights, the c_ ones transposed: a foreign implementation of the whole model."""
-    transformers = pytest.importorskip("transformers")
-    model, idx = small_model(bias=bias, n_layer=3).float().eval(), random_ids(4, 8)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=8, n_layer=3, n_head=2)).eval()
-    state = {key: torch.zeros_like(value) for key, value in theirs.state_dict().items()
-             if key.endswith("bias") and not bias}
-    for key, value in model.state_dict().items():
-        place = key if key == "lm_head.weight" else f"transformer.{key}"
-        state[place] = value.t() if "c_" in key else value
-    theirs.load_state_dict(state)
-    assert_close(model(idx)[0], theirs(idx).logits, 1e-5)
-
-def test_state_dict_has_the_names_of_gpt2():
-    """Other tools find the weights by these names."""
-    block = ["ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
-             "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
-             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
-    expected = ["wte.weight", "wpe.weight"] + [f"h.{i}.{k}" for i in range(2) for k in block] + \
-        ["ln_f.weight", "ln_f.bias", "lm_head.weight"]
-    assert list(GPT(small_config()).state_dict()) == expected
-    assert not any("bias" in k for k in GPT(small_config(bias=False)).state_dict())
-
 @pytest.mark.parametrize("changes", [dict(tie_weights=False), dict(model="bigram"),
                                      dict(pos="rope", activation="swiglu", qk_norm=True)])
 def test_initialization_is_gpt2s(changes):
@@ -540,7 +503,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="--n_embd 8: must be divisible by --n_head 3"):
         small_config(n_head=3)
     for changes in (dict(pos="rope", n_embd=6), dict(pos="sinusoidal", n_embd=9, n_head=3)):
-        with pytest.raises(UserError, match="--pos: .* even number of channels, not [39]"):
+        with pytest.raises(UserError, match="--pos: [39] channels make no pairs"):
             GPT(small_config(**changes))
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -599,15 +562,10 @@ def test_filters_reach_the_draw_and_act_after_the_temperature():
         assert minigpt.draw_token(logits * size, temperature).tolist() == [[1], [0]]
 
 def test_the_same_random_numbers_write_the_same_text():
-    """Without dropout. And the likeliest tokens are told with their probabilities."""
+    """Without dropout."""
     model, idx = small_model(dropout=0.5), random_ids(1, 1)
-    tokenizer = CharTokenizer(list("abcdefghijk"))
     texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-    shares, ids = torch.softmax(model.eval()(idx)[0][0, -1], dim=-1).topk(3)
-    told = minigpt.likeliest(model, tokenizer, tokenizer.decode(idx[0].tolist()), 3)
-    assert [name for name, _ in told] == [tokenizer.itos[i] for i in ids]
-    assert [share for _, share in told] == pytest.approx(shares.tolist(), abs=6e-4)
 
 def test_the_window_moves_by_halves_and_only_when_it_is_full():
     """Against a text that grows token by token. Fails for a start off by one."""
@@ -703,8 +661,7 @@ def small_corpus():
     return Corpus(*random_ids(200).split([150, 50]), val_characters=100)
 
 def test_estimating_the_loss_leaves_no_trace():
-    """No dropout, no gradients, no random numbers used; the same batches each time. A step then has
-    dropout again."""
+    """No dropout, no gradients, no random numbers used; the same batches each time."""
     model, c = small_model(dropout=0.5), TrainConfig(batch_size=3, eval_batches=4)
     before, corpus = torch.get_rng_state(), small_corpus()
     first = minigpt.estimate_loss(model, corpus, c)
@@ -868,22 +825,21 @@ def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(norm, ki
     assert_close(layer(x), before, 1e-3)
 
 def test_sinusoids_are_the_papers_over_the_root_of_the_width():
-    """Entry by entry, sine and cosine side by side; not learned, not saved."""
+    """Entry by entry, sine and cosine side by side; saved, but not learned."""
     table = GPT(small_config(pos="sinusoidal", n_embd=12, block_size=40)).wpe(torch.arange(40))
     for t, i in itertools.product((0, 1, 7, 39), range(6)):
         a, entries = t * 10000 ** (-2 * i / 12), table[t, 2 * i : 2 * i + 2] * math.sqrt(12)
         assert entries.tolist() == pytest.approx([math.sin(a), math.cos(a)], abs=1e-5)
-    names = list(GPT(small_config()).state_dict())
-    for pos in ("sinusoidal", "rope"):
-        assert list(GPT(small_config(pos=pos)).state_dict()) == [n for n in names if "wpe" not in n]
+    model, names = GPT(small_config(pos="sinusoidal")), list(GPT(small_config()).state_dict())
+    assert list(model.state_dict()) == names and "wpe.weight" not in dict(model.named_parameters())
+    assert list(GPT(small_config(pos="rope")).state_dict()) == [n for n in names if "wpe" not in n]
 
 VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "bias"), values))
             for values in itertools.product(minigpt.NORMS, minigpt.BLOCKS, minigpt.POSITIONS,
                                             minigpt.ACTIVATIONS, (False, True), (True, False))]
 
 def test_token_shift_shows_half_of_the_channels_of_the_position_before():
-    """To attention and to the MLP, after the norm if that comes first; before the first position
-    there are zeros."""
+    """To attention and MLP, after the norm if that comes first; at first there are zeros."""
     def shifted(x):
         return torch.cat([F.pad(x, (0, 0, 1, 0))[:, :-1, :4], x[..., 4:]], dim=-1)
 
@@ -1089,9 +1045,9 @@ def test_end_of_text_is_one_token_that_no_merge_touches():
     assert tokenizer.end == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
     assert not any(b"<" in a + b for a, b in tokenizer.merges)
 
-def test_bpe_files_are_gpt2s(bpe, tmp_path):
-    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved. A file may
-    hold what our trainer never learns, two merges that make one token: the ids must not shift."""
+def test_bpe_files_are_gpt2s(bpe, tmp_path, monkeypatch):
+    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved. Files whose
+    ids are others are refused, not misread."""
     bpe.save(tmp_path)
     vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     assert vocab["!"] == 0 and vocab["Ġ"] == 220 and vocab["Ċ"] == 198  # as in GPT-2's own file
@@ -1099,10 +1055,13 @@ def test_bpe_files_are_gpt2s(bpe, tmp_path):
     for same in (BPETokenizer.load(tmp_path), BPETokenizer(bpe.state)):
         text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
         assert same.merges == bpe.merges and same.encode(text) == bpe.encode(text)
-    a, b, c = b"a", b"b", b"c"
-    twice = BPETokenizer([(a, b), (b, c), (a + b, c), (a, b + c), (c, c)])
-    assert twice.vocab_size == 256 + 4 + 1 and twice.encode("abccc") == [258, 259]
-    assert twice.decode([258, 259, 260]) == "abccc<|endoftext|>"
+    if importable("huggingface_hub"):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+        assert minigpt.make_tokenizer("gpt2", "", 0).merges == bpe.merges
+    vocab["Ġ"], vocab["!"] = 0, 220
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    with pytest.raises(UserError, match="not in GPT-2's order"):
+        BPETokenizer.load(tmp_path)
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -1122,25 +1081,15 @@ def test_pieces_are_those_of_the_reference_pattern():
                  "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c, d in pairs)):
         assert minigpt.piece_pattern().findall(text) == pattern.findall(text)
 
-def test_ids_are_those_of_tokenizers_and_tiktoken(bpe, tmp_path):
-    """On random Unicode; and the Rust trainer learns the same merges from the same text."""
+def test_the_rust_trainer_learns_the_same_merges(bpe, tmp_path):
+    """That of the library tokenizers, from the same text."""
     tokenizers = pytest.importorskip("tokenizers")
-    tiktoken = pytest.importorskip("tiktoken")
     bpe.save(tmp_path)
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
-    theirs.pre_tokenizer = byte_level
-    open_ai = tiktoken.Encoding("ours", pat_str=GPT2_PATTERN, special_tokens={}, mergeable_ranks={
-        token: i for i, token in enumerate(bpe.tokens[:-1])})
-    rng, characters = random.Random(0), assigned_characters()
-    texts = [random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000)]
-    for text in [SAMPLE.read_text(encoding="utf-8"), *texts]:
-        assert bpe.encode(text) == theirs.encode(text).ids == open_ai.encode(text)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = byte_level
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, min_frequency=2, show_progress=False,
-                                             initial_alphabet=byte_level.alphabet())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=599, min_frequency=2, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
     learned = [" ".join(two) for two in json.loads(trained.to_str())["model"]["merges"]]
     assert learned == (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
@@ -1314,8 +1263,7 @@ def test_bpe_run_evaluates_and_writes(tmp_path):
     assert tokenizer.state == BPETokenizer.train(text[:cut], 300).state
 
 def test_a_run_writes_what_it_promises(tiny_run):
-    """Checkpoints named after completed steps, metrics, config, the score. Nothing else: the tokens
-    are in files without a name."""
+    """Checkpoints named after completed steps, metrics, config, the score. Nothing else."""
     folder, err = tiny_run
     assert {p.name for p in folder.iterdir()} - {"loss.png"} == {
         "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
@@ -1355,14 +1303,16 @@ def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
 
     def taking(seconds, function):
         def slow(*args):
+            result = function(*args)
             clock[0] += seconds
-            return function(*args)
+            return result
         return slow
 
     monkeypatch.setattr(minigpt.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(minigpt, "train_step", taking(0.5, step))
     monkeypatch.setattr(minigpt, "estimate_loss", taking(100.0, estimate))
-    err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4")
+    err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4",
+                     "--eval_interval", "2")
     rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
     assert rates == [4 * 2 * 16 * 2] * 2  # 4 x 2 windows of 16 tokens a step, two steps a second
     assert "step 2/4" in err and "0:01:41 left" in err and "to step 4 in 0:05:02;" in err
@@ -1487,7 +1437,7 @@ def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
                            ("preset", "mini", "laptop"), ("seed", 3, 1337), ("dropout", 0.2, 0.1)):
         code, _, err = run_main(*RESUME, tmp_path, f"--{flag}", new)
         assert code == 2 and last_line(err).startswith(f"error: --{flag} {new}: cannot change")
-        assert f"the run began with {old};" in last_line(err)
+        assert f"the run has {old};" in last_line(err)
     assert contents(tmp_path) == before
     resume_tiny(tmp_path, "--max_steps", "8", "--preset", "auto", "--n_embd", "16")
     assert step_of(tmp_path / "latest.pt") == 8 and evaluated(tmp_path) == [0, 3, 6, 8]
@@ -1501,35 +1451,33 @@ def test_another_corpus_is_refused_on_resume(tmp_path):
     mine.write_text(text[::-1], encoding="utf-8")
     for argv in ([], ["--data", mine], ["--data", SAMPLE]):
         code, _, err = run_main(*RESUME, tmp_path / "out", *argv)
-        assert code == 2 and re.match("error: --data .*: cannot change on --resume", last_line(err))
+        assert code == 2 and re.match("error: --data .*: not the text of", last_line(err))
 
 def test_what_may_change_on_resume_does(tmp_path):
-    """The number format, the reports and the patience of the next steps are those now typed; the
-    README lists which they are."""
+    """The format, the reports and the patience are those now typed; the README lists them."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
     assert set(re.findall(r"`(\w+)`", listed)) == minigpt.MAY_CHANGE
     train_tiny(tmp_path, "--max_steps", "2")
-    err = resume_tiny(tmp_path, "--dtype", "float16", "--max_steps", "7", "--eval_interval", "1",
+    err = resume_tiny(tmp_path, "--dtype", "bfloat16", "--max_steps", "7", "--eval_interval", "1",
                       "--sample_tokens", "0", "--log_interval", "3", "--checkpoint_interval", "3",
                       "--patience", "4", "--no_wandb")
-    assert "cpu, float16" in err and "    | " not in err and (tmp_path / "step_000003.pt").exists()
+    assert "cpu, bfloat16" in err and "    | " not in err and (tmp_path / "step_000003.pt").exists()
     assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 6, 7]
     config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
-    assert (config["dtype"], config["patience"], config["wandb"]) == ("float16", 4, False)
+    assert (config["dtype"], config["patience"], config["wandb"]) == ("bfloat16", 4, False)
 
 @pytest.mark.parametrize("name", ["best.pt", "step_1000000.pt", "config.json", "metrics.jsonl"])
 def test_a_new_run_overwrites_nothing(tmp_path, name):
     """A forgotten --resume must not cost a night's work; nor a file of that name not ours."""
     (tmp_path / name).write_text("mine")
     code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
-    assert code == 2 and f"there is a {name} already; use --resume" in last_line(err)
+    assert code == 2 and f"has a {name}; --resume" in last_line(err)
     assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 1
 
 def test_training_leaves_the_users_files_alone(tmp_path):
     """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run or
-    one that goes on; not even the corpus, or files with the names that earlier versions gave their
-    token files."""
+    one that goes on; not even the corpus, or files with names that earlier versions gave."""
     corpus = tmp_path / "corpus.txt"
     shutil.copy(SHORT, corpus)
     for name in ("tokens_train.bin", "tokens_val_0123456789ab.bin", "notes.txt", "best_000003.pt",
@@ -1548,7 +1496,7 @@ def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, val
     one error line, and the files are those of step 0, whose weights are numbers."""
     code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
                             "100", "--learning_rate", "1e30", flag, value)
-    assert code == 2 and f"error: the run has diverged at step {at}: " in last_line(err)
+    assert code == 2 and f"error: the run has diverged at step {at};" in last_line(err)
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
     for name in ("best.pt", "latest.pt"):
         state = load_checkpoint(tmp_path / name)
@@ -1577,25 +1525,24 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, pictures, mo
     assert "no loss.png: pip install matplotlib" in train_tiny(tmp_path, "--max_steps", "1")
 
 def test_metrics_are_strict_json(tmp_path):
-    """An infinite gradient norm, as float16 has them, becomes null; a loss that is no number ends
-    the run."""
+    """An infinite gradient norm becomes null; a loss that is no number ends the run."""
     run = tiny_full_run(tmp_path)
     run.log(step=1, grad_norm=math.inf)
-    with pytest.raises(minigpt.Diverged, match="at step 0: a loss"):
+    with pytest.raises(minigpt.Diverged, match="diverged at step 0"):
         run.log(step=1, val_loss=math.nan)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
 
-def test_the_final_evaluation_shows_how_far_it_is(tmp_path, monkeypatch):
-    """A status line with the time left, in training and in --mode eval: not an hour of silence."""
-    clock = itertools.count(0, 10)
-    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: next(clock))
-    err = train_tiny(tmp_path, "--max_steps", "1")
-    assert re.search(r"^evaluating: \d+%, \d+:\d\d:\d\d left$", err, re.M)
-    _, _, err = run_main("--mode", "eval", "--out_dir", tmp_path)
-    lines = re.findall(r"^evaluating: (\d+)%, (\S+) left$", err, re.M)
-    assert len(lines) >= 5 and lines[-1] == ("100", "0:00:00")
-    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: 110.0)
-    assert str(minigpt.time_left(100.0, 0.25)) == "0:00:30"
+def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatch):
+    """On a terminal, in training and in --mode eval; in a file there would be heaps of it."""
+    commands = (TRAIN + ["--out_dir", tmp_path], ["--mode", "eval", "--out_dir", tiny_run[0]])
+    for command in commands:
+        assert "evaluating" not in run_main(*command)[2]
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    monkeypatch.setattr(io, "StringIO", terminal)
+    shutil.rmtree(tmp_path)
+    for command in commands:
+        shares = re.findall(r"\revaluating: (\d+)%(\n?)", run_main(*command)[2])
+        assert len(shares) > 3 and shares[-1] == ("100", "\n") and ("43", "") in shares
 
 @pytest.mark.slow
 def test_a_real_run_learns(tmp_path):
@@ -1676,20 +1623,6 @@ def test_a_signal_at_any_moment_costs_no_completed_save(tmp_path, start_main, nu
     process.kill(), process.join()
     assert_same_run(stopped / snapshot, spared / snapshot)
     assert step_losses(stopped)[:upto] == step_losses(spared)[:upto]
-
-@POSIX
-def test_ctrl_c_in_the_first_second_shows_no_traceback():
-    """While PyTorch is being imported, which begins when its library is mapped into memory."""
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("no /proc")
-    process = subprocess.Popen([sys.executable, HERE / "minigpt.py", "--help"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch" not in maps.read_text() and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (-2, 130) and "Traceback" not in err
 
 @POSIX
 def test_closed_streams_are_no_error(tiny_run):
@@ -1789,12 +1722,12 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     assert step_of(tmp_path / "latest.pt") == 9 and not list(tmp_path.glob("*.partial"))
 
 # ---- The machine room ----------------------------------------------------------------------------
-def test_device_format_and_preset_are_found(capsys):
+def test_device_format_and_preset_are_found(capsys, monkeypatch):
     """auto takes what is there; the CPU is always there. A GPU gets the reference model, a CPU the
     one that it can train; and auto becomes a format, so that another machine goes on with it."""
     cpu = minigpt.find_device("cpu")
     assert cpu.type == "cpu" and minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
-    assert minigpt.find_dtype("float16", cpu) == "float16"
+    assert minigpt.find_dtype("bfloat16", cpu) == "bfloat16"
     for name in ("nonsense", "cuda:99", "cpu:1", "meta", ""):
         with pytest.raises(UserError, match=f"--device {name}: not here.* auto, .*cpu"):
             minigpt.find_device(name)
@@ -1802,48 +1735,23 @@ def test_device_format_and_preset_are_found(capsys):
         config = minigpt.find_settings({"dtype": "float32"}, torch.device(device))[1]
         assert config.preset == preset
         assert f"preset {preset} (chosen for {device})" in capsys.readouterr().err
-    assert minigpt.find_settings({}, cpu)[1].dtype in ("float32", "bfloat16")
+    for able, name in (({"avx512": True}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert minigpt.find_settings({}, cpu)[1].dtype == name
 
 def test_the_typed_number_format_is_used_for_the_matrix_products(tiny_run, tmp_path):
     """Which lose digits; weights, loss and gradients are float32. A run in 16 bits is another one
     than in float32, and nearly the same."""
     model, x, kinds = minigpt.new_model(small_config(), 0), torch.arange(16).view(2, 8) % 11, []
     model.h[0].mlp.c_fc.register_forward_hook(lambda *args: kinds.append(args[2].dtype))
-    loss = minigpt.MixedPrecision(model, "bfloat16")(x, x)[1]
+    loss = minigpt.MixedPrecision(model)(x, x)[1]
     loss.backward()
     assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     exact = [loss for _, loss, _ in step_losses(tiny_run[0])]
-    for name in ("bfloat16", "float16"):
-        train_tiny(tmp_path / name, "--dtype", name)
-        losses = [loss for _, loss, _ in step_losses(tmp_path / name)]
-        assert losses != exact and losses == pytest.approx(exact, rel=1e-2)
-        run = tiny_full_run(tmp_path, dtype=name)
-        assert run.runner.dtype == getattr(torch, name)
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_float16_scales_gradients_and_takes_the_scale_out(optimizer):
-    """The loss and the norm that a step returns are those of float32, nearly; an infinite gradient
-    moves nothing, neither weights nor the optimizer's state, and halves the scale. Fails if the
-    scale is left in for clipping or logging, or if only some weights skip the step."""
-    results = {}
-    for dtype in ("float32", "float16"):
-        run = tiny_full_run(".", dtype=dtype, optimizer=optimizer, grad_accum=2)
-        step = functools.partial(minigpt.train_step, run.runner, run.optimizer, config=run.config)
-        results[dtype] = [v.item() for v in step(batches=run.batches())]
-    assert results["float16"] == pytest.approx(results["float32"], rel=1e-2)
-    assert results["float16"] != results["float32"] and run.runner.scale == 2.0**16
-
-    def everything():
-        return {"model": {k: v.clone() for k, v in run.model.state_dict().items()},
-                "optimizer": [{k: v.clone() for k, v in state.items()}
-                              for state in run.optimizer.state.values()]}
-
-    before = everything()
-    run.model.ln_f.weight.register_hook(lambda gradient: gradient * math.inf)
-    _, norm = step(batches=run.batches())
-    assert not math.isfinite(norm) and run.runner.scale == 2.0**15
-    assert_same(before, everything())
+    train_tiny(tmp_path, "--dtype", "bfloat16")
+    losses = [loss for _, loss, _ in step_losses(tmp_path)]
+    assert losses != exact and losses == pytest.approx(exact, rel=1e-2)
 
 @pytest.mark.slow
 def test_compilation_that_fails_is_one_error(tmp_path):
@@ -1853,54 +1761,16 @@ def test_compilation_that_fails_is_one_error(tmp_path):
     done = run_command(*TRAIN, "--max_steps", "2", "--out_dir", tmp_path / "a", "--compile", **env)
     check_mistake(done.returncode, done.stdout, done.stderr, ["--compile", "--no_compile"])
 
-def test_a_compiled_model_is_used_where_compilation_works(tmp_path, monkeypatch):
-    """With a backend that needs no compiler: the steps run through it, and the run is the one
-    without it."""
-    real, compiled = torch.compile, []
-
-    def compile(runner):
-        compiled.append(real(runner, backend="eager"))
-        return compiled[-1]
-
-    monkeypatch.setattr(torch, "compile", compile)
-    flags = ["--max_steps", "2", "--checkpoint_interval", "0"]
-    train_tiny(tmp_path / "a", "--compile", *flags)
-    train_tiny(tmp_path / "b", *flags)
-    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
-    assert compiled and tiny_full_run(".", compile=True).runner is compiled[-1]
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_gpu_trains_goes_on_and_writes_as_a_cpu_does(tmp_path, dtype):
-    """The losses of the CPU, nearly, on the GPU that it is told; the text of --temperature 0."""
-    gpu, texts = ["--device", "cuda"], []
-    train_tiny(tmp_path / "cpu", "--dropout", "0")
-    err = train_tiny(tmp_path / "gpu", "--dropout", "0", "--dtype", dtype, "--max_steps", "3", *gpu)
-    assert f"cuda:0, {dtype}" in err
-    resume_tiny(tmp_path / "gpu", "--max_steps", "6", *gpu)
-    for (_, exact, _), (_, loss, _) in zip(*(step_losses(tmp_path / n) for n in ("cpu", "gpu")),
-                                           strict=True):
-        assert loss == pytest.approx(exact, rel=1e-4 if dtype == "float32" else 2e-2)
-    for device in ("cpu", "cuda"):
-        texts.append(run_main("--mode", "generate", "--checkpoint", tmp_path / "cpu" / "best.pt",
-                              "--device", device, "--temperature", "0")[1])
-    assert texts[0] == texts[1] != ""
-
-def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
-    """Without the mark of Windows and its line ends; the parts are cut at nine tenths of the
-    characters; the tokens are those of the whole, since chunks end where lines do."""
+def test_a_corpus_is_its_text(tmp_path):
+    """Without the mark of Windows and its line ends; cut at nine tenths of the characters; two
+    bytes a token; BPE learns nothing from the last tenth."""
     (tmp_path / "a.txt").write_bytes("\ufeffà\r\nb".encode())
-    assert minigpt.read_text(tmp_path / "a.txt")[0] == "à\nb"
-    text, sha256 = minigpt.read_text(SHORT)
+    assert minigpt.read_corpus(tmp_path / "a.txt")[1] == "à\nb"
+    _, text, sha256 = minigpt.read_corpus(SHORT)
     assert sha256 == hashlib.sha256(text.encode()).hexdigest()
-    small = functools.partial(minigpt.chunks, size=100)
-    parts, cut = list(small(text)), int(0.9 * len(text))
-    assert "".join(parts) == text and len(parts) > 9
-    assert all(part[-1] == "\n" and 100 <= len(part) for part in parts[:-1])
-    assert [len(part) for part in small("x" * 350)] == [200, 150] and not list(small(""))
-    monkeypatch.setattr(minigpt, "chunks", small)
+    cut = int(0.9 * len(text))
     for kind in ("char", "bpe"):
-        tokenizer = minigpt.make_tokenizer(kind, text + "é", 300)
+        tokenizer = minigpt.make_tokenizer(kind, text, 300)
         corpus = minigpt.encode_corpus(text, tokenizer, 16)
         assert corpus.train.tolist() == tokenizer.encode(text[:cut])
         assert corpus.val.tolist() == tokenizer.encode(text[cut:])
@@ -1908,8 +1778,9 @@ def test_a_text_in_chunks_is_the_text(tmp_path, monkeypatch):
     minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 16)  # a window is 16 and a target
     with pytest.raises(UserError, match="--block_size 17: must be below .* 17;"):
         minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 17)
-    assert tokenizer.merges == BPETokenizer.train(text[: int(0.9 * (len(text) + 1))], 300).merges
+    assert tokenizer.merges == BPETokenizer.train(text[:cut], 300).merges
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
 def test_freed_memory_is_kept():
     """240 MB in six blocks, asked for again and again, as a training step does: mapped once."""
@@ -1976,8 +1847,7 @@ def server(monkeypatch):
     ("drip", "no answer in time", 1)])
 def test_a_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
     """Each ends in an error that says why, tries again only what may pass and has not timed out,
-    and leaves the old file byte for byte. Fails if a check is skipped or the file is written before
-    it."""
+    and leaves the old file byte for byte. Fails if the file is written before a check."""
     target = tmp_path / "input.txt"
     target.write_bytes(b"old")
     with pytest.raises(download_data.DownloadError, match=why):
@@ -1988,8 +1858,7 @@ def test_a_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
 
 def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys):
     """A dead one, a missing one, one that recovers: the corpus arrives from the third, also into a
-    folder that does not exist yet. Five that send a byte now and then share the time, and a good
-    one at the end still delivers."""
+    folder that does not exist yet. After one that sends a byte now and then there is time left."""
     target, dead = tmp_path / "data" / "input.txt", "http://127.0.0.1:9/dead"
     download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], pause=0.01)
     assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
@@ -1997,11 +1866,6 @@ def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys)
     assert Handler.hits == {"missing": 1, "flaky": 2}
     with pytest.raises(download_data.DownloadError, match="no connection.*404"):
         download_data.download(target, [dead, f"{server}/missing"], pause=0.01)
-    began = time.monotonic()
-    with pytest.raises(download_data.DownloadError):
-        download_data.download(target, [f"{server}/drip"] * 5, seconds=1.0)
-    assert 0.9 < time.monotonic() - began < 5  # without the deadline they take 30 s
-    assert Handler.hits["drip"] == 5
     download_data.download(tmp_path / "b", [f"{server}/drip", f"{server}/good"], seconds=1.0)
     assert (tmp_path / "b").read_bytes() == BODY
 
@@ -2017,8 +1881,7 @@ def test_the_corpus_is_known_by_its_checksum_and_a_failed_write_leaves_nothing(t
     assert os.listdir(tmp_path) == ["input.txt"]
 
 def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
-    """From a file or an address; a wrong one is refused and nothing changes; one that has no end is
-    not read to it."""
+    """From a file or an address; a wrong one, or one without an end, is refused."""
     copy, target = tmp_path / "copy.txt", tmp_path / "input.txt"
     copy.write_bytes(BODY)
     for source in (str(copy), f"{server}/good"):
@@ -2036,10 +1899,11 @@ def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monk
     monkeypatch.setattr(minigpt, "__file__", str(tmp_path / "minigpt.py"))
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/missing"])
     (tmp_path / "data").mkdir()
-    assert minigpt.find_corpus("") == tmp_path / "data" / "sample.txt"
+    (tmp_path / "data" / "sample.txt").write_text("THE")
+    assert minigpt.read_corpus("")[:2] == (tmp_path / "data" / "sample.txt", "THE")
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     for _ in range(2):
-        path = minigpt.find_corpus("")
+        path, _, _ = minigpt.read_corpus("")
         assert path == tmp_path / "data" / "input.txt" and path.read_bytes() == BODY
     assert Handler.hits["good"] == 1
 
@@ -2122,8 +1986,7 @@ for run.step in range(2):
     losses += [sum(gather(loss.item())) / run.processes, norm.item()]
 torch.save({"grads": grads, "losses": losses, "calls": len(calls), "dice": dice,
             "weights": model.state_dict()}, f"{sys.argv[1]}.{run.rank}")
-if run.processes > 1:
-    torch.distributed.destroy_process_group()
+os._exit(0)  # PyTorch's own threads may abort a plain exit
 """
 
 @pytest.mark.slow
@@ -2146,8 +2009,7 @@ def test_two_processes_compute_the_gradients_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
-    """The same losses, up to rounding; one of them prints, and the files are those of a single
-    process."""
+    """The same losses, up to rounding; one of them prints and writes."""
     exact = [*TRAIN, "--dropout", "0", "--max_steps", "40"]
     code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
     assert code == 0 and out == "" and err.count("full validation split") == 1, err
@@ -2159,26 +2021,13 @@ def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
         for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-2)
 
-def test_variables_of_a_cluster_manager_are_not_torchruns(tmp_path, monkeypatch):
-    """Some set these for processes that know nothing of each other."""
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert "full validation split" in train_tiny(tmp_path, "--max_steps", "1")
-
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
     """Of all processes, which torchrun ends as soon as the first one fails: at least one line says
-    what it is. And processes that would train different things are stopped before anything is
-    written, as when one machine has another corpus."""
-    script = tmp_path / "other.py"
-    script.write_text("import os, sys, minigpt\nargv = sys.argv[1:]\n"
-                      f"argv += ['--data', {str(SAMPLE)!r}] * int(os.environ['RANK'])\n"
-                      "code = minigpt.main(argv)\nsys.stderr.flush()\nos._exit(code)\n")
-    main = HERE / "minigpt.py"
-    for argv, named, file in (([], "not the same in all processes", script),
-                              (["--batch_size", "3"], "--batch_size 3: must be divisible by", main),
-                              (["--mode", "eval"], "--mode eval: runs in one process", main)):
-        code, out, err = run_torchrun(2, *TRAIN, *argv, "--out_dir", tmp_path / "out", script=file)
+    what it is."""
+    for argv, named in ((["--batch_size", "3"], "--batch_size 3: not for 2 processes"),
+                        (["--mode", "eval"], "--mode eval: runs in one process")):
+        code, out, err = run_torchrun(2, *TRAIN, *argv, "--out_dir", tmp_path / "out")
         assert code != 0 and re.search(f"^error: .*{named}", err, re.M) and out == "", err
         assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
 
@@ -2187,8 +2036,7 @@ def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
 def test_processes_that_are_stopped_go_on_exactly(tmp_path):
     """With dropout, whose dice differ between the processes. The signal goes to the second process
     alone: they agree on the step after which they stop. And a killed one is started again by
-    torchrun --max_restarts, with --resume from the beginning. The result is that of a run in
-    peace."""
+    torchrun --max_restarts, with --resume from the beginning. The result is that of peace."""
     argv = [*TRAIN, "--max_steps", "40", "--eval_interval", "5", "--dropout", "0.2", "--resume"]
     assert run_torchrun(2, *argv, "--out_dir", tmp_path / "whole")[0] == 0
     for step, number in ((5, signal.SIGTERM), (22, signal.SIGKILL)):
@@ -2238,15 +2086,12 @@ def test_an_ablation_is_the_runs_it_stands_for(tmp_path, pictures):
 
 def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, pictures):
     """A finished run is only evaluated again, an unfinished one is resumed, and the table is the
-    same; also where the records beside them are damaged. Other settings are refused: nothing old is
-    taken for the result of something else."""
+    same. Other settings are refused: nothing old is taken for the result of something else."""
     command = ["--vary", "n_layer=1,2", "--seeds", "1", "--checkpoint_interval", "2"]
     complete, _ = ablate_tiny(tmp_path, *command)
     finished, unfinished = (tmp_path / "ablate_n_layer" / f"n_layer={n}_seed=1337" for n in (1, 2))
     end, before = load_checkpoint(unfinished / "latest.pt"), (finished / "latest.pt").read_bytes()
     shutil.copy(unfinished / "step_000004.pt", unfinished / "latest.pt")
-    (finished / "metrics.jsonl").write_bytes(b'{"step": 3, "val_loss": "low"}\n\xff{"step": 6, "va')
-    (unfinished / "metrics.jsonl").unlink()
     rows, err = ablate_tiny(tmp_path, *command)
     assert [row[:3] for row in rows] == [row[:3] for row in complete]
     assert (finished / "latest.pt").read_bytes() == before
@@ -2272,20 +2117,8 @@ def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
     assert bad == ["learning_rate=1e30", "diverged", "diverged", "diverged", "0 of 1"]
     assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
 
-def test_flops_are_those_that_torch_counts():
-    """6 N + 12 n_layer C T, against the matrix products of a real pass. Fails if the head or the
-    attention is left out, or if the table of tokens, which is only looked up, is counted."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for changes in (dict(), dict(tie_weights=False, activation="swiglu", pos="rope")):
-        model = GPT(replace(small_config(), attention="explicit", n_layer=3, **changes))
-        ids = torch.arange(16).view(2, 8) % 11
-        with FlopCounterMode(display=False) as counter:
-            model(ids, ids)[1].backward()
-        assert counter.get_total_flops() == minigpt.flops_per_token(model) * ids.numel()
-
 def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
-    """Parameters, rates, utilization and memory are what they say. And nothing is written."""
+    """Parameters and rates are what they say. And nothing is written."""
     monkeypatch.chdir(tmp_path)
     bench = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "32",
              "--block_size", "16", "--batch_size", "2", "--max_tokens", "5", "--dtype", "float32"]
@@ -2294,24 +2127,227 @@ def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
     rows = {name: float(value.replace(",", "")) for name, value in
             re.findall(r"^\| ([^|]*) \| ([\d,.e+-]+) \|$", out, re.M)}
     faults = rows.pop("page faults per step")
-    assert len(rows) == out.count("\n") - 3 == 8 and min(rows.values()) > 0 <= faults < 1000
+    assert len(rows) == out.count("\n") - 3 == 4 and min(rows.values()) > 0 <= faults < 1000
     sizes, _ = minigpt.find_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
                                       "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
     model = GPT(GPTConfig(**{**sizes, "vocab_size": 65}))
     assert rows["parameters"] == minigpt.count_parameters(model)
-    assert rows["training, model-FLOPs utilization"] == pytest.approx(
-        minigpt.flops_per_token(model) * rows["training, tokens/s"]
-        / (rows["matrix products, GFLOP/s"] * 1e9), rel=0.03)
-    if sys.platform == "linux":
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-        assert rows["peak memory, MiB"] == pytest.approx(peak, rel=0.1)
     timer = types.SimpleNamespace(blocked_autorange=lambda **_: types.SimpleNamespace(median=0.5))
     monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
     _, out, _ = run_main(*bench)  # were each call half a second: two calls a second
-    for row in ("matrix products, GFLOP/s | 34.4 |", "training, tokens/s | 64 |",
-                "writing, tokens/s | 10 |", "writing, 8 samples at once | 80 |"):
-        assert row in out
+    assert "training, tokens/s | 64 |" in out and "writing, tokens/s | 10 |" in out
     assert not os.listdir(tmp_path)
+
+# ---- Out, and in: against the library itself -----------------------------------------------------
+ROPE = dict(pos="rope", qk_norm=True, bias=False)
+EXPORTED = [
+    ("gpt2", {}), ("gpt2", dict(pos="sinusoidal", activation="relu2", bias=False)),
+    ("gpt2", dict(tie_weights=False, activation="relu", mlp_ratio=3.0)),
+    ("persimmon", dict(pos="rope", tie_weights=False)),
+    ("persimmon", dict(ROPE, activation="relu2", attention="fused")),
+    ("qwen3", dict(ROPE, norm="rmsnorm", activation="swiglu", n_head=4)),
+    ("apertus", dict(ROPE, norm="rmsnorm", activation="relu", tie_weights=False))]
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The library, without its bars of progress."""
+    library = pytest.importorskip("transformers")
+    library.utils.logging.disable_progress_bar()
+    return library
+
+def save_model(folder, tokenizer, **changes):
+    """A best.pt whose weights are far from their start."""
+    changes = dict(vocab_size=tokenizer.vocab_size, n_embd=24, block_size=16) | changes
+    model = small_model(**changes).float()
+    minigpt.save_checkpoint(folder / "best.pt", {
+        "format": minigpt.FORMAT, "step": 1, "tokenizer": (tokenizer.kind, tokenizer.state),
+        "model": model.state_dict(), "model_config": minigpt.asdict(model.config)})
+    return model.eval()
+
+@pytest.mark.parametrize("kind, changes", EXPORTED)
+def test_what_goes_out_computes_the_same_and_comes_back(transformers, tmp_path, kind, changes):
+    """In transformers, which needs no code of ours: the logits to 1e-4, the greedy text, the ids,
+    an error for a character that is not there. Back here: the same bits; out again: the same file.
+    Fails for a matrix that is not transposed, heads that are mixed up, an eps, theta or activation
+    of another model, an id for the end where there is none."""
+    tokenizer, hf = CharTokenizer.train("to be, or not\né😀"), tmp_path / "hf"
+    model = save_model(tmp_path, tokenizer, **changes)
+    code, out, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    assert code == 0 and out.startswith(f"{hf}: {kind};") and float(out.split()[-1]) < 1e-5, err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    idx = random_ids(2, 16, vocab_size=tokenizer.vocab_size)
+    assert_close(theirs(idx).logits, model(idx)[0], 1e-4)
+    assert torch.equal(theirs.generate(idx[:1, :5], max_new_tokens=9, do_sample=False),
+                       model.generate(idx[:1, :5], 9, temperature=0))
+    assert theirs.config.eos_token_id is theirs.config.bos_token_id is None
+    assert theirs.generation_config.max_length == 16
+    characters, text = transformers.AutoTokenizer.from_pretrained(hf), "be not é\n😀, "
+    assert dict(characters(text)).keys() == {"input_ids", "attention_mask"}
+    assert characters(text)["input_ids"] == tokenizer.encode(text)
+    assert characters.decode(tokenizer.encode(text)) == text
+    with pytest.raises(Exception, match="WordLevel"):
+        characters("x")
+    again, back = minigpt.model_from_checkpoint(minigpt.read_checkpoint(hf))
+    assert_same(again.state_dict(), model.state_dict())
+    assert again.config == model.config and back.itos == tokenizer.itos
+    code, _, err = run_main("--mode", "export", "--checkpoint", hf, "--export_dir", tmp_path / "b")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (hf, tmp_path / "b")]
+    assert code == 0 and weights[0] == weights[1], err
+    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), ["--export_dir", "empty"])
+
+def test_byte_pairs_go_out_and_come_back(transformers, tmp_path, bpe):
+    """Every text has the same ids there, with the end of text; and a pipeline writes."""
+    save_model(tmp_path, bpe)
+    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    assert code == 0, err
+    theirs, rng = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), random.Random(0)
+    characters = assigned_characters()
+    for text in ("I'll  go<|endoftext|> now \n", SAMPLE.read_text(encoding="utf-8"), *(
+            random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000))):
+        assert theirs(text)["input_ids"] == bpe.encode(text)
+    assert theirs.decode(bpe.encode("café , 'tis ")) == "café , 'tis "
+    assert theirs.eos_token_id == bpe.end
+    (tmp_path / "hf" / "merges.txt").unlink()  # the library's own file has them, too
+    assert minigpt.read_tokenizer(tmp_path / "hf").merges == bpe.merges
+    write = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
+
+@pytest.mark.parametrize("named, changes", [
+    ("norm_position=post", dict(norm_position="post")), ("norm=none", dict(norm="none")),
+    ("qk_norm=True", dict(qk_norm=True)), ("token_shift=True", dict(token_shift=True)),
+    ("bias=True", dict(ROPE, norm="rmsnorm", activation="swiglu", bias=True)),
+    ("model=bigram", dict(model="bigram"))])
+def test_what_no_architecture_holds_is_refused(tmp_path, named, changes):
+    """In one line, with the setting that stands in the way; nothing is written."""
+    save_model(tmp_path, CharTokenizer.train("abc"), **changes)
+    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), [named])
+    assert not (tmp_path / "hf").exists()
+
+def test_every_preset_but_the_bigram_has_an_architecture():
+    sizes = {name: {"vocab_size": 9, **preset.settings} for name, preset in minigpt.PRESETS.items()}
+    kinds = {name: minigpt.find_architecture(minigpt.pick(GPTConfig, settings))
+             for name, settings in sizes.items() if name != "bigram"}
+    assert kinds == {**dict.fromkeys(kinds, "gpt2"), "laptop": "persimmon", "modern": "qwen3"}
+
+def save_gpt2(transformers, folder, **changes):
+    """As the library writes it, in several files, with GPT-2's own two files for the tokenizer."""
+    tokenizer = BPETokenizer.train(SHORT.read_text(encoding="utf-8"), 300)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**dict(
+        vocab_size=300, n_positions=32, n_embd=96, n_layer=3, n_head=3, initializer_range=0.2,
+        bos_token_id=tokenizer.end, eos_token_id=tokenizer.end), **changes})).eval()
+    model.save_pretrained(folder, max_shard_size="500KB")
+    tokenizer.save(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return model, tokenizer
+
+@pytest.mark.parametrize("runs, changes", [
+    (True, {}), (True, dict(tie_word_embeddings=False, n_inner=60, resid_pdrop=0.3)),
+    (False, dict(vocab_size=310)), (False, dict(layer_norm_epsilon=1e-3)),
+    (False, dict(activation_function="gelu")), (False, dict(scale_attn_by_inverse_layer_idx=True))])
+def test_a_gpt2_runs_here_if_it_computes_what_ours_do(transformers, tmp_path, runs, changes):
+    """Fails if a size, or the tying, is not read, or if logits and vocabulary are not compared."""
+    theirs, tokenizer = save_gpt2(transformers, tmp_path, **changes)
+    if not runs:
+        return check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path), ["can run"])
+    model, ours = minigpt.model_from_checkpoint(minigpt.read_checkpoint(tmp_path))
+    idx = random_ids(2, 32, vocab_size=300)
+    assert_close(model.eval()(idx)[0], theirs(idx).logits, 1e-4)
+    assert ours.merges == tokenizer.merges and model.config.attention == "fused"
+    assert model.config.dropout == theirs.config.resid_pdrop
+
+def test_a_model_of_the_library_is_used_as_ours_are(transformers, tmp_path):
+    """It writes, is scored, looked into, and trained on, with its tokenizer and its sizes, which
+    are not to be changed; dropout may be."""
+    folder, out_dir = tmp_path / "gpt2", tmp_path / "out"
+    save_gpt2(transformers, folder)
+    for mode in ("generate", "eval", "inspect"):
+        code, out, err = run_main("--mode", mode, "--checkpoint", folder, "--prompt", "The tide",
+                                  "--data", SHORT, "--out_dir", tmp_path, "--max_tokens", "5")
+        assert code == 0 and out and "note" not in err, err
+    argv = ["--mode", "train", "--init_from", folder, "--data", SHORT, "--learning_rate", "3e-3",
+            "--max_steps", "12", "--sample_tokens", "0", "--dropout", "0.3", "--out_dir", out_dir]
+    succeed(*argv)
+    losses = [r["val_loss"] for r in metrics_of(out_dir) if "val_loss" in r]
+    assert losses[-1] < losses[0] - 0.3 and losses[0] > 6
+    state = load_checkpoint(out_dir / "best.pt")
+    assert state["model_config"]["dropout"] == 0.3 and state["train_config"]["tokenizer"] == "bpe"
+    argv[2:4] = ["--init_from", out_dir / "best.pt"]  # ours serves as well
+    first = metrics_of(succeed(*argv[:-1], tmp_path / "more") and tmp_path / "more")[0]
+    assert first["val_loss"] == pytest.approx(min(losses), rel=1e-6) and first["step"] == 0
+    argv[-1] = tmp_path / "other"
+    for flag, value in (("--n_layer", "2"), ("--tokenizer", "char"), ("--vocab_size", "400")):
+        check_mistake(*run_main(*argv, flag, value), [f"{flag} {value}", "--init_from has"])
+
+@pytest.mark.parametrize("why, damage", [
+    ("LlamaConfig", "architecture"), ("(ValueError: ['transformer.ln_f.weight']", "tensor"),
+    ("SafetensorError", "cut"), ("config.json", "config"), ("tokenizer.json", "tokenizer"),
+    ("(ValueError: [('transformer.ln_f.weight'", "shape")])
+def test_a_folder_that_is_not_ours_is_one_line(transformers, tmp_path, why, damage):
+    """Another architecture, a missing or misshapen tensor, half a file, no config or tokenizer."""
+    safetensors, hf = pytest.importorskip("safetensors.torch"), tmp_path / "hf"
+    save_model(tmp_path, CharTokenizer.train("abc"), bias=False)
+    assert run_main("--mode", "export", "--out_dir", tmp_path)[0] == 0
+    weights, name = hf / "model.safetensors", "transformer.ln_f.weight"
+    tensors = safetensors.load_file(weights)
+    if damage == "architecture":
+        (hf / "config.json").write_text(json.dumps({
+            "model_type": "llama", "vocab_size": 3, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 1}))
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage in ("config", "tokenizer"):
+        (hf / f"{damage}.json").unlink()
+        (hf / "chars.json").unlink()
+    else:
+        tensors.pop(name)
+        tensors |= {"shape": {name: torch.ones(5)}, "tensor": {}}[damage]
+        safetensors.save_file(tensors, weights, metadata={"format": "pt"})
+    check_mistake(*run_main("--mode", "eval", "--checkpoint", hf), [str(hf), why])
+
+# ---- A look inside -------------------------------------------------------------------------------
+def test_inspect_shows_the_models_own_probabilities_and_attention(tiny_run, tmp_path, pictures):
+    """The logs of what it prints sum to the loss; the likeliest come in order; the shares are those
+    of the equation, whatever kernel the model has: rows sum to 1, nothing above the diagonal."""
+    text = "THE TIDE: me\nO"
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path)
+    argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
+    code, out, err = run_main(*argv, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
+    idx = torch.tensor([tokenizer.encode(text)])
+    loss, T = model.eval()(*pair(idx))[1].item(), idx.shape[1]
+    assert -sum(math.log(r["p"]) for r in records) / len(records) == pytest.approx(loss, abs=1e-4)
+    assert "".join(r["token"] for r in records) == text[1:]
+    p, maps = minigpt.look_inside(model, idx)
+    lines = run_main(*argv)[1].splitlines()
+    for line, r, row in zip(lines, records, p[:-1], strict=True):
+        likeliest = [[tokenizer.decode([i]), row[i].item()] for i in row.topk(5).indices.tolist()]
+        assert r["likeliest"] == likeliest and len(line) <= 80
+        others = "".join(f"  {token!r} {q:.2f}" for token, q in likeliest)
+        assert line == f"{r['token']!r:>10} {r['p']:.3f} {'#' * round(10 * r['p']):10}{others}"
+    q, k, _ = model.h[0].attn.heads(model.h[0].ln_1(model.wte(idx)))
+    scores = (q @ k.mT / q.shape[-1] ** 0.5)[0]
+    scores[:, torch.ones(T, T).triu(1).bool()] = -math.inf
+    assert_close(maps[0], scores.softmax(-1).detach(), 1e-5)
+    assert all(m.shape == (2, T, T) and m.triu(1).abs().sum() == 0 for m in maps)
+    assert (tmp_path / "attention.png").stat().st_size > 10_000 or not importable("matplotlib")
+    for prompt, why in (("ï", "'ï'"), ("T", "1 tokens")):
+        check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
+
+def test_each_head_is_drawn_in_its_place(tmp_path, monkeypatch):
+    """A column for each layer. Fails if layers and heads, or queries and keys, change places."""
+    figure, seen = pytest.importorskip("matplotlib.figure").Figure, []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: seen.append(self))
+    weights, labels = [torch.rand(3, 4, 4) for _ in range(2)], ["'a'", "'b'", "'c'", "'d'"]
+    minigpt.draw_attention(tmp_path / "a.png", weights, labels)
+    for axes in seen[0].axes:
+        place, image = axes.get_subplotspec(), axes.get_images()[0]
+        layer, head = place.colspan.start, place.rowspan.start
+        assert axes.get_title() == f"layer {layer}, head {head}" and image.get_clim() == (0, 1)
+        assert_close(torch.tensor(image.get_array().tolist()), weights[layer][head], 1e-6)
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == labels
+    assert len(seen[0].axes) == 6 and seen[0].get_figwidth() < seen[0].get_figheight()
 
 # ---- The command line, as a user types it --------------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
@@ -2348,13 +2384,13 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --vocab_size 300 => --tokenizer bpe
 --mode train --n_embd 12 --n_head 4 => --pos
 --mode train --out_dir {tmp}/empty.txt/out => {tmp}/empty.txt
---mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & copy it to & --resume
+--mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & --init_from & --resume
 --mode generate --out_dir {tmp}/none => best.pt & train first
---mode eval --checkpoint {tmp} => {tmp}: Is a directory & name another
+--mode eval --checkpoint {tmp} => {tmp}: not a model that can run here & GPT-2
 --mode generate --checkpoint {tmp}/cut.pt => cut.pt: damaged
 --mode eval --checkpoint {tmp}/latin.txt => latin.txt: damaged
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
---mode train --out_dir {run} => --out_dir {run} & already & --resume
+--mode train --out_dir {run} => --out_dir {run} & has a & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
 --mode eval --out_dir {run} --data {tmp}/greek.txt => (U+03""".split("\n")]
@@ -2446,6 +2482,7 @@ def test_dashes_in_flags_and_in_values_are_kept_apart():
     """--max-steps is --max_steps; a prompt, a stop text and a path keep their dashes."""
     assert minigpt.parse(["--warmup-steps=0", "--out-dir", "my-folder", "--no-wandb"]) == {
         "warmup_steps": 0, "out_dir": "my-folder", "wandb": False}
+    assert minigpt.parse(["--prompt=a--no_b"]) == {"prompt": "a--no_b"}
     for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
         assert minigpt.parse(["--prompt", text, "--stop", text]) == {"prompt": text, "stop": text}
     for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b"):
@@ -2516,8 +2553,7 @@ def test_typed_settings_reach_the_writing(tiny_run):
     assert run_main(*generate, "--seed", "2")[1] != run_main(*generate)[1] == run_main(*generate)[1]
 
 def test_several_samples_are_several_texts(tiny_run):
-    """Separated by a line; each continues the prompt; --stop ends each by itself, at its own
-    place."""
+    """Separated by a line; each continues the prompt; --stop ends each at its own place."""
     generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--prompt", "I", "--num_samples",
                 "3", "--max_tokens", "60", "--temperature", "1.5"]
     code, out, _ = run_main(*generate)
@@ -2531,8 +2567,7 @@ def test_several_samples_are_several_texts(tiny_run):
 def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monkeypatch):
     """What was shown stays the beginning of what comes, for every way in which tokens and a stop
     text can meet; half a character waits for its other half, and after the end-of-text token there
-    is nothing. Every character is flushed before the next is drawn: a reader of a pipe sees it at
-    once."""
+    is nothing."""
     tokenizer, dice, out = BPETokenizer.train("aba " * 9, 260), random.Random(0), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
 
@@ -2563,37 +2598,3 @@ def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monke
         assert whole == text + "\n" and len(seen) == len(ids) + 1
     ids = tokenizer.encode("abé ")
     assert show(ids, "xy")[0][-1] == "abé" and show(tokenizer.encode("é")[:1], "")[1] == "\ufffd\n"
-    monkeypatch.undo()
-    events, draw, out = [], minigpt.draw_token, io.StringIO()
-    out.write = lambda text: events.extend([text] * bool(text))
-    out.flush = lambda: events.append("flush")
-    monkeypatch.setattr(minigpt, "draw_token", lambda *a: (events.append("draw"), draw(*a))[1])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        minigpt.main(["--mode", "generate", "--out_dir", str(tiny_run[0]), "--prompt", "A",
-                      "--max_tokens", "4", "--device", "cpu"])
-    assert events[:2] == ["A", "flush"]
-    assert events[2:14:3] == ["draw"] * 4 and events[4:14:3] == ["flush"] * 4
-
-# ---- As a whole ----------------------------------------------------------------------------------
-@pytest.mark.slow
-def test_end_to_end_offline(tmp_path):
-    """A fresh folder without the corpus and without a network: train falls back to the sample and
-    says so, resumes, evaluates and writes, all as a user would type it."""
-    for name in ("minigpt.py", "download_data.py"):
-        shutil.copy(HERE / name, tmp_path)
-    (tmp_path / "data").mkdir()
-    shutil.copy(SAMPLE, tmp_path / "data")
-    tiny = [a for a in TRAIN if a not in ("--data", str(SHORT))]
-    offline = dict(HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", NO_PROXY="",
-                   no_proxy="", OMP_NUM_THREADS="1", PYTHONPATH="")
-    for code, script, argv, *said in (
-            (0, "minigpt.py", tiny, "Training on the small sample", "--source"),
-            (0, "minigpt.py", ["--mode", "train", "--resume", "--max_steps", "9"], "at step 6"),
-            (0, "minigpt.py", ["--mode", "eval"], "nats per token"),
-            (0, "minigpt.py", ["--mode", "generate", "--prompt", "THE TIDE:"], "THE TIDE:"),
-            (2, "download_data.py", [], "\nerror: no source delivered"),
-            (2, "download_data.py", ["--source", "data/sample.txt"], "sample.txt: truncated")):
-        done = run_command(*argv, script=script, cwd=tmp_path, **offline)
-        assert done.returncode == code, done.stderr
-        assert all(words in done.stdout + done.stderr for words in said)
-    assert not (tmp_path / "data" / "input.txt").exists()

@@ -119,12 +119,12 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", required=True)
+    parser.add_argument("--nanogpt", help="where its model.py is")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each group of figures")
     parser.add_argument("--tokenizers", action="store_true", help="only these")
     args, flags = parser.parse_known_args()
     if args.tokenizers:
-        text = minigpt.find_corpus("").read_text(encoding="utf-8")
+        _, text, _ = minigpt.read_corpus("")
         for size in (1024, 8192):
             for name, taken in tokenizer_times(text, size, args.seconds).items():
                 print(f"| {name}, s | {taken:.3f} |")
