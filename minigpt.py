@@ -1424,11 +1424,9 @@ TOKENIZERS |= {"bpe": BPETokenizer, "gpt2": gpt2_tokenizer}
 #           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
 #           S is left out [Jordan 2024]. The factor gives the numbers in a step about the size that
 #           AdamW's have, so one learning rate serves both [Liu et al. 2025, section 2.2].
-# The rest  stays with AdamW: gains and biases, which are no matrices; and the two tables, whose
-#           rows are looked up one by one. The token table is the output matrix, too, where the head
-#           is tied; of the rows that it has, each still belongs to one token.
-# Schedule  --schedule linear: 1 - r in place of the cosine, a straight line.
-# Here      --optimizer muon: 2.050 +- 0.012. --schedule linear alone: 2.259 +- 0.010.
+# The rest  stays with AdamW: gains and biases, which are no matrices, and the two tables, each of
+#           whose rows belongs to one token or one position.
+# Here      --optimizer muon: 2.050 +- 0.012. --schedule linear (1 - r) alone: 2.259 +- 0.010.
 def orthogonalize(G):
     """U V^T for each G = U S V^T of a stack (n, rows, columns), nearly, by matrix products alone;
     rows must not be more than columns, so that X X^T is the smaller of the two squares.
@@ -1499,7 +1497,6 @@ SCHEDULES["linear"] = lambda r: 1 - r
 #           is never seen, and some of it eight times. --sampling even takes the windows at
 #           (i g + offset) mod 1 of the text, i = 0, 1, 2, ..., g the golden ratio: each falls into
 #           one of the largest gaps that those before it left [Weyl 1916; Knuth 1998, section 6.4].
-#           No list is needed of what was seen, only the number of the step.
 # Example   i = 0, 1, 2, 3, 4 and offset 0: 0, 0.62, 0.24, 0.85, 0.47 of the text.
 class BetterBatches(Run):
     """A run whose windows may be short at first, and may cover the text evenly."""
@@ -1543,14 +1540,12 @@ class BetterBatches(Run):
 #     5 layers, 2,000 steps, in place of 4 and 2,500 (2 seeds)          +0.010
 #     3 layers of 192 channels, in equal time                           +0.013
 #     dropout 0.05                                                      +0.02
-#     within 0.002: windows of 1,024 in the end; the mean of the weights of the last 15 % of steps;
-#     a rate that is constant until the last 40 %; every c_proj zero at first; weight decay of 0.5
+#     within 0.002: windows of 1,024; averaged weights; c_proj zero at first; weight decay of 0.5
 
 # ==================================================================================================
 # Part III: The machine room
 #
-# Nothing here is about language. Each chapter is a function or a small class; in the end a subclass
-# of Part I's Run puts them to use, and the loop stays as it was.
+# Nothing here is about language. A subclass of Part I's Run puts it to use; the loop is Part I's.
 # ==================================================================================================
 
 import contextlib
@@ -1607,8 +1602,7 @@ class MixedPrecision(nn.Module):
 #           Linux returns large ones to the system at once and gets them anew in pages of 4 KB, each
 #           mapped and cleared when it is first touched: a page fault.
 # Answer    Tell `malloc`, which hands out memory, to keep what it has.
-# Here      A step of `laptop` has 0 or 1 page faults, without `keep_memory` it had 4,832, 8,160 and
-#           0 in three runs. That cost from a fifth of a step to less than could be measured.
+# Here      A step of `laptop` has 0 or 1 page fault; without `keep_memory` up to 8,160 (of 3 runs).
 def keep_memory() -> None:
     """Makes glibc keep memory that was freed. Where there is no glibc, nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
@@ -2023,6 +2017,7 @@ def their_model(model, kind: str, end: int | None):
         max_position_embeddings=c.block_size, intermediate_size=hidden, n_inner=hidden,
         hidden_act=activation, activation_function=activation, attention_bias=c.bias,
         resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+        attention_dropout=c.dropout, hidden_dropout=c.dropout,
         qk_layernorm=c.qk_norm, rms_norm_eps=RMSNorm.eps, tie_word_embeddings=c.tie_weights,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
         rope_theta=1e4, bos_token_id=None, eos_token_id=end, pad_token_id=None,
@@ -2063,9 +2058,12 @@ def read_tokenizer(folder: Path):
     import tokenizers
 
     with tempfile.TemporaryDirectory() as parts:  # tokenizer.json has both
-        theirs = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        tokenizers.Tokenizer.from_str(theirs).model.save(parts)
-        return BPETokenizer.load(parts)
+        theirs = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_bytes().decode())
+        theirs.model.save(parts)
+        ours, text = BPETokenizer.load(parts), "The  tide's 12\n"
+        if theirs.encode(text).ids != ours.encode(text):
+            raise UserError(f"{folder}: tokenizer.json does not cut a text as GPT-2 does")
+        return ours
 
 @torch.no_grad()
 def read_folder(folder: Path) -> dict:
@@ -2074,8 +2072,8 @@ def read_folder(folder: Path) -> dict:
 
     try:
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32,
-            ignore_mismatched_sizes=True)  # they are in the report
+            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True, dtype=torch.float32)  # they are in the report
         c, tokenizer = theirs.config, read_tokenizer(folder)
         model = GPT(GPTConfig(**getattr(c, "minigpt", None) or dict(
             vocab_size=c.vocab_size, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
@@ -2092,7 +2090,7 @@ def read_folder(folder: Path) -> dict:
     except Exception as problem:
         what = f"{type(problem).__name__}: {problem}".splitlines()[0]
         raise UserError(f"{folder}: not a model that can run here ({what}); name a folder with a "
-                        "GPT-2, or one that --mode export wrote") from None
+                        "GPT-2, one that --mode export wrote, or a file") from None
     return {"model": model.state_dict(), "tokenizer": (tokenizer.kind, tokenizer.state), "step": 0,
             "model_config": asdict(model.config), "corpus": {"data": "", "sha256": ""},
             "error": error}
@@ -2132,6 +2130,7 @@ def look_inside(model, idx):
 def draw_attention(path: Path, weights: list, labels: list[str]) -> None:
     """A picture of each head, a column for each layer."""
     ticks, layers, heads = range(len(labels)), len(weights), len(weights[0])
+    labels = [label.replace("$", r"\$") for label in labels]  # else matplotlib sees a formula
     side = 1 + 0.12 * len(labels)  # inches
     if figure := new_figure(path, side * layers, side * heads):
         for layer, head in itertools.product(range(layers), range(heads)):
@@ -2143,7 +2142,7 @@ def draw_attention(path: Path, weights: list, labels: list[str]) -> None:
         figure.savefig(path, dpi=150)
 
 def run_inspect(typed: dict) -> None:
-    """--mode inspect: a line for each token after the first; attention.png for up to 48 tokens."""
+    """--mode inspect: a line for each token after the first; attention.png, of the first 48."""
     command = pick(Command, typed)
     model, tokenizer, _ = load_for_use(typed)
     ids = encode_prompt(tokenizer, typed.get("prompt", ""))
@@ -2153,13 +2152,14 @@ def run_inspect(typed: dict) -> None:
     labels = [repr(tokenizer.decode([i])) for i in ids]
     green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for row, i, label in zip(p, ids[1:], labels[1:]):
-        guesses = [(tokenizer.decode([j]), row[j].item()) for j in row.topk(5).indices.tolist()]
+        guesses = [(tokenizer.decode([j]), row[j].item()) for j in row.argsort(descending=True)[:5]]
         bar = f"{green}{'#' * round(10 * row[i].item()):10}{plain}"
         others = "".join(f"  {guess!r} {q:.2f}" for guess, q in guesses)
         record = {"token": tokenizer.decode([i]), "p": row[i].item(), "likeliest": guesses}
         print(json.dumps(record) if command.json else f"{label:>10} {row[i]:.3f} {bar}{others}")
-    if weights and len(ids) <= 48:
-        draw_attention(Path(command.out_dir, "attention.png"), weights, labels)
+    if weights:
+        path = Path(command.out_dir, "attention.png")
+        draw_attention(path, [w[:, :48, :48] for w in weights], labels[:48])
 
 # ==================================================================================================
 # Part V: The command line

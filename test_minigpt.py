@@ -145,9 +145,6 @@ def test_numbers_in_the_comments_of_the_chapters_are_true():
     w = nn.Parameter(torch.zeros(2))
     w.grad = torch.tensor([3.0, 4.0])
     assert minigpt.clip_gradients([w], 1.0) == 5.0 and rounded(w.grad) == [0.6, 0.8]
-    for size, millions in (({}, 0.8), (dict(n_layer=8), 1.6), (dict(n_embd=256), 3.2)):
-        sizes = {**dict(vocab_size=65, block_size=128, n_layer=4, n_head=4, n_embd=128), **size}
-        assert round(minigpt.count_parameters(GPT(GPTConfig(**sizes))) / 1e6, 1) == millions
 
 def test_the_title_page_promises_the_parts_of_the_book():
     promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
@@ -1858,7 +1855,7 @@ def test_a_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
 
 def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys):
     """A dead one, a missing one, one that recovers: the corpus arrives from the third, also into a
-    folder that does not exist yet. After one that sends a byte now and then there is time left."""
+    folder that does not exist yet."""
     target, dead = tmp_path / "data" / "input.txt", "http://127.0.0.1:9/dead"
     download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], pause=0.01)
     assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
@@ -1866,8 +1863,6 @@ def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys)
     assert Handler.hits == {"missing": 1, "flaky": 2}
     with pytest.raises(download_data.DownloadError, match="no connection.*404"):
         download_data.download(target, [dead, f"{server}/missing"], pause=0.01)
-    download_data.download(tmp_path / "b", [f"{server}/drip", f"{server}/good"], seconds=1.0)
-    assert (tmp_path / "b").read_bytes() == BODY
 
 def test_the_corpus_is_known_by_its_checksum_and_a_failed_write_leaves_nothing(tmp_path):
     """The first stated here a second time, so that a slip in either place shows. The destination
@@ -1930,15 +1925,6 @@ def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_accoun
     wandb.teardown()  # and its process, so that all is on disk
     assert b"tokens_per_second" in files[0].read_bytes()
     assert_same_run(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
-
-def test_wandb_that_fails_never_ends_a_run(tmp_path, no_wandb_account, monkeypatch):
-    """A package that is broken: one line, and training."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    (tmp_path / "wandb.py").write_text("raise RuntimeError")
-    err = train_tiny(tmp_path / "out", "--max_steps", "1")
-    assert "no Weights & Biases: RuntimeError; --no_wandb" in err
 
 # ---- Several processes ---------------------------------------------------------------------------
 def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
@@ -2209,12 +2195,17 @@ def test_byte_pairs_go_out_and_come_back(transformers, tmp_path, bpe):
     assert theirs.eos_token_id == bpe.end
     (tmp_path / "hf" / "merges.txt").unlink()  # the library's own file has them, too
     assert minigpt.read_tokenizer(tmp_path / "hf").merges == bpe.merges
+    whole = (file := tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8")
+    file.write_text(whole.replace('prefix_space": false', 'prefix_space": true'), encoding="utf-8")
+    with pytest.raises(UserError, match="as GPT-2 does"):
+        minigpt.read_tokenizer(tmp_path / "hf")
     write = transformers.pipeline("text-generation", str(tmp_path / "hf"))
     assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
 
 @pytest.mark.parametrize("named, changes", [
-    ("norm_position=post", dict(norm_position="post")), ("norm=none", dict(norm="none")),
-    ("qk_norm=True", dict(qk_norm=True)), ("token_shift=True", dict(token_shift=True)),
+    ("norm_position=post", dict(ROPE, norm="rmsnorm", activation="swiglu", norm_position="post")),
+    ("qk_norm=True", dict(qk_norm=True)), ("token_shift=True", dict(ROPE, token_shift=True)),
+    ("norm=none", dict(norm="none")),
     ("bias=True", dict(ROPE, norm="rmsnorm", activation="swiglu", bias=True)),
     ("model=bigram", dict(model="bigram"))])
 def test_what_no_architecture_holds_is_refused(tmp_path, named, changes):
@@ -2304,6 +2295,15 @@ def test_a_folder_that_is_not_ours_is_one_line(transformers, tmp_path, why, dama
         tensors |= {"shape": {name: torch.ones(5)}, "tensor": {}}[damage]
         safetensors.save_file(tensors, weights, metadata={"format": "pt"})
     check_mistake(*run_main("--mode", "eval", "--checkpoint", hf), [str(hf), why])
+
+def test_nothing_of_a_folder_is_executed(transformers, tmp_path, monkeypatch):
+    """Not even if someone who is asked would say yes."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {
+        "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path), ["can run here"])
+    assert not (tmp_path / "was_here").exists()
 
 # ---- A look inside -------------------------------------------------------------------------------
 def test_inspect_shows_the_models_own_probabilities_and_attention(tiny_run, tmp_path, pictures):
