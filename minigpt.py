@@ -18,7 +18,7 @@ The file is a book in five parts, to be read from the top:
 
 Part I uses nothing of the parts that follow. Where one of them will have another answer, Part I
 keeps its own in a table (`NORMS`, `ACTIVATIONS`, ...) or in a method that a subclass may replace,
-and says so. `--mode train --preset plain` trains the model of Part I, in two to three minutes on two
+and says so. `--mode train --preset plain` trains the model of Part I, in 2 to 3 minutes on two
 cores; the experiments, "Try it", are variations of that command, each in an --out_dir of its own,
 with the seed 1337.
 
