@@ -41,8 +41,8 @@ A tensor is an array of numbers. We write its sizes in parentheses, for example 
 Each chapter uses the same labels where they apply. "Problem" says what is missing, "Answer" how it
 is solved, "Equation" gives the formula and its source, "Shapes" the sizes that go in and come out,
 "Example" a case that you can check by hand, and "Try it" an experiment that we ran, with its
-result. "Question" asks you something; the answers are at the end of the file. A line that begins with >>>
-is Python, and the lines below it are what it prints. The tests run all of them.
+result. "Question" asks you something; the answers are at the end of the file. A line that begins
+with >>> is Python, and the lines below it are what it prints. The tests run all of them.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class CharTokenizer:
 
 TOKENIZERS = {"char": CharTokenizer}  # Part II adds tokens that are longer than a character
 
-# Question 1   What does encode do with a character that did not occur in the corpus, and why can a
-#              model that was trained on Shakespeare not simply learn it later?
+# Question 1   What does `encode` do with a character that did not occur in the corpus? Could the
+#              model learn it from one more text, without being built anew?
 
 # ---- Batches -------------------------------------------------------------------------------------
 # Problem   To learn what comes next, we need many examples of a context and the token that
@@ -217,7 +217,8 @@ def cut_windows(tokens, block_size: int, starts):
     windows = tokens[positions].long()  # (B, T + 1); Embedding and the loss expect int64
     return windows[:, :-1], windows[:, 1:]
 
-# Question 2   What happens to the loss, and to the model, if the targets are not shifted: y = x?
+# Question 2   What happens to the loss, and to the model, if the targets are not shifted, so that y
+#              = x?
 
 # ---- The task ------------------------------------------------------------------------------------
 # Problem   What is a good prediction, and how do we measure it?
@@ -343,8 +344,9 @@ class Bigram(nn.Module):
 #           --out_dir bigram`. It takes seconds and ends at 2.48 nats per character. Counting the
 #           pairs of the training part (each once more than it occurs, so that no pair is
 #           impossible) gives 2.4819. What a GPT gains over that, it gains by looking further back.
-# Question 3   What would the loss of the bigram model be on a text in which every character always
-#              has the same successor, as in "abcabcabc"?
+
+# Question 3   What would the loss of the bigram model be, after long training, on a text in which
+#              every character always has the same successor, such as "abcabcabc"?
 
 # ---- Attention, step by step ---------------------------------------------------------------------
 # Now we build the GPT. Inside it, each token is a vector of C numbers. Two kinds of parts
@@ -444,7 +446,8 @@ def attention_weights(q, k, mask):
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # row: query; column: key
     return torch.softmax(scores + mask.to(scores.dtype), dim=-1)
 
-# Question 4   In step 4, what would the weights in row 3 be if W_q were multiplied by 10? By 0?
+# Question 4   In step 4, what would the weights in the last row be if W_q were multiplied by 10?
+#              And by 0?
 
 # ---- Attention with several heads ----------------------------------------------------------------
 # Problem   One softmax can concentrate on one thing at a time. A token may need several: the letter
@@ -507,20 +510,24 @@ class CausalSelfAttention(nn.Module):
 
 ATTENTION = {"explicit": CausalSelfAttention}  # Part II adds faster and more capable forms
 
+# Question 5   How many weights does c_attn have with 1 head, and with 4 heads?
+
 # ---- Positions -----------------------------------------------------------------------------------
 # Problem   Attention forms a weighted mean, and a mean does not depend on the order: if we shuffle
 #           the earlier tokens, the last token collects the same. But "dog bites man" and "man bites
 #           dog" mean different things.
-# Answer    Learn a vector for each position from 0 to block_size - 1, and add it to the token's
-#           vector
-#           [Radford et al. 2018, section 3.1]. There is none for later positions, so the context of
-#           this model is limited to block_size tokens.
+# Answer    Learn a vector for each position from 0 to block_size - 1, and add it to the vector of the
+#           token [Radford et al. 2018, section 3.1]. There is none for later positions, so the
+#           context of this model is limited to block_size tokens.
 # Shapes    positions (T,) -> vectors (T, C)
 def learned_positions(config: GPTConfig) -> nn.Module:
     """A table of position vectors, learned like the token vectors."""
     return nn.Embedding(config.block_size, config.n_embd)
 
 POSITIONS = {"learned": learned_positions}  # Part II adds positions that need not be learned
+
+# Question 6   Without position vectors, and in a model of one block, would the last token of "dog
+#              bites man" get the same result if the tokens before it were in another order?
 
 # ---- The MLP -------------------------------------------------------------------------------------
 # Problem   Attention only mixes values. Something has to compute with what it collected.
@@ -555,7 +562,7 @@ class MLP(nn.Module):
     """Two linear layers with an activation function between them: (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
         super().__init__()
-        hidden = int(config.mlp_ratio * config.n_embd)
+        hidden = round(config.mlp_ratio * config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -570,7 +577,7 @@ class MLP(nn.Module):
 
 ACTIVATIONS = {"gelu": MLP}  # Part II adds others
 
-# Question 5   Attention takes a softmax, which is not linear either. Why is that not enough?
+# Question 7   Attention takes a softmax, which is not linear either. Why is that not enough?
 
 # ---- Normalization -------------------------------------------------------------------------------
 # Problem   From layer to layer, the numbers may grow or shrink. A layer learns best if it can rely
@@ -606,6 +613,8 @@ def layer_norm(n: int, config: GPTConfig) -> LayerNorm:
 
 NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 
+# Question 8   What does LayerNorm make of x, and of 10 x?
+
 # ---- The block -----------------------------------------------------------------------------------
 # Problem   We want to stack the parts many times. One layer of attention can only combine what the
 #           tokens are; a second one can combine what the first one found. In `plain`, with 300
@@ -622,8 +631,8 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Example   The gradient that arrives at the last token's vector below 8 blocks, with the additions and
-#           without them:
+# Example   The gradient that arrives at the last token's vector below 8 blocks, with the additions
+#           and without them:
 #
 # >>> generator = torch.manual_seed(0)
 # >>> model = GPT(GPTConfig(65, block_size=16, n_layer=8, n_head=4, n_embd=32, dropout=0.0))
@@ -656,6 +665,8 @@ class Block(nn.Module):
         return x
 
 BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
+
+# Question 9   What does a block compute if all weights and biases of its two c_proj are zero?
 
 # ---- The model -----------------------------------------------------------------------------------
 # Problem   Ids go in, and logits must come out, at every position at once.
@@ -706,11 +717,9 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 #               wpe       block_size C                16,384     position vectors
 #               h         4 blocks of 198,272        793,088
 #                 ln_1      2 C                          256     gain and bias
-#                 attn      4 C^2 + 4 C               66,048     c_attn: 3 C^2 + 3 C; c_proj: C^2 +
-#                 C
+#                 attn      4 C^2 + 4 C               66,048     c_attn 3 C^2 + 3 C, c_proj C^2 + C
 #                 ln_2      2 C                          256
-#                 mlp       8 C^2 + 5 C              131,712     c_fc: 4 C^2 + 4 C; c_proj: 4 C^2 +
-#                 C
+#                 mlp       8 C^2 + 5 C              131,712     c_fc 4 C^2 + 4 C, c_proj 4 C^2 + C
 #               ln_f      2 C                            256
 #               total                                818,048
 #
@@ -787,7 +796,7 @@ def count_parameters(model: nn.Module) -> int:
     """How many numbers are learned. A tied matrix counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
-# Question 6   Before training, the most likely next character is nearly always the input character
+# Question 10  Before training, the most likely next character is nearly always the input character
 #              itself. Why?
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -813,8 +822,10 @@ def count_parameters(model: nn.Module) -> int:
 #           reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
 # Try it    With the trained `plain`, --mode generate --out_dir plain --prompt ROMEO: --temperature
-#           0 repeats itself: @@greedy@@ Taking the most likely token each time does not give a
-#           typical text. --temperature 2 hardly makes words: @@hot@@
+#           0 repeats itself: "I will the shall be so the shall be so so see To make the shall the
+#           shall the shall be some". Taking the most likely token each time does not give a typical
+#           text. --temperature 2 hardly makes words: "TacE! Agai, But-KieR, Frottendft beat laimlt
+#           us!"
 def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
     """Sets the logits (B, V) of tokens that may not be drawn to minus infinity.
 
@@ -889,9 +900,14 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #
 #     text       t  o  _  b  e  _  o  r  _  n  o  t  _  t  o                15 characters
 #     idx        58 53 1  40 43 1  53 56 1  52 53 58 1  58 53               (1, 15)
-# @@trace@@
+#     vectors    of the last `o`: 0.100, 0.087, 0.138, ...                  (1, 15, 128)
+#     blocks     of the last `o`: -2.98, -3.28, -1.60, ...                  (1, 15, 128)
+#     logits     after the last `o`: 4.05, 7.12, -0.57, ...                 (1, 15, 65)
+#     next       _ 0.801   o 0.049   line break 0.037   - 0.031   w 0.016   the most likely of 65
+#     untrained  o 0.053   g 0.024   S 0.021   . 0.021   Z 0.020            all equal would be 0.015
 #
-# Question 7   top_k = 1, temperature = 0 and a tiny top_p all give the same text. Why?
+
+# Question 11  top_k = 1, temperature = 0 and a very small top_p all give the same text. Why?
 
 # ---- The optimizer: AdamW ------------------------------------------------------------------------
 # Problem   The bare loop moved each weight by the learning rate times its derivative. But
@@ -901,9 +917,8 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #           one of the derivative, one of its square.
 # Equation  m = beta1 m + (1 - beta1) g              g: the derivative; m: its running mean
 #           s = beta2 s + (1 - beta2) g * g          s: the running mean of its square
-#           m_hat = m / (1 - beta1^t)                both means start at 0; these corrections make
-#           up
-#           s_hat = s / (1 - beta2^t)                for it, where t counts the steps from 1
+#           m_hat = m / (1 - beta1^t)                both means start at 0; this makes up for it
+#           s_hat = s / (1 - beta2^t)                t counts the steps from 1
 #           w = w - lr * (m_hat / (sqrt(s_hat) + eps) + weight_decay * w)          eps = 1e-8
 #           [Loshchilov and Hutter 2019, algorithm 2; they write v for s. As in PyTorch, lr
 #           multiplies the decay, too. beta1, beta2 and weight_decay are settings; lr is the
@@ -927,6 +942,8 @@ def make_adamw(model: nn.Module, config: TrainConfig):
                              betas=(config.beta1, config.beta2), fused=True)
 
 OPTIMIZERS = {"adamw": make_adamw}  # Part II adds Muon
+
+# Question 12  If the loss were multiplied by 1000, how would the steps of AdamW change?
 
 # ---- The learning rate ---------------------------------------------------------------------------
 # Problem   Which learning rate? At the start, s is a mean over very few gradients, so the steps are
@@ -972,6 +989,8 @@ def get_lr(step: int, config: TrainConfig) -> float:
     r = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
     return config.min_lr + (config.learning_rate - config.min_lr) * SCHEDULES[config.schedule](r)
 
+# Question 13  With warmup_steps = 0, what is the learning rate of the first step?
+
 # ---- Clipping ------------------------------------------------------------------------------------
 # Problem   One unusual batch can give a gradient a hundred times the usual size. With beta1 = 0.9
 #           it dominates m for about 10 steps. With beta2 = 0.99 it inflates s for about 100 steps,
@@ -993,6 +1012,8 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
         for g in gradients:
             g.mul_(scale)
     return norm
+
+# Question 14  The answer about the loss times 1000 makes clipping look useless. Why is it not?
 
 # ---- One step ------------------------------------------------------------------------------------
 # Problem   A large batch gives a gradient with less noise, but it may not fit into memory.
@@ -1058,8 +1079,7 @@ def train_step(model, optimizer, batches, config: TrainConfig):
     optimizer.zero_grad()
     return loss_sum, norm
 
-# First check   A model that works can learn one batch by heart. If the loss on a single batch does
-#               not
+# Check     A model that works can learn one batch by heart. If the loss on a single batch does not
 #           fall to nearly zero, look for a mistake: targets that are not shifted, a wrong mask, a
 #           missing zero_grad. This takes seconds and finds most mistakes:
 #
@@ -1072,7 +1092,8 @@ def train_step(model, optimizer, batches, config: TrainConfig):
 # >>> f"{losses[0]:.1f}, then {losses[50]:.1f}, then {losses[-1]:.1f}"
 # '4.2, then 0.0, then 0.0'
 #
-# Question 8   On noise, what is the best possible loss on the *next* batch, after this training?
+
+# Question 15  After this check, what loss do you expect on another batch of the same noise?
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 # Problem   The loss of one batch is noisy, and on training data it does not show what the model
@@ -1141,6 +1162,9 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
             f"perplexity {perplexity(nats):.4g}, "
             f"{bits_per_character(nats, corpus):.4f} bits per character")
 
+# Question 16  A model with longer tokens, 2.4 characters on average, has a loss of 4 nats per
+#              token. Another one, with characters, has 1.8. Which one predicts the text better?
+
 # ---- A checkpoint --------------------------------------------------------------------------------
 # Problem   A run can end at any moment. What is on disk must be enough to write text, and to
 #           continue the training as if nothing had happened.
@@ -1175,6 +1199,8 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
     model.load_state_dict(state["model"])
     kind, tokenizer_state = state["tokenizer"]
     return model, TOKENIZERS[kind](tokenizer_state)
+
+# Question 17  What would go wrong if the optimizer's means were not saved, and started again at 0?
 
 # ---- The training loop ---------------------------------------------------------------------------
 # Problem   Put everything together, so that we can watch the model learn, stop, and continue.
@@ -1336,6 +1362,8 @@ def train(run: Run, after_step=None) -> None:
 #     train(run)
 #     run.score()
 
+# Question 18  Why does the random seed of a step not simply count up, as seed + step?
+
 # ---- What you should see -------------------------------------------------------------------------
 # `python minigpt.py --mode train --preset plain --out_dir plain` prints the lines below
 # (shortened). Your numbers will differ a little, because processors round differently: by up to
@@ -1343,10 +1371,27 @@ def train(run: Run, after_step=None) -> None:
 # 250 steps there are word-like groups of letters, after 500 many short words, and at the end names,
 # lines and some grammar.
 #
-# @@console@@
+#     corpus data/input.txt: 1,003,854 training and 111,540 validation tokens, vocabulary 65
+#     model gpt: 818,048 parameters; cpu, bfloat16, 2 threads, processes: 1
+#     step 0: training loss 4.2285, validation loss 4.2232 (best so far)
+#         | t3ZrjmhPPqkARxLsXlLUWHoHca  exhkyyyoNddIgAlsvSBUMyccRD$BygX-fntwzkVrM h&?j DJRbsOEHWl
+#     step 25/1500 | loss 2.8439 | lr 1.49e-03 | 30,990 tokens/s | 0:02:39 left
+#     ...
+#     step 250: training loss 2.3437, validation loss 2.3672 (best so far)
+#         | LIZICHh Pe her selte, ouce mes,
+#         | AMy ourese h fot beare hean thig berelis se serimest.
+#     step 500: training loss 1.9139, validation loss 2.0256 (best so far)
+#         | thou morde hathen the do a me hand,
+#         | And gelse thancome with fraceher? hear good be eliese.
+#     ...
+#     step 1500: training loss 1.4552, validation loss 1.6792 (best so far)
+#         | To would for means hath think of lies and him
+#         | With so your wakes many send discer name hands
+#     full validation split, 111,539 tokens: 1.6657 nats per token, perplexity 5.289, 2.4030 bits
+#     per character
 #
 # The final figure is higher than the last estimate of the training loss, because the model has seen
-# the training text about @@epochs@@ times. One pass over the training text is called an epoch.
+# the training text about 3 times. One pass over the training text is called an epoch.
 #
 # Which part brings what? The same number of steps (@@ladder_steps@@) and the settings of `plain`,
 # from the bigram model to the whole, one part at a time. Mean and standard deviation over the seeds
@@ -1362,28 +1407,28 @@ def train(run: Run, after_step=None) -> None:
 # makes them answer questions; a model like ours only continues a text.
 
 # ---- Glossary ------------------------------------------------------------------------------------
-#     accumulation       adding up the gradients of several small batches for one step (One step)
-#     activation         the function between the two layers of the MLP that is not linear (The MLP)
-#     attention          each token collects values from earlier tokens, weighted (Attention, ...)
+# Each term, and the chapter that explains it.
+#
+#     accumulation       adding up the gradients of several small batches (One step)
+#     activation         the function between the layers of the MLP that is not linear (The MLP)
+#     attention          collecting values from earlier tokens, weighted (Attention, step by step)
 #     autoregressive     predicting each token from those before it (The task)
 #     batch              the windows that are processed side by side (Batches)
 #     block              attention and MLP, each with its norm and its addition (The block)
 #     checkpoint         a file from which a run can continue (A checkpoint)
 #     context length     how many tokens the model sees at once, block_size (Positions)
 #     cross-entropy      the mean of -log p of the tokens that came; the loss (The task)
-#     dropout            setting random values to zero during training (Attention with several
-#     heads)
+#     dropout            setting random values to zero in training (Attention with several heads)
 #     embedding          the learned vector of a token or a position (The model)
 #     epoch              one pass over the training text (What you should see)
-#     gradient           the derivatives of the loss with respect to all weights (The simplest
-#     model) head               one of several attentions side by side; also the output layer
-#     (Attention with
-#                        several heads; The model)
+#     gradient           the derivatives of the loss with respect to all weights (The simplest model)
+#     head               one of several attentions side by side (Attention with several heads)
+#     head, output       the layer that turns vectors into logits, lm_head (The model)
 #     learning rate      how far one step moves the weights (The learning rate)
 #     logits             the numbers that a softmax turns into probabilities (The task)
 #     mask               hides later positions from attention (Attention, step by step)
 #     overfitting        the validation loss rises while the training loss falls (Evaluation)
-#     parameter          a number that is learned; also called a weight (The simplest model)
+#     parameter          a number that is learned, also called a weight (The simplest model)
 #     perplexity         exp(loss): as uncertain as a choice among that many tokens (The task)
 #     residual stream    the sum to which every part adds its result (The block)
 #     softmax            turns any numbers into positive numbers that sum to 1 (The task)
@@ -1400,7 +1445,7 @@ def train(run: Run, after_step=None) -> None:
 #
 # "Here" tells what a variation did on this machine: the loss of the preset `plain` after 300 steps
 # with this one change, in nats per character on the full validation split, mean and standard
-# deviation over the seeds 1337, 1338 and 1339. `plain` itself ends at @@here_plain@@. The command
+# deviation over the seeds 1337, 1338 and 1339. `plain` itself ends at 2.279 ± 0.004. The command
 # is
 #
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
@@ -1443,10 +1488,10 @@ class ModelConfig(GPTConfig):
 # Problem   LayerNorm subtracts a mean, divides, multiplies by a gain and adds a bias. Is all of
 #           that needed?
 # Answer    Only rescale: divide by the root of the mean square, and multiply by a gain.
-# Equation  y = x / sqrt(mean(x^2) + eps) * weight   [Zhang and Sennrich 2019, equation 4; eps
-#           added]
+# Equation  y = x / sqrt(mean(x^2) + eps) * weight
+#           [Zhang and Sennrich 2019, equation 4; eps is added]
 # Example   x = [3, 4] has the mean square 12.5, so it becomes [0.85, 1.13] before the gain.
-# Here      --norm rmsnorm: @@here_rmsnorm@@. --norm none, no normalization at all: @@here_none@@.
+# Here      --norm rmsnorm: 2.277 ± 0.011. --norm none, no normalization at all: 2.449 ± 0.002.
 class RMSNorm(nn.Module):
     """Scales the channels of each token to a root mean square of 1, then applies a gain."""
     eps = 1e-5
@@ -1478,7 +1523,7 @@ NORMS["none"] = no_norm
 # Answer    With post-norm, every gradient passes through every norm on its way back. In deep
 #           models, the gradients near the output are then large at the start, and training needs a
 #           long warm-up or fails [Xiong et al. 2020, section 3.3].
-# Here      --block post: @@here_post@@. At the learning rate of `plain`, two of the three seeds
+# Here      --block post: 3.03 ± 0.54. At the learning rate of `plain`, two of the three seeds
 #           hardly learned.
 class PostNormBlock(Block):
     """A block that normalizes the residual stream after each addition."""
@@ -1500,7 +1545,7 @@ BLOCKS["post"] = PostNormBlock
 #           paper multiplies the token vectors by sqrt(C) (its section 3.4). We divide the table by
 #           sqrt(C) instead, which has the same proportions.
 # Shapes    positions (T,) -> vectors (T, C)
-# Here      --pos sinusoidal: @@here_sinusoidal@@.
+# Here      --pos sinusoidal: 2.145 ± 0.020.
 def clock_angles(n_positions: int, n_channels: int) -> torch.Tensor:
     """The angle t w_i of each position t and hand i: (n_positions, n_channels / 2)."""
     if n_channels % 2:
@@ -1544,7 +1589,7 @@ POSITIONS["sinusoidal"] = Sinusoids
 #           same up to the order of the channels. Llama and Qwen pair them as we do.]
 # Example   hs = 2, so w_0 = 1. A query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           dot product cos(2 - 1) = 0.54. At the positions 12 and 11 it is 0.54 again.
-# Here      --pos rope --attention extended: @@here_rope@@. It is the largest gain of any variation
+# Here      --pos rope --attention extended: 1.968 ± 0.007. It is the largest gain of any variation
 #           of the model except token shift.
 class NoPositions(nn.Module):
     """Adds nothing to the token vectors."""
@@ -1579,6 +1624,9 @@ class NoRotation(nn.Module):
 
 POSITIONS["rope"] = NoPositions
 ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
+
+# Question 19  A query at position 5 and a key at position 3 have a score. Which score do the same
+#              query and key have at the positions 105 and 103?
 
 # ---- Attention that can do more: rotation, QK-norm, memory ---------------------------------------
 # Problem   Part I's attention has no place for RoPE. And as training goes on, queries and keys may
@@ -1625,14 +1673,13 @@ ATTENTION["extended"] = Attention
 
 # ---- Activation functions ------------------------------------------------------------------------
 # ReLU      max(0, x), as in the first Transformer. Its square [So et al. 2021, section 3.2] is
-# simple,
-#           and leaves most hidden units at exactly 0.
+#           simple, and leaves most hidden units at exactly 0.
 # SwiGLU    Not a function of one number but a product: silu(x W) * (x U), with silu(z) = z
-# sigmoid(z)
-#           [Shazeer 2020, section 2]. One half decides how much of the other half passes: it is a
-#           gate. W and U stand side by side in `c_fc`. There are three matrices now instead of two,
-#           so the hidden layer is 2/3 as wide, for about the same number of weights.
-# Here      --activation relu: @@here_relu@@. relu2: @@here_relu2@@. swiglu: @@here_swiglu@@. The
+#           sigmoid(z) [Shazeer 2020, section 2]. One half decides how much of the other half
+#           passes: it is a gate. W and U stand side by side in `c_fc`. There are three matrices now
+#           instead of two, so the hidden layer is 2/3 as wide, for about the same number of
+#           weights.
+# Here      --activation relu: 2.266 ± 0.008. relu2: 2.316 ± 0.035. swiglu: 2.266 ± 0.018. The
 #           differences are small, and in full runs they change their order: `laptop` has relu2.
 class ReLU(MLP):
     """An MLP with max(0, x)."""
@@ -1660,10 +1707,13 @@ ACTIVATIONS["relu"] = ReLU
 ACTIVATIONS["relu2"] = SquaredReLU
 ACTIVATIONS["swiglu"] = SwiGLU
 
+# Question 20  With C = 128, how wide is the hidden layer of SwiGLU, and how many weights does its
+#              MLP have?
+
 # ---- An output head of its own -------------------------------------------------------------------
 # Problem   With tied weights, one vector has to say both what a token means and what it follows.
 #           Large models, whose tables are a small part of the whole, keep the two apart.
-# Here      --no_tie_weights: @@here_untied@@.
+# Here      --no_tie_weights: 2.317 ± 0.021.
 def untied_head(wte: nn.Embedding) -> nn.Linear:
     """An output head with a matrix of its own."""
     return nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
@@ -1676,8 +1726,8 @@ HEADS[False] = untied_head
 #           (x_{t-1}[: C/2], x_t[C/2 :]) [Peng et al. 2023, RWKV, section 3.1.1, where the shares
 #           are learned].
 # Shapes    (B, T, C) -> (B, T, C)
-# Here      --block shift: @@here_shift@@, the largest gain of all. `laptop` does
-#           not have it, because no other program can run such a model.
+# Here      --block shift: 1.827 ± 0.004, the largest gain of all. `laptop` does not have it,
+#           because no other program can run such a model.
 def shift(x, name: str, memory=None):
     """Takes the first half of the channels of (B, T, C) from the previous position.
 
@@ -1795,6 +1845,8 @@ def repair_surrogates(text: str) -> str:
     """Replaces half characters (lone surrogates), which UTF-8 cannot write, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+# Question 21  Which merges does "abababab" give?
+
 # ---- Byte-pair encoding, fast --------------------------------------------------------------------
 # Problem   The slow trainer counts all pairs of the whole text again for each merge.
 # Answer    Three ideas. (1) Each distinct word is processed once and counted by how often it
@@ -1805,7 +1857,7 @@ def repair_surrogates(text: str) -> str:
 #           slow trainer's.
 # Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare first merges " t", "he", " a", "ou"
 #           and " s", and the 1.1 million characters become 460,000 tokens.
-# Here      --tokenizer bpe: @@here_bpe@@ bits per character, where `plain` has @@here_plain_bits@@.
+# Here      --tokenizer bpe: 2.697 ± 0.013 bits per character, where `plain` has 3.288 ± 0.005.
 #           But each step then sees 2.4 times as much text.
 #
 # GPT-2 numbers the bytes in an order of its own, and its files show each byte as a visible
@@ -2037,7 +2089,7 @@ TOKENIZERS["gpt2"] = GPT2Tokenizer
 #           learning rate serves both: Liu et al. 2025, section 2.2.]
 # The rest  Gains and biases are not matrices, and in the two tables each row belongs to one token
 #           or position, so there is nothing to turn. They stay with AdamW.
-# Here      --optimizer muon: @@here_muon@@. --schedule linear alone: @@here_linear@@.
+# Here      --optimizer muon: 2.050 ± 0.012. --schedule linear alone: 2.259 ± 0.010.
 def orthogonalize(G):
     """U V^T, approximately, for each matrix G = U S V^T of a stack (n, rows, columns).
 
@@ -2116,6 +2168,8 @@ def straight_line(r: float) -> float:
 
 OPTIMIZERS["muon"] = make_muon
 SCHEDULES["linear"] = straight_line
+
+# Question 22  What are the singular values of orthogonalize(G), and of orthogonalize(100 G)?
 
 # ---- Better batches ------------------------------------------------------------------------------
 # Problem   Random windows leave gaps: with as many draws as would cover a text three times, 5 % of
@@ -2258,6 +2312,8 @@ class CachedReader(PlainReader):
 READERS["extended"] = CachedReader
 READERS["fused"] = CachedReader
 
+# Question 23  How many numbers does the cache of `laptop` hold when its window is full?
+
 # ---- From GPT-2 to Qwen3 -------------------------------------------------------------------------
 # The chapters above contain everything that separates Part I from an open model of today, such as
 # Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned positions,
@@ -2274,11 +2330,17 @@ READERS["fused"] = CachedReader
 # ---- What it all adds up to ----------------------------------------------------------------------
 # Which of these variations are worth their time? From `plain` to `laptop`, one change after the
 # other. Each rung is trained for as many steps as take the time of the last one
-# (@@ladder2_seconds@@ s on two cores), so a slower step has to pay for itself. Nats per character
+# (204 s on two cores), so a slower step has to pay for itself. Nats per character
 # on the full validation split, mean and standard deviation over the seeds 1337, 1338 and 1339, by
 # `python .ci/ladder.py`:
 #
-# @@ladder2@@
+#     plain                               2,931 steps    1.590 ± 0.006
+#     fused kernels, no biases            2,963          1.581 ± 0.010
+#     RoPE                                3,036          1.527 ± 0.002
+#     squared ReLU, QK-norm, two heads    3,248          1.524 ± 0.006
+#     Muon, a straight line to zero       2,545          1.487 ± 0.002
+#     even windows                        2,545          1.463 ± 0.011
+#     windows of 128, then of 512         2,500          1.446 ± 0.001
 #
 # RoPE and Muon bring two thirds of the gain. (The preset itself ends after 2,200 steps.)
 #
@@ -2310,6 +2372,8 @@ import time
 import zipfile
 from dataclasses import replace
 from datetime import timedelta
+
+PROGRAM = Path(globals().get("__file__", "minigpt.py")).resolve()  # no __file__ behind a pipe
 
 @dataclass
 class RunConfig(TrainConfig):
@@ -2667,9 +2731,15 @@ class FullJournal(Journal):
 
     def forget_after(self, step: int) -> None:
         """Removes the records of later steps, which a resumed run will take again."""
-        if self.rank == 0 and (self.out_dir / "metrics.jsonl").is_file():
+        path = self.out_dir / "metrics.jsonl"
+        if self.rank == 0 and path.is_file():
             kept = [json.dumps(r) + "\n" for r in read_metrics(self.out_dir) if r["step"] <= step]
-            (self.out_dir / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+            partial = self.out_dir / "metrics.jsonl.partial"
+            try:
+                partial.write_text("".join(kept), encoding="utf-8")
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Completes W&B's log. It is called however the run ends."""
@@ -2688,7 +2758,7 @@ class SourceText:
 def read_corpus(data: str) -> SourceText:
     """The text of --data if it is given; otherwise Tiny Shakespeare, downloaded if needed;
     otherwise the sample, with a warning. Raises UserError if it is not UTF-8."""
-    path = Path(data or Path(__file__).resolve().parent / "data" / "input.txt")
+    path = Path(data or PROGRAM.parent / "data" / "input.txt")
     if not data and not path.exists():
         import download_data
 
@@ -2786,13 +2856,12 @@ class FullRun(Run):
         later step, or missing."""
         super().restore(state)
         self.journal.began -= state["seconds"]
-        self.journal.forget_after(self.step)
         best = self.out_dir / "best.pt"
         if best.exists():
             held = read_checkpoint(best)
             if held["best_val"] <= self.best_val or self.best_step != self.step:
                 self.best_val = held["best_val"]
-                self.best_step = min(held["best_step"], self.step)
+                self.best_step = held["best_step"]
                 return
         if self.best_step == self.step:  # this checkpoint is the best one
             self.save("best.pt")
@@ -3150,6 +3219,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
     files["generation_config.json"] = {"do_sample": True, "temperature": 0.8, "top_k": 0,
                                        "max_length": block_size, **special}
     files["tokenizer_config.json"]["model_max_length"] = block_size
+    folder = folder.absolute()  # so that it has a name, even where "." was typed
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -3255,10 +3325,13 @@ def read_tokenizer(folder: Path):
         return BPETokenizer.load(folder)
     theirs = read_json(folder / "tokenizer.json")
     model = theirs["model"]
-    if not model["merges"]:
-        return CharTokenizer(sorted(model["vocab"], key=model["vocab"].get))
     pre = theirs.get("pre_tokenizer") or {}
-    if pre.get("type") != "ByteLevel" or pre.get("add_prefix_space", True):
+    plain = model["type"] == "BPE" and theirs.get("normalizer") is None
+    if plain and not model["merges"] and not pre:
+        return CharTokenizer(sorted(model["vocab"], key=model["vocab"].get))
+    as_gpt2 = (pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space", True)
+               and pre.get("use_regex", True))
+    if not (plain and as_gpt2):
         raise UserError(f"{folder}: its tokenizer.json does not split a text as GPT-2 does")
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokenizer = BPETokenizer.from_shown(lines)
@@ -3272,8 +3345,14 @@ def read_folder(folder: Path) -> dict:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a whole model; merge it into its model "
                         "first")
-    theirs, config = read_gpt2_config(folder)
-    tokenizer = read_tokenizer(folder)
+    try:
+        theirs, config = read_gpt2_config(folder)
+        tokenizer = read_tokenizer(folder)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{folder}: its config.json or its tokenizer is damaged "
+                        f"({type(problem).__name__}: {problem}); fetch it again") from None
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but its model "
                         f"has only {config.vocab_size}")
@@ -3406,7 +3485,7 @@ def run_inspect(request: Request) -> None:
 # ==================================================================================================
 
 import argparse
-import inspect
+import codecs
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 
@@ -3525,13 +3604,15 @@ def field_names(config_class) -> list[str]:
 
 def comments(config_class) -> dict[str, str]:
     """The comment beside each field of a class and of the classes that it extends."""
+    try:
+        source = PROGRAM.read_text(encoding="utf-8")
+    except OSError:  # the program may have come through a pipe; then --help has no comments
+        return {}
     found = {}
     for cls in reversed(config_class.__mro__[:-1]):
-        try:
-            source = inspect.getsource(cls)
-        except OSError:  # the program may have come through a pipe
-            continue
-        found.update(re.findall(r"^    (\w+): [\w |]+ *(?:=.*?)?  # (.*)$", source, re.MULTILINE))
+        body = re.search(rf"^class {cls.__name__}\b.*?(?=^\S)", source, re.MULTILINE | re.DOTALL)[0]
+        # A field: its name, type and default, two spaces, and the comment.
+        found.update(re.findall(r"^    (\w+): [\w |]+(?: = .*?)?  # (.*)$", body, re.MULTILINE))
     return found
 
 def kind_of(config_class, name: str) -> type:
@@ -3597,7 +3678,7 @@ def spell_flag(word: str) -> str:
     ('--max_steps=5', '--no-bias', 'a-b')
     """
     name, equals, value = word.partition("=")
-    if not re.fullmatch(r"--[a-z][a-z_-]*", name):
+    if not re.fullmatch(r"--[a-z][a-z0-9_-]*", name):
         return word
     if equals and value == "--":  # argparse would fail on this
         raise UserError(f"{word}: -- is not a value; type another one, or leave the flag out")
@@ -3608,6 +3689,9 @@ def spell_flag(word: str) -> str:
 
 def parse(argv: list[str]) -> Request:
     """The command that was typed. Raises UserError for a flag that the mode does not take."""
+    for before, word in zip(argv, argv[1:]):
+        if word == "--":  # argparse would take it for an empty list
+            raise UserError(f"{before} --: -- is not a value; type another one, or leave it out")
     typed = vars(build_parser().parse_args([spell_flag(word) for word in argv]))
     mode = typed.get("mode")
     if not mode:
@@ -3789,6 +3873,7 @@ def run_train(request: Request) -> Outcome:
                       out_dir, device, beginning.source, journal)
         if beginning.state is not None:
             run.restore(beginning.state)
+        journal.forget_after(run.step if beginning.state is not None else -1)
         write_config(run)
         say(f"model {run.model.config.model}: {count_parameters(run.model):,} parameters; "
             f"{device}, {run.config.dtype}, {torch.get_num_threads()} threads, "
@@ -3797,10 +3882,11 @@ def run_train(request: Request) -> Outcome:
             journal.wandb = start_wandb(run.config, out_dir) if run.rank == 0 else None
             train(run, after_step=run.stop_if_asked)
             nats = run.score(progress=journal.show_progress)
+            seconds = journal.seconds()  # without the time for the picture
             journal.report_score(run, nats)
         finally:
             journal.close()
-    return Outcome(nats, bits_per_character(nats, run.corpus), journal.seconds())
+    return Outcome(nats, bits_per_character(nats, run.corpus), seconds)
 
 def write_config(run: FullRun) -> None:
     """Writes the settings of a run to config.json, for people to read."""
@@ -3837,25 +3923,26 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     except UserError as problem:
         raise UserError(f"--prompt {prompt!r}: {problem}") from None
 
+def bytes_of_token(tokenizer, i: int) -> bytes:
+    """The text of one token in UTF-8. A token of byte-pair encoding may be half a character."""
+    if tokenizer.kind == "char":
+        return tokenizer.decode([i]).encode("utf-8")
+    return tokenizer.tokens[i]
+
 class TextPrinter:
     """Prints a text while it is written. It holds back what is not yet certain: half of a
     character, and what may be the beginning of the stop text."""
     def __init__(self, tokenizer, stop: str):
         self.tokenizer = tokenizer
         self.stop = stop
-        self.ids = []  # tokens whose text is not complete yet
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self.held = ""  # text that was decoded but not printed
 
     def add(self, i: int) -> bool:
         """Takes one token. Returns False when the text is finished."""
         if i == self.tokenizer.end_id:
             return False
-        self.ids.append(i)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd") and len(self.ids) < 4:  # perhaps the first bytes of a character
-            return True
-        self.ids = []
-        self.held += text
+        self.held += self.decoder.decode(bytes_of_token(self.tokenizer, i))
         if self.stop and self.stop in self.held:
             self.held = self.held[: self.held.index(self.stop)]
             return False
@@ -3867,7 +3954,7 @@ class TextPrinter:
 
     def finish(self) -> None:
         """Prints what was held back, and a line break."""
-        print(self.held + self.tokenizer.decode(self.ids), flush=True)
+        print(self.held + self.decoder.decode(b"", final=True), flush=True)
 
 def run_generate(request: Request) -> None:
     """--mode generate: prints the texts to stdout."""
@@ -4003,3 +4090,117 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+# ---- Answers to the questions --------------------------------------------------------------------
+# 1.  `encode` refuses it. The token table and the output head have one row for each known
+#     character, so a new character needs a new row, and the sizes of the tensors change.
+#
+# 2.  The loss falls to 0.01 within 50 steps of `plain`, because the answer is the input itself. The
+#     model only learns to repeat its input. On the real task, its loss is then 10.3.
+#
+# 3.  Nearly 0. Given the current character, the next one is certain, and the table can say so.
+#
+# 4.  Times 10, the softmax puts nearly all weight on the `o`. Times 0, all scores are 0, and the
+#     weights are equal, as in step 3.
+#
+# >>> [f"{w:.2f}" for w in attention_weights(10 * q, k, causal_mask(4))[3].tolist()]
+# ['0.00', '1.00', '0.00', '0.00']
+# >>> attention_weights(0 * q, k, causal_mask(4))[3].tolist()
+# [0.25, 0.25, 0.25, 0.25]
+#
+# 5.  3 C^2 in both cases (and 3 C biases). Heads divide the channels; they do not add any.
+#
+# 6.  No. In one block, the last token's query meets the same set of keys, and the sum does not
+#     depend on their order. With more blocks it can differ, because an earlier token sees fewer
+#     tokens than a later one. The mask alone tells something about positions.
+#
+# 7.  The softmax only decides the weights of a mean. Given the weights, the result is linear in the
+#     values. Attention cannot compute, for example, the absolute value of a channel.
+#
+# 8.  The same, apart from eps: mean and standard deviation both grow by the factor 10.
+#
+# >>> x = torch.tensor([[1.0, 3.0, 5.0]])
+# >>> torch.allclose(LayerNorm(3)(x), LayerNorm(3)(10 * x), atol=1e-4)
+# True
+#
+# 9.  Its input. The parts add zero to the residual stream. This is why c_proj starts small: a new
+#     block changes little at first.
+#
+# 10. The residual stream begins with the vector of the token itself, and at first the blocks add
+#     little. The head compares the stream with all token vectors, and it is the same matrix. A
+#     vector's dot product with itself is larger than with a random other one.
+#
+# >>> untrained = new_model(GPTConfig(65, block_size=65, n_layer=4, n_head=4, n_embd=128), seed=1)
+# >>> idx = torch.arange(65)[None]
+# >>> (untrained.eval()(idx)[0].argmax(dim=-1) == idx).float().mean().item() > 0.9
+# True
+#
+# 11. Each leaves only the most likely token.
+#
+# >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
+# >>> [draw_token(logits, **only).item() for only in (
+# ...     dict(top_k=1), dict(temperature=0), dict(top_p=1e-6))]
+# [1, 1, 1]
+#
+# 12. Not at all, apart from eps: m and the root of s both grow by the factor 1000, and the quotient
+#     stays the same. (Clipping sees the larger norm and would act more often, but the direction
+#     stays.)
+#
+# 13. learning_rate itself: (0 - 0) / max_steps is the start of the cosine.
+#
+# >>> get_lr(0, TrainConfig(learning_rate=0.5, min_lr=0.0, warmup_steps=0))
+# 0.5
+#
+# 14. The steps do not depend on a factor that all gradients share. But one large gradient among
+#     many small ones dominates the running means for a long time. Clipping removes that.
+#
+# 15. More than ln 65 = 4.17. The next noise has nothing to do with the batch that was memorized,
+#     and the model is now certain of wrong answers.
+#
+# >>> x, y = get_batch(torch.randint(65, (1000,)), 16, 4)
+# >>> model(x, y)[1].item() > math.log(65) + 1
+# True
+#
+# 16. The first: 4 / 2.4 = 1.67 nats per character, which is less than 1.8. In bits per character:
+#
+# >>> [round(nats / math.log(2), 2) for nats in (4 / 2.4, 1.8)]
+# [2.4, 2.6]
+#
+# 17. The means would be estimated from a single gradient again, as at the first step. The
+#     corrections would make up for the start at 0, but not for the noise, and there is no second
+#     warm-up.
+#
+# 18. Step 2 of the seed 1 and step 1 of the seed 2 would draw the same numbers, so runs with
+#     neighbouring seeds would share most of their batches.
+#
+# 19. The same one, because only the difference of the positions matters.
+#
+# >>> rotary = Rotary(ModelConfig(65, block_size=128, n_head=1, n_embd=8, pos="rope",
+# ...     attention="fused"))
+# >>> q, k = torch.randn(2, 1, 1, 1, 8)
+# >>> near = (rotary(q, 5) * rotary(k, 3)).sum()
+# >>> torch.allclose(near, (rotary(q, 105) * rotary(k, 103)).sum(), atol=1e-4)
+# True
+#
+# 20. int(4 * 128 * 2 / 3) = 341 hidden units, and 3 * 128 * 341 = 130,944 weights, where the MLP of
+#     Part I has 8 * 128^2 = 131,072.
+#
+# >>> mlp = SwiGLU(GPTConfig(65, n_head=4, n_embd=128, bias=False))
+# >>> count_parameters(mlp)
+# 130944
+#
+# 21. Two: `ab`, and then `abab`. The pair of `abab` and `abab` occurs only once, so nothing is
+#     merged after that.
+#
+# >>> learn_merges_slowly([list(b"abababab")], 9)
+# [(97, 98), (256, 256)]
+#
+# 22. Near 1 in both cases, unless they were far below the largest one. The size of the gradient
+#     does not matter, only its directions.
+#
+# >>> values = torch.linalg.svdvals(orthogonalize(torch.randn(1, 4, 8)))
+# >>> 0.6 < values.min() and values.max() < 1.2
+# tensor(True)
+#
+# 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
+#     numbers, about two thirds of the number of its parameters.

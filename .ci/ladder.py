@@ -1,27 +1,61 @@
-"""The ladder of Part II: from `plain` to `laptop`, one change at a time, in equal time.
+"""
+The two ladders of the book: what each part of a GPT brings, one change at a time.
 
-    python .ci/ladder.py --out_dir ladder
+    python .ci/ladder.py --part 1 --out_dir ladder1    # from the bigram model to `plain`
+    python .ci/ladder.py --part 2 --out_dir ladder2    # from `plain` to `laptop`
 
-Each rung is `minigpt.py --mode train` with the flags of all rungs so far. First each trains for a
-moment, several times in turn, which tells how many of its steps take the time of the last one's.
-Then all are trained, --jobs at once; what was trained before is not trained again. Prints a table
-of the losses on the full validation split.
+Each rung is `minigpt.py --mode train` with the flags of the rung. In part 1, all rungs have equal
+steps. In part 2, they have equal time, and a rung has the flags of all rungs before it. To find
+equal times, each rung is first trained for a moment, several times in turn. Runs that are complete
+are not repeated. Prints a table of the losses on the full validation split.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-PROGRAM = Path(__file__).resolve().parent.parent / "minigpt.py"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import minigpt
+
 TOKENS = 2048  # in a step of any rung
-RUNGS = {
+
+
+class AttentionOnly(minigpt.Block):
+    """A block that is nothing but attention."""
+    def forward(self, x, *memory):
+        return self.attn(x, *memory)
+
+
+class NoAdditions(minigpt.Block):
+    """A block without the additions that form the residual stream."""
+    def forward(self, x, *memory):
+        return self.mlp(self.attn(x, *memory))
+
+
+minigpt.BLOCKS["attention_only"] = AttentionOnly
+minigpt.BLOCKS["no_additions"] = NoAdditions
+
+ONE_LAYER = "--preset plain --n_layer 1 --norm none"
+PART_1 = {
+    "the bigram model": "--preset bigram --batch_size 16 --block_size 128",
+    "one layer of attention, one head": f"{ONE_LAYER} --n_head 1 --block attention_only",
+    "four heads": f"{ONE_LAYER} --block attention_only",
+    "an MLP": f"{ONE_LAYER} --block no_additions",
+    "the additions (residual stream)": ONE_LAYER,
+    "LayerNorm": "--preset plain --n_layer 1",
+    "four layers: `plain`": "--preset plain",
+}
+PART_2 = {
     "`plain`": "--preset plain --eval_interval 500",
-    "fused kernels, no biases": "--attention fused --no_bias",
+    "fused kernels, no biases": "--attention fused --norm fused_layernorm --no_bias",
     "RoPE": "--pos rope",
     "squared ReLU, QK-norm, two heads": "--activation relu2 --qk_norm --n_head 2",
     "Muon, a straight line to zero": "--optimizer muon --momentum 0.85 --weight_decay 0.2 "
@@ -29,65 +63,87 @@ RUNGS = {
     "even windows": "--sampling even",
     "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.85",
 }
-LAPTOP = "windows of 128, then of 512"
-FREE = "even windows"  # which cost no time: as many steps as the rung before
+LAST = "windows of 128, then of 512"
+FREE = "even windows"  # costs no time: as many steps as the rung before it
 
 
-def run(flags: list[str], out_dir: Path, threads: int) -> list[dict]:
-    """Trains, or goes on. Returns the records of the run."""
-    command = [sys.executable, PROGRAM, "--mode", "train", *flags, "--out_dir", out_dir, "--resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run([*command, "--sample_tokens", "0"], env=environment, check=True)
+def run(job: tuple) -> list[dict]:
+    """Trains one model in this process, or continues. Returns the records of the run."""
+    flags, out_dir, threads = job
+    torch.set_num_threads(threads)
+    code = minigpt.main(["--mode", "train", *flags, "--out_dir", str(out_dir), "--resume",
+                         "--sample_tokens", "0", "--checkpoint_interval", "0", "--no_wandb"])
+    assert code == 0, flags
     lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
+def final_loss(job: tuple) -> float:
+    """The loss of a run on the full validation split."""
+    return run(job)[-1]["full_val_loss"]
+
+
 def rate(flags: list[str], out_dir: Path) -> float:
     """Tokens per second in training, on all cores."""
-    short = ["--max_steps", "100", "--log_interval", "100", "--eval_batches", "1"]
-    records = run([*flags, *short, "--eval_interval", "1000"], out_dir, os.cpu_count())
+    short = ["--max_steps", "100", "--log_interval", "100", "--eval_batches", "1",
+             "--eval_interval", "1000"]
+    records = run(([*flags, *short], out_dir, os.cpu_count()))
     return next(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=2500, help="of the last rung")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, from 1337 on")
-    parser.add_argument("--rounds", type=int, default=3, help="of measuring the rates, in turn")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--out_dir", type=Path, default=Path("ladder"))
-    args, flags, rungs = parser.parse_args(), [], {}
-    for name, added in RUNGS.items():
-        flags = [*flags, *added.split()]
-        rungs[name] = flags
-    steps_file = args.out_dir / "steps.json"
-    if not steps_file.exists():
+def steps_in_equal_time(rungs: dict, args) -> dict[str, int]:
+    """How many steps each rung of part 2 may take. Measured once and stored."""
+    path = args.out_dir / "steps.json"
+    if not path.exists():
         rates = {name: [] for name in rungs}
         for turn in range(args.rounds):
             for number, (name, flags) in enumerate(rungs.items()):
                 rates[name].append(rate(flags, args.out_dir / f"rate_{number}_{turn}"))
         medians = {name: statistics.median(measured) for name, measured in rates.items()}
         medians[FREE] = medians["Muon, a straight line to zero"]
-        seconds = args.steps * TOKENS / medians[LAPTOP]
+        seconds = args.steps * TOKENS / medians[LAST]
         steps = {name: round(seconds * median / TOKENS) for name, median in medians.items()}
-        steps_file.write_text(json.dumps({"seconds": seconds, "rates": rates, "steps": steps}))
-    measured = json.loads(steps_file.read_text())
+        path.write_text(json.dumps({"seconds": seconds, "rates": rates, "steps": steps}))
+    measured = json.loads(path.read_text())
+    print(f"Each rung has {measured['seconds']:.0f} s of training.\n")
+    return measured["steps"]
 
-    def loss(job) -> float:
-        name, seed = job
-        flags = [*rungs[name], "--max_steps", str(measured["steps"][name]), "--seed", str(seed)]
-        out_dir = args.out_dir / f"{list(rungs).index(name)}_seed={seed}"
-        return run(flags, out_dir, max(os.cpu_count() // args.jobs, 1))[-1]["full_val_loss"]
 
-    jobs = [(name, seed) for seed in range(1337, 1337 + args.seeds) for name in rungs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        losses = dict(zip(jobs, pool.map(loss, jobs)))
-    print(f"Each rung {measured['seconds']:.0f} s of training.\n\n| what is added | steps | "
-          "nats per character |\n|---|---|---|")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=[1, 2], default=2)
+    parser.add_argument("--steps", type=int, help="of each rung (part 1) or of the last (part 2)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each rung, from 1337 on")
+    parser.add_argument("--rounds", type=int, default=3, help="of measuring the rates")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--out_dir", type=Path, default=Path("ladder"))
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    rungs = {}
+    flags = []
+    for name, added in (PART_1 if args.part == 1 else PART_2).items():
+        flags = added.split() if args.part == 1 else [*flags, *added.split()]
+        rungs[name] = flags
+    args.steps = args.steps or (500 if args.part == 1 else 2500)
+    steps = dict.fromkeys(rungs, args.steps)
+    if args.part == 2:
+        steps = steps_in_equal_time(rungs, args)
+
+    jobs = {}
+    threads = max(os.cpu_count() // args.jobs, 1)
+    for seed in range(1337, 1337 + args.seeds):
+        for number, (name, flags) in enumerate(rungs.items()):
+            typed = [*flags, "--max_steps", str(steps[name]), "--seed", str(seed)]
+            jobs[name, seed] = (typed, args.out_dir / f"{number}_seed={seed}", threads)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        losses = dict(zip(jobs, pool.map(final_loss, jobs.values())))
+    print("| what is added | steps | nats per character |\n|---|---|---|")
     for name in rungs:
-        mine = [loss for (other, _), loss in losses.items() if other == name]
-        spread = f" ± {statistics.stdev(mine):.3f}" if len(mine) > 1 else ""
-        print(f"| {name} | {measured['steps'][name]:,} | {statistics.fmean(mine):.3f}{spread} |")
+        of_rung = [loss for (other, _), loss in losses.items() if other == name]
+        spread = f" ± {statistics.stdev(of_rung):.3f}" if len(of_rung) > 1 else ""
+        print(f"| {name} | {steps[name]:,} | {statistics.fmean(of_rung):.3f}{spread} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Measures minigpt beside its peers, in one process and in turns, so that a change in the machine's
-speed meets all of them: training and writing beside a checkout of nanoGPT and Hugging Face's GPT-2,
-byte-pair encoding beside the Rust library tokenizers. Prints a table of medians.
+speed affects all of them: training and writing beside a checkout of nanoGPT and Hugging Face's
+GPT-2, byte-pair encoding beside the Rust library tokenizers. Prints a table of medians.
 
     python .ci/peers.py --nanogpt FOLDER [--preset plain] [--seconds 60] [any flag of minigpt's]
 
@@ -40,16 +40,10 @@ def take_turns(functions: dict, seconds: float) -> dict[str, float]:
 
 
 def ours(flags: list[str]):
-    """A run that can train steps, its settings, and a function that writes n tokens from idx."""
-    typed = minigpt.parse(["--dropout", "0", *flags])
-    device = torch.device("cpu")
-    sizes, config = minigpt.find_settings(typed, device)
-    model = minigpt.new_model(minigpt.GPTConfig(**{**sizes, "vocab_size": 65}), config.seed)
-    config = minigpt.replace(config, grad_accum=1)
-    tokens = torch.randint(model.config.vocab_size, (100_000,))
-    corpus = minigpt.Corpus(tokens, tokens, len(tokens))
-    run = minigpt.FullRun(model, None, corpus, config, ".", device, {})
-    return run, lambda idx, n: model.eval().generate(idx, n, read=minigpt.CachedReader())
+    """A run that can train steps, and a function that writes n tokens from idx."""
+    request = minigpt.parse(["--mode", "bench", "--dropout", "0", "--device", "cpu", *flags])
+    bench = minigpt.Bench(request)
+    return bench.run, bench.run.model.generate
 
 
 def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int):
@@ -105,7 +99,7 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
         assert len(json.loads(new.to_str())["model"]["merges"]) == len(ours.merges)
 
     def encode():
-        ours.encode_piece.cache_clear()
+        ours.known_words.clear()
         ours.encode(text)
 
     name = f"BPE of {vocab_size:,}"
@@ -119,12 +113,12 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", help="where its model.py is")
+    parser.add_argument("--nanogpt", help="the folder that has its model.py")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each group of figures")
     parser.add_argument("--tokenizers", action="store_true", help="only these")
     args, flags = parser.parse_known_args()
     if args.tokenizers:
-        _, text, _ = minigpt.read_corpus("")
+        text = minigpt.read_corpus("").text
         for size in (1024, 8192):
             for name, taken in tokenizer_times(text, size, args.seconds).items():
                 print(f"| {name}, s | {taken:.3f} |")
