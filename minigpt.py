@@ -70,9 +70,10 @@ class UserError(ValueError):
     """A mistake that the user can correct. The program prints it as one line."""
 
 # ---- The sizes -----------------------------------------------------------------------------------
-# Eight numbers define a model. Each is explained in the chapter that uses it, so you can pass over
-# them for now. Each is also a flag: --n_layer 8. The defaults are those of a larger model. The
-# preset `plain` has 4 layers, 4 heads, 128 channels, a context of 128 tokens, and no dropout.
+# Eight settings define a model. Each is explained in the chapter that uses it, so you can pass over
+# them for now. All except vocab_size, which follows from the text, are flags: --n_layer 8. The
+# defaults are those of a larger model. The preset `plain` has 4 layers, 4 heads, 128 channels, a
+# context of 128 tokens, and no dropout.
 @dataclass
 class GPTConfig:
     """The sizes of a model. Raises UserError if they do not fit together."""
@@ -86,9 +87,14 @@ class GPTConfig:
     bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
 
     # Each part of the model is looked up in a table, under one of these names. Part I has one entry
-    # in each table. Part II adds entries and makes the names settings.
-    model, block, attention, pos = "gpt", "pre", "explicit", "learned"
-    norm, activation, tie_weights = "layernorm", "gelu", True
+    # in each table. Part II adds entries, and its ModelConfig makes the names settings.
+    model = "gpt"
+    block = "pre"
+    attention = "explicit"
+    pos = "learned"
+    norm = "layernorm"
+    activation = "gelu"
+    tie_weights = True
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -306,9 +312,11 @@ class Bigram(nn.Module):
 # does the same three things: it computes the loss, computes the gradient, and updates the weights.
 #
 # Backward  loss.backward() applies the chain rule, from the loss back to every weight: the
-#           derivative of a chain of functions is the product of their derivatives. Example: a = w
-#           x, L = a^2, with w = 3 and x = 2. Then a = 6 and L = 36. dL/da = 2 a = 12, da/dw = x =
-#           2, so dL/dw = 24: if w grows by 0.001, L grows by about 0.024. If a weight is used at
+#           derivative of a chain of functions is the product of their derivatives. Example:
+#           a = w x and L = a^2, with w = 3 and x = 2. Then a = 6 and L = 36. dL/da = 2 a = 12 and
+#           da/dw = x = 2, so dL/dw = 12 * 2 = 24. If w grows by 0.001, L grows by about 0.024.
+#
+#           loss.backward() also follows a weight to every place where it is used. If it is used at
 #           several places, a change of it acts through all of them, so their contributions are
 #           added. That is why backward() adds to `.grad` and does not overwrite it.
 #
@@ -441,7 +449,7 @@ def causal_mask(T: int, device=None):
 def attention_weights(q, k, mask):
     """How much each query takes from each key: q (..., T, hs), k (..., S, hs) -> (..., T, S).
 
-    Each row is positive and sums to 1. mask (T, S) is added to the scores."""
+    Each row sums to 1. mask (T, S) is added to the scores."""
     hs = q.shape[-1]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # row: query; column: key
     return torch.softmax(scores + mask.to(scores.dtype), dim=-1)
@@ -464,7 +472,7 @@ def attention_weights(q, k, mask):
 # Dropout   During training, dropout sets a random share p of its input to zero and divides the rest
 #           by 1 - p, so that the model cannot rely on a single path [Srivastava et al. 2014].
 #           model.train() switches it on and model.eval() switches it off.
-# Try it    In `attend`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
+# Try it    In `weights`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
 #           --max_steps 300. At step 250 the loss is already @@leak_loss@@: the model has found that
 #           the answer stands at the next position. What it writes is worthless, because there is no
 #           next position when it writes.
@@ -499,9 +507,12 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q, k, v):
         """The equation: (B, nh, T, hs) three times -> (B, nh, T, hs)."""
+        return self.attn_dropout(self.weights(q, k)) @ v
+
+    def weights(self, q, k):
+        """How much each position takes from each: (B, nh, T, T)."""
         T = q.shape[2]
-        weights = attention_weights(q, k, causal_mask(T, q.device))  # (B, nh, T, T)
-        return self.attn_dropout(weights) @ v
+        return attention_weights(q, k, causal_mask(T, q.device))
 
     def join(self, y):
         """Concat(...) W_O: (B, nh, T, hs) -> (B, T, C)."""
@@ -516,7 +527,7 @@ ATTENTION = {"explicit": CausalSelfAttention}  # Part II adds faster and more ca
 # Problem   Attention forms a weighted mean, and a mean does not depend on the order: if we shuffle
 #           the earlier tokens, the last token collects the same. But "dog bites man" and "man bites
 #           dog" mean different things.
-# Answer    Learn a vector for each position from 0 to block_size - 1, and add it to the vector of the
+# Answer    Learn a vector for each position from 0 to block_size - 1, and add it to that of the
 #           token [Radford et al. 2018, section 3.1]. There is none for later positions, so the
 #           context of this model is limited to block_size tokens.
 # Shapes    positions (T,) -> vectors (T, C)
@@ -549,10 +560,11 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 #
 # Width     The hidden layer is 4 times as wide as the vectors, as in the first Transformer (2048 =
 #           4 * 512). Each hidden unit detects one pattern in the vector (a row of c_fc) and adds
-#           one vector when it finds it (a column of c_proj) [Geva et al. 2021]. There are more
-#           useful patterns than channels, so a wide hidden layer helps, but every unit costs 2 C
-#           weights. In `plain`, with 300 steps, a width of 1, 2, 4 and 8 times C ends at
-#           @@widths@@. At 4, two thirds of a block's weights are in its MLP.
+#           one vector when it finds it (a column of c_proj) [Geva et al. 2021]. A wide hidden layer
+#           can hold more patterns than there are channels, but every unit costs 2 C weights. With a
+#           factor of 4, two thirds of a block's weights are in its MLP. Nothing is special about 4:
+#           in `plain`, with 300 steps and three seeds, factors of 1, 2, 4 and 8 end at 2.31, 2.31,
+#           2.27 and 2.29, with a spread of 0.004 to 0.045.
 # Shapes    (B, T, C) -> (B, T, 4 C) -> (B, T, C)
 def gelu(x):
     """GELU in its tanh approximation, at each number of x."""
@@ -584,10 +596,10 @@ ACTIVATIONS = {"gelu": MLP}  # Part II adds others
 #           on the scale of its input.
 # Answer    Give each token's vector the mean 0 and the variance 1, then multiply by a learned gain
 #           and add a learned bias, which start at 1 and 0.
-# Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias [Ba et al. 2016, sections 3 and
-#           3.1, where the gain is called g; eps is usual practice] The mean and the variance are
-#           over the C channels of one token, so they depend neither on other tokens nor on other
-#           sequences.
+# Equation  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+#           [Ba et al. 2016, sections 3 and 3.1, where the gain is called g; eps is usual practice]
+#           The mean and the variance are over the C channels of one token, so they depend neither
+#           on other tokens nor on other sequences.
 # Example   x = [1, 3] has mean 2 and variance 1, so it becomes [-1, 1] before gain and bias.
 # Shapes    (B, T, C) -> (B, T, C)
 class LayerNorm(nn.Module):
@@ -697,7 +709,8 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 #           matrices of V x C. We use one matrix for both [Press and Wolf 2017]. The Embedding picks
 #           row v for token v; the Linear takes the dot product with every row. Both should hold
 #           similar vectors for tokens that are used alike, so learning one helps the other. It
-#           saves V C weights: 1 % of `plain`, but 24 % of GPT-2 small, whose vocabulary is large.
+#           saves V C weights: 8,320 in `plain`, but 38.6 million in GPT-2 small, which would have
+#           163 million weights without tying.
 # Start     The weights start as normal random numbers with standard deviation 0.02 [Radford et al.
 #           2018, section 4.1]. So the logits start small, and the first loss is near ln V. The
 #           residual stream is a sum of 2 n_layer contributions. Independent contributions add their
@@ -885,6 +898,8 @@ READERS = {"explicit": PlainReader}  # by the kind of attention
 
 def new_reader(model):
     """A reader that suits the model's attention. PlainReader serves every model."""
+    if not isinstance(model, GPT):
+        return PlainReader(model)
     return READERS.get(model.config.attention, PlainReader)(model)
 
 def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
@@ -905,7 +920,6 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #     logits     after the last `o`: 4.05, 7.12, -0.57, ...                 (1, 15, 65)
 #     next       _ 0.801   o 0.049   line break 0.037   - 0.031   w 0.016   the most likely of 65
 #     untrained  o 0.053   g 0.024   S 0.021   . 0.021   Z 0.020            all equal would be 0.015
-#
 
 # Question 11  top_k = 1, temperature = 0 and a very small top_p all give the same text. Why?
 
@@ -924,8 +938,9 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #           multiplies the decay, too. beta1, beta2 and weight_decay are settings; lr is the
 #           learning rate.]
 # Example   First step, g = 0.5: m_hat = 0.5 and s_hat = 0.25, so w moves by lr * 0.5 / 0.5 = lr.
-#           With g = 500 it moves by lr, too. The learning rate is thus the usual distance of one
-#           step.
+#           With g = 500 it moves by lr, too. So the learning rate is about the largest distance of
+#           one step. When derivatives change their sign from batch to batch, m is small and s is
+#           not, and the steps are shorter.
 # Decay     weight_decay pulls the matrices towards zero, which keeps them from growing without
 #           need. Biases and gains are offsets and scales. Nothing is gained by pulling them towards
 #           zero, so they are not decayed.
@@ -993,8 +1008,8 @@ def get_lr(step: int, config: TrainConfig) -> float:
 
 # ---- Clipping ------------------------------------------------------------------------------------
 # Problem   One unusual batch can give a gradient a hundred times the usual size. With beta1 = 0.9
-#           it dominates m for about 10 steps. With beta2 = 0.99 it inflates s for about 100 steps,
-#           in which the steps are too small.
+#           it dominates m for some twenty steps. With beta2 = 0.99 it inflates s for hundreds of
+#           steps, in which the steps are too small.
 # Answer    Limit the length of the gradient.
 # Equation  if |g| > max_norm:  g = g * max_norm / |g|         [Pascanu et al. 2013, algorithm 1]
 #           |g| is the length of all derivatives of the model, taken as one long vector. They are
@@ -1056,7 +1071,9 @@ class TrainConfig:
     seed: int = 1337  # of the first weights, the batches, dropout, and the sampling
 
     # Entries of tables, as in GPTConfig.
-    optimizer, schedule, sampling = "adamw", "cosine", "random"
+    optimizer = "adamw"
+    schedule = "cosine"
+    sampling = "random"
 
     def __post_init__(self):
         if self.min_lr > self.learning_rate:
@@ -1209,8 +1226,8 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 # Random    The first weights, the batches and dropout are random. We derive their seeds from --seed
 #           and the number of the step alone. So step 1000 draws the same numbers whether the run
 #           got there in one go or was stopped and resumed, and whatever else drew random numbers in
-#           between. No state of a random generator has to be saved. (seed + step would not do: run
-#           1 at step 2 would draw what run 2 draws at step 1.)
+#           between. No state of a random generator has to be saved.
+#           (seed + step would not do; Question 18 asks why.)
 def derived_seed(*numbers: int) -> int:
     """A seed of 32 bits that depends on all of the numbers. Neighbours get unrelated seeds.
 
@@ -1230,7 +1247,9 @@ def random_batches(tokens, block_size: int, config: TrainConfig, step: int) -> l
     return [get_batch(tokens, block_size, config.batch_size, generator)
             for _ in range(config.grad_accum)]
 
-SAMPLING = {"random": random_batches}  # Part II adds better batches
+# A function in this table gets these four arguments. It must depend on nothing else, so that
+# resuming is exact, and it returns grad_accum pairs (x, y) of equal sizes. Part II adds another.
+SAMPLING = {"random": random_batches}
 
 class Journal:
     """Prints what happens in a run. Part III has one that also writes files."""
@@ -1273,7 +1292,8 @@ class Run:
 
     def finished(self) -> bool:
         """Whether max_steps is reached, or nothing has got better for `patience` evaluations."""
-        evaluations_since_best = (self.step - self.best_step) // self.config.eval_interval
+        interval = self.config.eval_interval
+        evaluations_since_best = self.step // interval - self.best_step // interval
         out_of_patience = 0 < self.config.patience <= evaluations_since_best
         return self.step >= self.config.max_steps or out_of_patience
 
@@ -1421,7 +1441,7 @@ def train(run: Run, after_step=None) -> None:
 #     dropout            setting random values to zero in training (Attention with several heads)
 #     embedding          the learned vector of a token or a position (The model)
 #     epoch              one pass over the training text (What you should see)
-#     gradient           the derivatives of the loss with respect to all weights (The simplest model)
+#     gradient           the derivatives of the loss by all weights (The simplest model)
 #     head               one of several attentions side by side (Attention with several heads)
 #     head, output       the layer that turns vectors into logits, lm_head (The model)
 #     learning rate      how far one step moves the weights (The learning rate)
@@ -1445,7 +1465,7 @@ def train(run: Run, after_step=None) -> None:
 #
 # "Here" tells what a variation did on this machine: the loss of the preset `plain` after 300 steps
 # with this one change, in nats per character on the full validation split, mean and standard
-# deviation over the seeds 1337, 1338 and 1339. `plain` itself ends at 2.279 ± 0.004. The command
+# deviation over the seeds 1337, 1338 and 1339. `plain` itself ends at 2.273 ± 0.004. The command
 # is
 #
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
@@ -1549,8 +1569,8 @@ BLOCKS["post"] = PostNormBlock
 def clock_angles(n_positions: int, n_channels: int) -> torch.Tensor:
     """The angle t w_i of each position t and hand i: (n_positions, n_channels / 2)."""
     if n_channels % 2:
-        raise UserError(f"--pos: {n_channels} channels cannot form pairs; change --n_embd or "
-                        "--n_head so that they are even")
+        raise UserError(f"--pos: {n_channels} channels cannot form pairs; --n_embd / --n_head "
+                        "must be even")
     w = 10000.0 ** (-torch.arange(0, n_channels, 2) / n_channels)
     t = torch.arange(n_positions).float()
     return torch.outer(t, w)
@@ -1586,7 +1606,7 @@ POSITIONS["sinusoidal"] = Sinusoids
 #               x1' = x1 cos(a) - x2 sin(a)
 #               x2' = x2 cos(a) + x1 sin(a)
 #           [Su et al. 2021, section 3.2.2. They pair the channels 2 i and 2 i + 1, which is the
-#           same up to the order of the channels. Llama and Qwen pair them as we do.]
+#           same up to the order of the channels. The library transformers pairs them as we do.]
 # Example   hs = 2, so w_0 = 1. A query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           dot product cos(2 - 1) = 0.54. At the positions 12 and 11 it is 0.54 again.
 # Here      --pos rope --attention extended: 1.968 ± 0.007. It is the largest gain of any variation
@@ -1632,11 +1652,11 @@ ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
 # Problem   Part I's attention has no place for RoPE. And as training goes on, queries and keys may
 #           grow until the softmax puts all its weight on one token.
 # QK-norm   Normalize the queries and keys of each head [Henry et al. 2020, section 2.2, who divide
-#           by the length and then learn a factor]. The scaled scores are then at most sqrt(hs)
-#           times the gains.
+#           by the length and then learn a factor]. The scaled scores are then at most sqrt(hs),
+#           before the learned gains.
 # Memory    When a text is written, earlier keys and values need not be computed again. The chapter
 #           "The key/value cache" explains `memory`. In training it is not used.
-# Here      --qk_norm --attention extended: @@here_qk_norm@@. In this comparison it is worse.
+# Here      --qk_norm --attention extended: 2.341 ± 0.022. In this comparison it is worse.
 #           `laptop` has it all the same: with its larger learning rate, training is more stable
 #           with it (the chapter "What it all adds up to"), and other programs expect it (Qwen3).
 class Attention(CausalSelfAttention):
@@ -1663,11 +1683,13 @@ class Attention(CausalSelfAttention):
         k = self.rotary(self.k_norm(k), start)
         return q, k, v
 
-    def attend(self, q, k, v):
-        """q (B, nh, T, hs), k and v (B, nh, S, hs): the queries are those of the last T tokens."""
-        T, S = q.shape[2], k.shape[2]
-        mask = causal_mask(S, q.device)[-T:]  # the last T rows of the mask for all S tokens
-        return self.attn_dropout(attention_weights(q, k, mask)) @ v
+    def weights(self, q, k):
+        """q (B, nh, T, hs) of the last T tokens, k (B, nh, S, hs) of all S: (B, nh, T, S)."""
+        return attention_weights(q, k, self.mask(q.shape[2], k.shape[2], q.device))
+
+    def mask(self, T: int, S: int, device):
+        """What is added to the scores of the last T of S tokens: the last T rows of their mask."""
+        return causal_mask(S, device)[-T:]
 
 ATTENTION["extended"] = Attention
 
@@ -1797,9 +1819,10 @@ def learn_merges_slowly(words: list[list[int]], n_merges: int) -> list[tuple[int
 # To encode a new text, apply the merges in the order in which they were learned. To decode, put the
 # bytes of the tokens together.
 #
-# Words     Merges should not cross the boundaries of words; otherwise "dog." and "dog!" would
-#           become two tokens. GPT-2 first splits the text by a regular expression into letters,
-#           digits and punctuation. A space belongs to the word that it precedes.
+# Words     Merges should not cross the boundaries of words; otherwise "dog." and "dog!" could
+#           each become a token of their own. GPT-2 first splits the text by a regular expression
+#           into runs of letters, of digits, and of punctuation. A space belongs to the word that it
+#           precedes.
 END_OF_TEXT = "<|endoftext|>"  # a token of its own, which ends a text
 
 @functools.cache
@@ -2078,15 +2101,16 @@ TOKENIZERS["gpt2"] = GPT2Tokenizer
 # Problem   AdamW treats a matrix as a heap of unrelated numbers. But a matrix maps vectors to
 #           vectors. A gradient usually has a few directions in which it is strong and many in which
 #           it is weak. A step along it hardly moves the weak ones.
-# Background   Every matrix can be written as U S V^T, its singular value decomposition: V turns the
+# SVD       Every matrix can be written as U S V^T, its singular value decomposition: V^T turns the
 #           input, the diagonal matrix S stretches each direction by its singular value, and U turns
-#           the result. U and V are orthogonal: they turn, but do not stretch.
+#           the result. U and V are orthogonal: they turn (or mirror), but do not stretch.
 # Answer    Make all directions equally strong: leave out S.
 # Equation  M = momentum M + (1 - momentum) G       the running mean of the gradient G of a matrix
 #           N = (1 - momentum) G + momentum M       a look ahead, with the new M
-#           U S V^T = N W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W) [Jordan
-#           2024. The factor gives the numbers of a step about the size that AdamW's have, so one
-#           learning rate serves both: Liu et al. 2025, section 2.2.]
+#           U S V^T = N                             the decomposition of N
+#           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
+#           [Jordan 2024. The factor gives the numbers of a step about the size that AdamW's have,
+#           so one learning rate serves both: Liu et al. 2025, section 2.2.]
 # The rest  Gains and biases are not matrices, and in the two tables each row belongs to one token
 #           or position, so there is nothing to turn. They stay with AdamW.
 # Here      --optimizer muon: 2.050 ± 0.012. --schedule linear alone: 2.259 ± 0.010.
@@ -2148,12 +2172,21 @@ class Muon(torch.optim.AdamW):
             w.mul_(1 - group["lr"] * group["weight_decay"])
             w.sub_(update * size)
 
+def stacked_matrices(name: str, config: ModelConfig) -> int:
+    """How many matrices stand side by side in a weight: q, k and v in c_attn; gate and up in the
+    c_fc of SwiGLU; otherwise one."""
+    if "c_attn" in name:
+        return 3
+    if "c_fc" in name and config.activation == "swiglu":
+        return 2
+    return 1
+
 def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
     """Muon for the matrices in the blocks, AdamW for everything else."""
     matrices = {}
     for name, p in model.named_parameters():
         if name.startswith("h.") and p.dim() == 2:
-            matrices[p] = 3 if "c_attn" in name else 1
+            matrices[p] = stacked_matrices(name, model.config)
     groups = weight_groups(model, config)
     groups[0]["params"] = [p for p in groups[0]["params"] if p not in matrices]
     groups.append({"params": list(matrices), "parts": list(matrices.values()),
@@ -2189,7 +2222,7 @@ def even_batches(tokens, block_size: int, config: TrainConfig, step: int) -> lis
     T = min(config.short_block, block_size) if short else block_size
     B = config.batch_size * (block_size // T)  # as many tokens as in whole windows
     offset = derived_seed(config.seed, -1, short) / 2**32  # from 0 to 1
-    golden_ratio = (math.sqrt(5) - 1) / 2  # less 1, which makes no difference here
+    golden_ratio = (math.sqrt(5) - 1) / 2  # minus 1: only the fraction matters
     batches = []
     for micro_step in range(step * config.grad_accum, (step + 1) * config.grad_accum):
         i = torch.arange(micro_step * B, (micro_step + 1) * B).double()
@@ -2218,7 +2251,7 @@ class FusedAttention(Attention):
         if T == S:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         # Subtle: is_causal would align the mask with the first key instead of the last.
-        mask = causal_mask(S, q.device)[-T:].to(q.dtype) if T > 1 else None  # one query sees all
+        mask = self.mask(T, S, q.device).to(q.dtype) if T > 1 else None  # one query sees all keys
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 class FusedLayerNorm(LayerNorm):
@@ -2240,10 +2273,9 @@ NORMS["fused_layernorm"] = fused_layer_norm
 #           prompt goes through the model as a whole ("prefill"). After that, each new token goes
 #           through alone ("decode"): its query meets the keys that were kept.
 #
-#               prefill   t  o  _  b  e      5 go in, the keys and values of 5 are kept, "_" is
-#               drawn decode                  _    1 goes in,                     6 are kept,  "o"
-#               is drawn
-#               decode                  o    1 goes in,                     7 are kept,  ...
+#               prefill   t  o  _  b  e      5 go in, the keys and values of 5 are kept
+#               decode                  _    1 goes in, those of 6 are kept
+#               decode                  o    1 goes in, those of 7 are kept, ...
 #
 # Cost      Each pass handles one token instead of up to block_size. Most of its time then goes into
 #           reading the weights from memory: once for all texts that are written side by side.
@@ -2315,10 +2347,11 @@ READERS["fused"] = CachedReader
 # Question 23  How many numbers does the cache of `laptop` hold when its window is full?
 
 # ---- From GPT-2 to Qwen3 -------------------------------------------------------------------------
-# The chapters above contain everything that separates Part I from an open model of today, such as
-# Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned positions,
-# QK-norm, SwiGLU instead of GELU, and no biases. (Large models also let several queries share one
-# key and value, which makes the cache smaller. We leave that out.) These settings build it:
+# The chapters above contain nearly everything that separates Part I from an open model of today,
+# for instance Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned
+# positions, QK-norm, SwiGLU instead of GELU, and no biases. (Large models also let several queries
+# share one key and value, which makes the cache smaller. We leave that out.) These settings build
+# such a model:
 #
 # >>> qwen3 = ModelConfig(65, block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False,
 # ...     norm="rmsnorm", pos="rope", attention="fused", qk_norm=True, activation="swiglu")
@@ -2329,10 +2362,10 @@ READERS["fused"] = CachedReader
 
 # ---- What it all adds up to ----------------------------------------------------------------------
 # Which of these variations are worth their time? From `plain` to `laptop`, one change after the
-# other. Each rung is trained for as many steps as take the time of the last one
-# (204 s on two cores), so a slower step has to pay for itself. Nats per character
-# on the full validation split, mean and standard deviation over the seeds 1337, 1338 and 1339, by
-# `python .ci/ladder.py`:
+# other. Each rung is trained for as many steps as fit into the time of the last rung, 204 s on two
+# cores, so a slower step has to pay for itself. Nats per character on the full validation split,
+# mean and standard deviation over the seeds 1337, 1338 and 1339, by `python .ci/ladder.py`. (The
+# table was made before queries and keys got a norm each.)
 #
 #     plain                               2,931 steps    1.590 ± 0.006
 #     fused kernels, no biases            2,963          1.581 ± 0.010
@@ -2388,8 +2421,8 @@ class RunConfig(TrainConfig):
     schedule: str = "cosine"  # how the learning rate falls
     momentum: float = 0.95  # Muon: how much of the old mean of the gradient is kept
     dtype: str = "auto"  # number format of the matrix products
-    compile: bool = False  # use torch.compile, which takes a minute at first and is faster then
-    wandb: bool = True  # log to Weights & Biases, if you are logged in there
+    compile: bool = False  # use torch.compile: it takes a minute at first, and then runs faster
+    wandb: bool = True  # log to Weights & Biases, if WANDB_API_KEY is set
 
     def __post_init__(self):
         super().__post_init__()
@@ -2460,7 +2493,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-4, 0)  # M_MMAP_MAX: map no single block by itself
+    mallopt(-4, 0)  # M_MMAP_MAX: give no block a mapping of its own
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to this many bytes that are free
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -2537,7 +2570,8 @@ class SignalWatch:
 
     def handle(self, number, frame) -> None:
         self.received = number
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the process
+        for watched in self.previous:
+            signal.signal(watched, signal.SIG_DFL)  # the second signal ends the process
         if process_rank() == 0:
             # print is not safe here, because the signal may have interrupted a print.
             with contextlib.suppress(OSError):
@@ -2656,7 +2690,7 @@ class FullJournal(Journal):
         self.step_tokens = 0  # trained on since the last report
 
     def say(self, text: str) -> None:
-        """Prints to stderr. A log that cannot be written must not end a run without a save."""
+        """Prints to stderr. A terminal that is gone must not end a run without a save."""
         if self.rank > 0:
             return
         try:
@@ -2730,10 +2764,11 @@ class FullJournal(Journal):
                 self.wandb.log(numbers, step=numbers["step"])
 
     def forget_after(self, step: int) -> None:
-        """Removes the records of later steps, which a resumed run will take again."""
+        """Removes the records of later steps and of the score, which a resumed run makes again."""
         path = self.out_dir / "metrics.jsonl"
         if self.rank == 0 and path.is_file():
-            kept = [json.dumps(r) + "\n" for r in read_metrics(self.out_dir) if r["step"] <= step]
+            kept = [json.dumps(record) + "\n" for record in read_metrics(self.out_dir)
+                    if record["step"] <= step and "full_val_loss" not in record]
             partial = self.out_dir / "metrics.jsonl.partial"
             try:
                 partial.write_text("".join(kept), encoding="utf-8")
@@ -2916,8 +2951,8 @@ def variants_of(request: Request) -> dict[str, Request]:
     """The request of each variant that --vary FIELD=A,B,C names, by its label."""
     vary = request.options.vary
     name, _, values = vary.partition("=")
-    settings = {*field_names(ModelConfig), *field_names(RunConfig)} - {"seed", "preset"}
-    if name not in settings or not values:
+    name = name.replace("-", "_")
+    if name not in SETTINGS - {"seed", "preset"} or not values:
         raise UserError(f"--vary {vary}: must be FIELD=A,B,C, where FIELD is a setting of the "
                         "model or of training other than seed and preset")
     variants = {}
@@ -2933,8 +2968,8 @@ def variants_of(request: Request) -> dict[str, Request]:
 def run_ablate(request: Request) -> None:
     """--mode ablate: prints a table to stdout and draws curves.png."""
     variants = variants_of(request)
-    field = request.options.vary.partition("=")[0]
-    folder = Path(request.options.out_dir) / f"ablate_{field}"
+    name = request.options.vary.partition("=")[0].replace("-", "_")
+    folder = Path(request.options.out_dir) / f"ablate_{name}"
     preset = choose_preset(request, find_device(request.options.device))
     # Without an explicit max_steps, a small text would shorten each variant differently.
     common = {"sample_tokens": 0, "checkpoint_interval": 0, "log_interval": 100,
@@ -2947,10 +2982,11 @@ def run_ablate(request: Request) -> None:
             out_dir = folder / f"{label}_seed={seed}"
             options = replace(request.options, out_dir=str(out_dir), resume=True)
             training = {**common, **variant.training, "seed": seed}
+            complete = replace(variant, options=options, training=training)
             say(f"---- {label}, seed {seed}")
+            refuse_other_run(complete, preset)
             try:
-                outcome = run_train(replace(variant, options=options, training=training))
-                outcomes[label].append(outcome)
+                outcomes[label].append(run_train(complete))
             except Diverged as problem:
                 say(str(problem))
             curves[f"{label}, seed {seed}"] = (out_dir, "val_loss")
@@ -2958,6 +2994,21 @@ def run_ablate(request: Request) -> None:
     print("| variant | nats/token | bits/character | seconds | seeds |\n|---|---|---|---|---|")
     for label in variants:
         print(table_row(label, outcomes[label], request.options.seeds))
+
+def refuse_other_run(request: Request, preset: str) -> None:
+    """Raises UserError if the folder holds a run with other settings, for instance of an earlier
+    command. Its loss would otherwise be shown as the result of this one."""
+    latest = Path(request.options.out_dir, "latest.pt")
+    if not latest.exists():
+        return
+    state = read_checkpoint(latest)
+    stored = {**state["model_config"], **state["train_config"]}
+    training = asdict(training_settings(preset, request))
+    wanted = {**asdict(model_settings(preset, request, stored["vocab_size"])), **training}
+    for name, value in wanted.items():
+        if name != "vocab_size" and stored[name] != value:
+            raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
+                            f"but this command needs {value}; name another --out_dir")
 
 def table_row(label: str, outcomes: list[Outcome], seeds: int) -> str:
     """One line of the table of an ablation."""
@@ -3062,7 +3113,7 @@ LAYER_NORMS = ("layernorm", "fused_layernorm")
 GPT2_FORM = {"model": ("gpt",), "block": ("pre",), "pos": ("learned", "sinusoidal"),
              "norm": LAYER_NORMS, "activation": ("gelu",), "qk_norm": (False,)}
 
-def grow(tensor, dim: int, size: int):
+def pad_with_zeros(tensor, dim: int, size: int):
     """Fills a dimension up with zeros to this size."""
     missing = size - tensor.shape[dim]
     if missing <= 0:
@@ -3079,9 +3130,9 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
     hidden = max(4 * c.n_embd, tensors["h.0.mlp.c_proj.weight"].shape[1])
     for name, w in list(tensors.items()):
         if name.endswith("mlp.c_fc.weight") or name.endswith("mlp.c_fc.bias"):
-            tensors[name] = grow(w, 0, hidden)
+            tensors[name] = pad_with_zeros(w, 0, hidden)
         if name.endswith("mlp.c_proj.weight"):
-            tensors[name] = grow(w, 1, hidden)
+            tensors[name] = pad_with_zeros(w, 1, hidden)
     for name, w in list(tensors.items()):
         is_norm = w.dim() == 1 and name.endswith(".weight")
         is_linear = ".c_" in name and name.endswith(".weight")
@@ -3177,9 +3228,9 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
             "self_attn.v_proj.weight": v, "self_attn.o_proj.weight": attn_out,
             "self_attn.q_norm.weight": block["attn.q_norm.weight"],
             "self_attn.k_norm.weight": block["attn.k_norm.weight"],
-            "mlp.gate_proj.weight": grow(gate, 0, hidden),
-            "mlp.up_proj.weight": grow(up, 0, hidden),
-            "mlp.down_proj.weight": grow(mlp_out, 1, hidden)}
+            "mlp.gate_proj.weight": pad_with_zeros(gate, 0, hidden),
+            "mlp.up_proj.weight": pad_with_zeros(up, 0, hidden),
+            "mlp.down_proj.weight": pad_with_zeros(mlp_out, 1, hidden)}
 
 # ---- Exchange: writing the folder ----------------------------------------------------------------
 def tokenizer_files(tokenizer) -> dict[str, dict]:
@@ -3220,8 +3271,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
                                        "max_length": block_size, **special}
     files["tokenizer_config.json"]["model_max_length"] = block_size
     folder = folder.absolute()  # so that it has a name, even where "." was typed
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         for name, content in files.items():
@@ -3412,8 +3462,7 @@ def look_inside(model, idx) -> Inside:
     weights = []
     for attention, x in zip(attentions, attention_inputs):
         q, k, _ = attention.heads(x)
-        mask = causal_mask(idx.shape[1], x.device)
-        weights.append(attention_weights(q, k, mask)[0].cpu())
+        weights.append(attention.weights(q, k)[0].cpu())
     lens = []
     for x in streams:  # the residual stream before each block, and at the end
         lens.append(torch.softmax(model.lm_head(model.ln_f(x[0, -1])).float(), dim=-1).cpu())
@@ -3462,13 +3511,14 @@ def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
         print(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
 
 def run_inspect(request: Request) -> None:
-    """--mode inspect: prints to stdout and draws attention.png, for the first 48 tokens."""
+    """--mode inspect: prints to stdout, and draws attention.png for the first 48 tokens."""
     options = request.options
     used = load_for_use(options)
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
     block_size = used.model.config.block_size
     if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt: has {len(ids)} tokens; it must have 2 to {block_size}")
+        raise UserError(f"--prompt: its number of tokens is {len(ids)}; it must be from 2 to "
+                        f"{block_size}")
     inside = look_inside(used.model, torch.tensor([ids]))
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
@@ -3563,7 +3613,7 @@ class Options:
 @dataclass
 class WritingConfig:
     """How text is written with a trained model."""
-    prompt: str = ""  # the text to continue; otherwise a line break
+    prompt: str = ""  # the text to continue; otherwise the first character of the vocabulary
     max_tokens: int = 200  # tokens to add to the prompt
     temperature: float = 0.8  # 0: always the most likely token; 1: as learned
     top_k: int | None = None  # draw from the k most likely tokens only
@@ -3654,7 +3704,8 @@ def build_parser() -> Parser:
         default_of = {f.name: f.default for f in fields(config_class)}
         for name in field_names(config_class):
             default = default_of[name]
-            shown = "" if default in (None, "", False, MISSING) else f" ({default})"
+            has_default = default not in (None, "", MISSING) and default is not False
+            shown = f" ({default})" if has_default else ""
             add_flag(group, name, kind_of(config_class, name), help_of.get(name, "") + shown)
     return parser
 
@@ -3757,7 +3808,7 @@ def limit_steps(config: RunConfig, sizes: ModelConfig, corpus: Corpus, typed: di
 
 # ---- Training ------------------------------------------------------------------------------------
 @dataclass
-class Beginning:
+class RunStart:
     """What a run begins with."""
     model: nn.Module
     tokenizer: object
@@ -3792,7 +3843,7 @@ def source_of(corpus: SourceText, data: str) -> dict:
     """What a checkpoint stores about its corpus."""
     return {"data": str(Path(data).absolute()) if data else "", "sha256": corpus.sha256}
 
-def begin_again(request: Request, state: dict) -> Beginning:
+def begin_again(request: Request, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
     options = request.options
     fixed = {name: value for name, value in request.training.items() if name not in MAY_CHANGE}
@@ -3808,9 +3859,9 @@ def begin_again(request: Request, state: dict) -> Beginning:
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     corpus = encode_corpus(source.text, tokenizer, model.config.block_size)
     report_corpus(source, corpus, tokenizer)
-    return Beginning(model, tokenizer, corpus, config, source_of(source, data), state)
+    return RunStart(model, tokenizer, corpus, config, source_of(source, data), state)
 
-def begin_from_weights(request: Request, preset: str) -> Beginning:
+def begin_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
     origin = read_model(Path(options.init_from))
@@ -3826,9 +3877,9 @@ def begin_from_weights(request: Request, preset: str) -> Beginning:
     corpus = encode_corpus(source.text, tokenizer, model.config.block_size)
     report_corpus(source, corpus, tokenizer)
     config = limit_steps(config, model.config, corpus, request.training)
-    return Beginning(model, tokenizer, corpus, config, source_of(source, data), None)
+    return RunStart(model, tokenizer, corpus, config, source_of(source, data), None)
 
-def begin_anew(request: Request, preset: str) -> Beginning:
+def begin_anew(request: Request, preset: str) -> RunStart:
     """A new run with random weights."""
     data = request.options.data
     config = training_settings(preset, request)
@@ -3840,13 +3891,13 @@ def begin_anew(request: Request, preset: str) -> Beginning:
     report_corpus(source, corpus, tokenizer)
     config = limit_steps(config, sizes, corpus, request.training)
     model = new_model(sizes, config.seed)
-    return Beginning(model, tokenizer, corpus, config, source_of(source, data), None)
+    return RunStart(model, tokenizer, corpus, config, source_of(source, data), None)
 
 def report_corpus(source: SourceText, corpus: Corpus, tokenizer) -> None:
     say(f"corpus {source.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
         f"tokens, vocabulary {tokenizer.vocab_size}")
 
-def begin(request: Request, device: torch.device) -> Beginning:
+def begin(request: Request, device: torch.device) -> RunStart:
     """What the run of a request begins with: anew, from weights, or from where it was."""
     options = request.options
     if options.checkpoint:
@@ -3897,7 +3948,7 @@ def write_config(run: FullRun) -> None:
 
 # ---- Using a trained model -----------------------------------------------------------------------
 @dataclass
-class Used:
+class LoadedModel:
     """A trained model that is ready for use."""
     model: nn.Module
     tokenizer: object
@@ -3907,14 +3958,14 @@ def read_model(path: Path) -> dict:
     """A checkpoint, or a folder with a GPT-2 in the same form."""
     return read_folder(path) if path.is_dir() else read_checkpoint(path)
 
-def load_for_use(options: Options) -> Used:
+def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""
     device = find_device(options.device)
     path = Path(options.checkpoint or Path(options.out_dir, "best.pt"))
     state = read_model(path)
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
-    return Used(model.to(device), tokenizer, state)
+    return LoadedModel(model.to(device), tokenizer, state)
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; without one, the id that a sample begins with."""
@@ -4025,7 +4076,8 @@ def explain(problem: Exception) -> str | None:
         problem = problem.__context__
     if isinstance(problem, OSError):
         where = problem.filename or "--out_dir"
-        return f"{where}: {problem.strerror}; correct that, or name another one"
+        what = problem.strerror or problem
+        return f"{where}: {what}; correct that, or name another one"
     if is_out_of_memory(problem):
         return "out of memory; use a smaller --batch_size, --block_size or --n_embd"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -4110,12 +4162,12 @@ if __name__ == "__main__":
 #
 # 5.  3 C^2 in both cases (and 3 C biases). Heads divide the channels; they do not add any.
 #
-# 6.  No. In one block, the last token's query meets the same set of keys, and the sum does not
-#     depend on their order. With more blocks it can differ, because an earlier token sees fewer
-#     tokens than a later one. The mask alone tells something about positions.
+# 6.  Yes. In one block, the last token's query meets the same set of keys, and a sum does not
+#     depend on the order. With more blocks the result can differ, because an earlier token sees
+#     fewer tokens than a later one. So the mask alone tells something about positions.
 #
 # 7.  The softmax only decides the weights of a mean. Given the weights, the result is linear in the
-#     values. Attention cannot compute, for example, the absolute value of a channel.
+#     values. If there is only one token, its weight is 1, and attention is a linear function of it.
 #
 # 8.  The same, apart from eps: mean and standard deviation both grow by the factor 10.
 #
@@ -4203,4 +4255,4 @@ if __name__ == "__main__":
 # tensor(True)
 #
 # 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
-#     numbers, about two thirds of the number of its parameters.
+#     numbers, about two thirds as many as the model has parameters.

@@ -1,8 +1,9 @@
 """
-The laws of minigpt, chapter by chapter in the order of minigpt.py.
+The laws of minigpt, chapter by chapter, in the order of minigpt.py.
 
-A test's name states a law; its docstring says why it holds and what slip would break it. References
-are computed in float64, by torch or by hand.
+The name of a test states a law. Its docstring says why the law holds and which mistake would break
+it.
+References are computed in float64, by PyTorch or by hand.
 """
 
 import ast
@@ -49,6 +50,9 @@ from minigpt import (
     CharTokenizer,
     Corpus,
     GPTConfig,
+    ModelConfig,
+    PlainReader,
+    RunConfig,
     TrainConfig,
     UserError,
     get_lr,
@@ -57,7 +61,6 @@ from minigpt import (
 )
 
 torch.set_num_threads(1)  # models this small only lose time by sharing their work
-minigpt.comments = functools.cache(minigpt.comments)  # which reads the whole program each time
 
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that these tests start
@@ -68,10 +71,10 @@ TINY = dict(batch_size=4, grad_accum=2, max_steps=6, learning_rate=1e-2, min_lr=
             warmup_steps=2, eval_interval=2, eval_batches=2, sample_tokens=5, checkpoint_interval=0)
 
 def small_config(**changes):
-    return GPTConfig(**{**SMALL, **changes})
+    return ModelConfig(**{**SMALL, **changes})
 
 def stir(module, seed=0):
-    """The module in float64, its weights moved so far that gains and biases matter."""
+    """The module in float64, with weights moved so far that gains and biases matter."""
     torch.manual_seed(seed)
     for p in module.double().parameters():
         p.data.add_(0.3 * torch.randn_like(p))
@@ -90,13 +93,14 @@ def random_x(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 def pair(idx):
+    """Inputs and targets: idx without its last column, and without its first."""
     return idx[:, :-1], idx[:, 1:]
 
 def assert_close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 def assert_same(a, b):
-    """Bit for bit, through dictionaries and lists."""
+    """Equal bit for bit, through dictionaries and lists."""
     if isinstance(a, (dict, list, tuple)):
         assert len(a) == len(b)
         for key in a if isinstance(a, dict) else range(len(a)):
@@ -104,998 +108,11 @@ def assert_same(a, b):
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
-# ---- The book ------------------------------------------------------------------------------------
-def true_examples(test):
-    """How many examples of a doctest there are; all must be true."""
-    out = []
-    failed, attempted = doctest.DocTestRunner().run(test, out=out.append)
-    assert failed == 0, "".join(out)
-    return attempted
-
-@pytest.mark.parametrize("name", [t.name for t in doctest.DocTestFinder().find(minigpt)
-                                  if t.examples])
-def test_worked_example_in_a_docstring_is_true(name):
-    """The numbers in the text are run, so prose and code cannot drift apart."""
-    tests = {t.name: t for t in doctest.DocTestFinder().find(minigpt)}
-    assert true_examples(tests[name]) > 0
-
-def test_worked_examples_in_comments_are_true():
-    """Those that stand between the chapters: lines `# >>> ...` and the answers below them."""
-    text = "\n".join(re.findall(r"(?m)^# (>>> .*(?:\n# [^>\s].*)?)", SOURCE)).replace("\n# ", "\n")
-    test = doctest.DocTestParser().get_doctest(text, dict(vars(minigpt)), "comments", None, 0)
-    assert true_examples(test) >= 5
-
-def test_numbers_in_the_comments_of_the_chapters_are_true():
-    """The examples that are prose."""
-    def rounded(numbers):
-        return [round(number, 2) for number in numbers.tolist()]
-
-    logits, unit = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 0.0])
-    assert rounded(torch.softmax(logits, -1)) == [0.67, 0.24, 0.09]
-    assert rounded(torch.softmax(logits / 0.5, -1)) == [0.87, 0.12, 0.02]
-    assert round(math.log(65), 2) == 4.17
-    assert rounded(minigpt.LayerNorm(2)(torch.tensor([1.0, 3.0]))) == [-1.0, 1.0]
-    assert rounded(minigpt.RMSNorm(2)(torch.tensor([3.0, 4.0]))) == [0.85, 1.13]
-    assert rounded(minigpt.gelu(torch.tensor([2.0, 0.0, -2.0]))) == [1.95, 0.0, -0.05]
-    q, k, v = (torch.tensor(xs).view(1, 1, 2, 1) for xs in ((0.0, 2.0), (1.0, 3.0), (10.0, 20.0)))
-    attention = minigpt.CausalSelfAttention(small_config(n_head=1))
-    assert round(attention.attend(q, k, v)[0, 0, 1].item(), 1) == 19.8
-    turned = minigpt.Rotary(20, 2)(unit.expand(1, 1, 20, 2), 0)[0, 0]
-    assert rounded((turned[1:] * turned[:-1]).sum(-1)) == [0.54] * 19
-    w = nn.Parameter(torch.zeros(2))
-    w.grad = torch.tensor([3.0, 4.0])
-    assert minigpt.clip_gradients([w], 1.0) == 5.0 and rounded(w.grad) == [0.6, 0.8]
-
-def test_the_title_page_promises_the_parts_of_the_book():
-    promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
-    assert promised == re.findall(r"(?m)^# (Part [IV]+): (.*)", SOURCE) and len(promised) == 5
-
-# ---- Part I stands alone -------------------------------------------------------------------------
-PART_I = SOURCE[: SOURCE.index(f"# {'=' * 98}\n# Part II: ")]
-
-@pytest.fixture
-def part_one(monkeypatch):
-    """A module made of the text of Part I and of nothing else."""
-    module = types.ModuleType("part_one")
-    monkeypatch.setitem(sys.modules, "part_one", module)
-    exec(compile(PART_I, "part_one", "exec"), vars(module))
-    return module
-
-def verse_run(book, folder, state=None, **changes):
-    """A run on verse by the names of `book`: a new one, or one that goes on from a checkpoint."""
-    text = SAMPLE.read_text(encoding="utf-8")[:3000]
-    tokenizer, config = book.CharTokenizer.train(text), book.TrainConfig(**{**TINY, **changes})
-    sizes = {**SMALL, "vocab_size": tokenizer.vocab_size, "dropout": 0.3}
-    model = book.new_model(book.GPTConfig(**sizes), config.seed)
-    if state:
-        model, tokenizer = book.model_from_checkpoint(state)
-    folder.mkdir(exist_ok=True)
-    run = book.Run(model, tokenizer, book.Corpus.from_text(text, tokenizer), config, folder)
-    if state is not None:
-        run.restore(state)
-    return run
-
-def trained(run, stop_at=None):
-    """The score of a run and its last checkpoint; it may be interrupted when a step is complete."""
-    over, score = run.over, None
-
-    def over_or_stopped():
-        if run.step == stop_at:
-            run.save("latest.pt")
-            raise KeyboardInterrupt
-        return over()
-
-    run.over = over_or_stopped
-    with contextlib.suppress(KeyboardInterrupt):
-        score = sys.modules[type(run).__module__].train(run)
-    return score, load_checkpoint(run.out_dir / "latest.pt")
-
-def test_part_one_alone_trains_saves_goes_on_and_writes(part_one, tmp_path):
-    """Fails if Part I uses a later name, if a checkpoint lacks anything that a run needs (what was
-    interrupted must end as what was not, bit for bit), or if the whole file does not run Part I."""
-    assert not hasattr(part_one, "RMSNorm") and list(part_one.NORMS) == ["layernorm"]
-    score, state = trained(verse_run(part_one, tmp_path / "whole"))
-    _, half = trained(verse_run(part_one, tmp_path / "halves"), stop_at=3)
-    assert half["step"] == 3 and state["step"] == 6 and half["best_step"] == 2
-    assert_same(trained(verse_run(part_one, tmp_path / "halves", half)), (score, state))
-    assert_same(trained(verse_run(minigpt, tmp_path / "file")), (score, state))
-    assert state["model_config"]["attention"] == "explicit"
-    model, tokenizer = part_one.model_from_checkpoint(state)
-    idx = torch.tensor([tokenizer.encode("Speak")])
-    text = tokenizer.decode(model.generate(idx, 20, 0.8, top_k=9, top_p=0.9)[0].tolist())
-    assert text.startswith("Speak") and len(text) == 25
-
-def test_the_program_at_the_end_of_part_one_runs(part_one, tmp_path, monkeypatch):
-    """As printed, with the names of Part I alone, but for the sizes, which are cut down here."""
-    lines = PART_I.partition("# And that is a GPT.")[2].partition("\n#\n# What")[0].split("\n")
-    program = "\n".join(line[6:] for line in lines if line.startswith("#     "))
-    program = re.sub(r"(n_layer|n_head|n_embd|max_steps)=\d+", r"\1=2", program)
-    config = part_one.TrainConfig
-    monkeypatch.setattr(part_one, "TrainConfig", lambda **given: config(**{**TINY, **given}))
-    monkeypatch.setattr(part_one.GPTConfig, "block_size", 8)
-    monkeypatch.chdir(tmp_path)
-    exec(program, vars(part_one) | {"text": SAMPLE.read_text(encoding="utf-8")[:3000]})
-    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt"]
-
-def test_the_loop_is_about_learning_and_the_book_is_short_enough_to_be_read():
-    """Devices, processes and signals are kept out of the loop by Part III's subclass of Run."""
-    strange = "rank|process|signal|scaler|cache|compile|dice|autocast|device"
-    for function in (minigpt.train, train_step):
-        assert not re.findall(strange, inspect.getsource(function), re.I)
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(SOURCE))
-               if isinstance(node, ast.FunctionDef)}
-    assert max(lengths.values()) <= 50 and {"train", "train_step", "main"} <= set(lengths)
-    assert PART_I.count("\n") <= 1000 and SOURCE.count("\n") <= 2500
-
-# ---- Characters ----------------------------------------------------------------------------------
-def test_characters_come_back_unharmed(tmp_path):
-    """Also those that JSON or a text file could mangle; ids are 0 .. V-1, in sorted order."""
-    for text in (SAMPLE.read_text(encoding="utf-8"), "\r\n\t\"\\é\u0000🎭z\u2028 "):
-        tokenizer = CharTokenizer.train(text)
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text and set(ids) == set(range(tokenizer.vocab_size))
-        assert tokenizer.itos == sorted(set(text))
-        assert all(tokenizer.stoi[tokenizer.itos[i]] == i for i in ids)
-        tokenizer.save(tmp_path)
-        for same in (CharTokenizer.load(tmp_path), CharTokenizer(tokenizer.state)):
-            assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
-    assert CharTokenizer.train("ab").encode("") == []
-
-def test_unknown_character_is_named():
-    """The user must learn which character it was."""
-    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* of 4\b"):
-        CharTokenizer.train("abcd").encode("abüd")
-
-# ---- Batches -------------------------------------------------------------------------------------
-def test_batches_are_random_windows_and_their_successors():
-    """On tokens 0, 1, 2, ... a successor is one more. The first and the last window can be drawn;
-    the generator alone decides. Fails for a shift of two, an end off by one."""
-    x, y = minigpt.get_batch(torch.arange(12, dtype=torch.int16), block_size=8, batch_size=500)
-    assert x.shape == y.shape == (500, 8) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(8))
-    assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
-    assert set(minigpt.get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
-    before = torch.get_rng_state()
-    draws = [minigpt.get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(s))[0]
-             for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert torch.equal(before, torch.get_rng_state())
-
-def test_split_is_by_position_and_loses_nothing():
-    """Nine tenths, then the rest. Fails if the parts are swapped or overlap."""
-    text = SAMPLE.read_text(encoding="utf-8")
-    tokenizer = CharTokenizer.train(text)
-    corpus = Corpus.from_text(text, tokenizer)
-    assert len(corpus.train) == int(0.9 * len(text)) and corpus.val_characters == len(corpus.val)
-    assert tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == text
-    corpus = Corpus.from_text(text[:5000], BPETokenizer.train(text, 300))
-    assert corpus.val_characters == 500 > len(corpus.val)
-
-# ---- The task, and the simplest model ------------------------------------------------------------
-def test_loss_is_the_mean_negative_log_probability():
-    """By hand, in float64. Fails for a sum, a base-2 logarithm, or targets out of line."""
-    model, (x, y) = small_model(), pair(random_ids(3, 9))
-    logits, loss = model(x, y)
-    p = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
-    by_hand = -sum(p[b, t, y[b, t]].log() for b in range(3) for t in range(8)) / 24
-    assert abs(loss.item() - by_hand.item()) < 1e-6  # the loss itself is computed in float32
-    assert loss.dtype == torch.float32
-    assert model(x)[1] is None and logits.shape == (3, 8, 11)
-    (gradient,) = torch.autograd.grad(loss, logits)  # p_i, minus 1 for what came; of a mean of 24
-    assert_close(gradient * 24, p - F.one_hot(y, 11), 1e-6)
-
-def fit(model, batch, steps, **settings):
-    """The loss after some steps on one batch."""
-    c = TrainConfig(**{**dict(grad_accum=1, weight_decay=0.0), **settings})
-    optimizer = minigpt.OPTIMIZERS[c.optimizer](model, c)
-    for _ in range(steps):
-        loss, _ = train_step(model, optimizer, [batch], c)
-    return loss.item()
-
-def test_bigram_learns_the_frequencies_of_pairs():
-    """Its optimum is known: row i tends to the frequencies of what follows i in the data."""
-    text = "abracadabra abracadabra"
-    tokenizer = CharTokenizer.train(text)
-    ids, V = torch.tensor(tokenizer.encode(text)), tokenizer.vocab_size
-    counts = torch.zeros(V, V)
-    for a, b in itertools.pairwise(ids.tolist()):
-        counts[a, b] += 1
-    p = counts / counts.sum(dim=1, keepdim=True)
-    model = minigpt.Bigram(GPTConfig(vocab_size=V, block_size=len(ids) - 1, model="bigram"))
-    fit(model, pair(ids[None]), 200, learning_rate=0.3, min_lr=0.1)
-    assert_close(torch.softmax(model.wte.weight, dim=-1), p, 0.02)
-
-# ---- Attention -----------------------------------------------------------------------------------
-KINDS = [minigpt.CausalSelfAttention, Attention, minigpt.FusedAttention]
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("T, n_head", [(1, 3), (2, 3), (8, 3), (8, 1), (8, 12)])
-def test_attention_explicit_equals_fused_equals_torch_multihead(bias, T, n_head):
-    """Four implementations, one function, in value and in every gradient. Fails for a missing
-    1/sqrt(hs), a mask off by one, heads split along the wrong axis, q and k exchanged."""
-    reference = stir(nn.MultiheadAttention(12, n_head, bias=bias, batch_first=True))
-    weight, z = random_x(2, T, 12, seed=1), random_x(2, T, 12).requires_grad_()
-    theirs = {"c_attn.weight": reference.in_proj_weight, "c_attn.bias": reference.in_proj_bias,
-              "c_proj.weight": reference.out_proj.weight, "c_proj.bias": reference.out_proj.bias}
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    expected = reference(z, z, z, attn_mask=future, need_weights=False)[0]
-    (expected * weight).sum().backward()
-    for kind in KINDS:
-        ours = kind(small_config(n_embd=12, n_head=n_head, bias=bias)).double()
-        ours.load_state_dict({name: theirs[name] for name in ours.state_dict()})
-        x = z.detach().clone().requires_grad_()
-        y = ours(x)
-        (y * weight).sum().backward()
-        assert_close(y, expected)
-        assert_close(x.grad, z.grad)
-        for name, p in ours.named_parameters():
-            assert_close(p.grad, theirs[name].grad)
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_future_cannot_be_seen_by_gradient(kind):
-    """d output[t] / d input[s] is zero exactly for s > t: training cannot use the future either."""
-    layer, x = stir(kind(small_config())), random_x(1, 6, 8).requires_grad_()
-    for t in range(6):
-        (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
-        seen = gradient.abs().sum(dim=-1)[0] > 1e-12
-        assert seen.tolist() == [s <= t for s in range(6)]
-
-def check_dropped(dropped, whole, p):
-    """Each entry is zero or 1 / (1 - p) times what it was, and the share of zeros is about p."""
-    dropped, whole = (t[whole.abs() > 1e-9] for t in (dropped, whole))
-    zero = dropped.abs() < 1e-9
-    assert_close(dropped[~zero], whole[~zero] / (1 - p), 1e-8)
-    assert abs(zero.double().mean().item() - p) < 0.05
-
-def test_dropout_drops_attention_weights_and_what_leaves_a_part():
-    """Not scores, not what comes of the weights: division by the values shows them. Then the output
-    of attention and of the MLP, and the sum of two vectors before the first block."""
-    torch.manual_seed(0)
-    q, k, x = random_x(90, 1, 8, 8), random_x(90, 1, 8, 8, seed=1), random_x(50, 8, 8)
-    v = random_x(8, 8, seed=2).expand(90, 1, 8, 8)
-    for kind in (*KINDS, minigpt.MLP, minigpt.GatedMLP):
-        layer, twin = (kind(small_config(n_head=1, dropout=0.25)).double() for _ in range(2))
-        if kind in KINDS:
-            dropped, whole = (m.attend(q, k, v) @ v.inverse() for m in (layer, twin.eval()))
-            check_dropped(dropped, whole, 0.25)
-            layer.attn_dropout.p = 0.0
-        check_dropped(layer(x), layer.eval()(x), 0.25)
-    model, idx = small_model(dropout=0.25, n_embd=16), random_ids(50, 8)
-    model.h, model.ln_f, model.lm_head = nn.ModuleList(), nn.Identity(), nn.Identity()
-    check_dropped(model(idx)[0], model.eval()(idx)[0], 0.25)
-    assert_close(model(idx)[0], model.wte.weight[idx] + model.wpe.weight)
-
-# ---- MLP, norms, block ---------------------------------------------------------------------------
-@pytest.mark.parametrize("activation, bend", [
-    ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
-    ("relu", lambda h: h.clamp(min=0)), ("relu2", lambda h: h.clamp(min=0) ** 2),
-    ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:]),
-])
-@pytest.mark.parametrize("bias", [True, False])
-def test_mlps_are_their_equations(activation, bend, bias):
-    """Fails for GELU's erf form, exchanged halves in SwiGLU, a missing square, a fixed width. All
-    have as many weights: SwiGLU has three matrices in place of two, and two thirds of the width."""
-    config = small_config(activation=activation, mlp_ratio=2.0, bias=bias)
-    mlp, x = stir(minigpt.MLPS[activation](config)), random_x(2, 3, 8) * 3
-    b, c = (mlp.c_fc.bias, mlp.c_proj.bias) if bias else (0.0, 0.0)
-    h = x @ mlp.c_fc.weight.T + b
-    assert h.shape[-1] == (20 if activation == "swiglu" else 16)
-    assert_close(mlp(x), bend(h) @ mlp.c_proj.weight.T + c)
-    config = small_config(activation=activation, n_embd=96, bias=False)
-    assert minigpt.count_parameters(minigpt.MLPS[activation](config)) == 8 * 96 * 96
-
-@pytest.mark.parametrize("ours, theirs, tolerance", [
-    *((kind(6, bias), nn.LayerNorm(6, bias=bias), 1e-9) for bias in (True, False)
-      for kind in (minigpt.LayerNorm, minigpt.FusedLayerNorm)),
-    (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it squares in float32
-def test_norms_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
-    """For inputs small, large and far from zero. Fails for a variance over C - 1, a missing eps,
-    gain or bias; for RMSNorm: a sum in place of the mean, a mean subtracted, squares in 16 bits."""
-    ours.double().load_state_dict(stir(theirs).state_dict())
-    weight = random_x(2, 3, 6, seed=1)
-    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
-        x = (random_x(2, 3, 6) * scale + offset).requires_grad_()
-        y, expected = ours(x), theirs(x)
-        assert_close(y, expected, tolerance)
-        for a, b in zip(*(torch.autograd.grad((out * weight).sum(), [x, *norm.parameters()])
-                          for out, norm in ((y, ours), (expected, theirs)))):
-            assert_close(a, b, 10 * tolerance)
-    for dtype in (torch.float16, torch.bfloat16):
-        y = minigpt.RMSNorm(2)(torch.tensor([300.0, 400.0], dtype=dtype))
-        assert y.dtype == dtype
-        assert_close(y.float(), torch.tensor([0.8485, 1.1314]), 4e-3)
-
-def test_the_parts_that_are_asked_for_are_the_parts_that_are_built():
-    """Everywhere in the model, with and without bias."""
-    kinds = {"layernorm": minigpt.LayerNorm, "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
-    for norm, kind in kinds.items():
-        model = GPT(small_config(norm=norm, qk_norm=True))
-        for block in model.h:
-            for built in (block.ln_1, block.ln_2, block.attn.qk_norm, model.ln_f):
-                assert type(built) is kind
-    for attention, kind, norm in (("explicit", Attention, minigpt.LayerNorm),
-                                  ("fused", minigpt.FusedAttention, minigpt.FusedLayerNorm)):
-        model = GPT(small_config(attention=attention))
-        assert type(model.h[0].attn) is kind and type(model.h[0].ln_1) is type(model.ln_f) is norm
-    for bias in (True, False):
-        biased = [m.bias is not None for m in GPT(small_config(bias=bias)).modules()
-                  if isinstance(m, (nn.Linear, minigpt.LayerNorm))]
-        assert biased == [bias] * 13 + [False]  # the head has none
-
-def layer_norm(x, norm):
-    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias)
-
-def test_block_has_its_norms_and_residuals_in_their_places():
-    """pre: x + attn(ln_1(x)), x + mlp(ln_2(x)). post: the norm follows each addition."""
-    block, x = stir(minigpt.Block(small_config())), random_x(2, 5, 8)
-    middle = x + block.attn(layer_norm(x, block.ln_1))
-    assert_close(block(x), middle + block.mlp(layer_norm(middle, block.ln_2)))
-    post = minigpt.PostNormBlock(small_config()).double()
-    post.load_state_dict(block.state_dict())
-    middle = layer_norm(x + block.attn(x), block.ln_1)
-    assert_close(post(x), layer_norm(middle + block.mlp(middle), block.ln_2))
-    for projection in (block.attn.c_proj, block.mlp.c_proj):
-        nn.init.zeros_(projection.weight)
-        nn.init.zeros_(projection.bias)
-    assert torch.equal(block(x), x)
-    assert type(GPT(small_config(norm_position="post")).h[1]) is minigpt.PostNormBlock
-
-# ---- The model -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("changes", [{}, dict(bias=False, n_head=1, mlp_ratio=2.0),
-                                     dict(tie_weights=False, n_layer=3)])
-def test_forward_is_tables_blocks_norm_and_head(changes):
-    """Fails if the final norm, the position table or the order of the blocks is lost."""
-    model, idx = small_model(**changes), random_ids(2, 6)
-    for start in (0, 2):
-        x = model.wte.weight[idx] + model.wpe.weight[start : start + 6]
-        for i in range(model.config.n_layer):
-            x = model.h[i](x)
-        assert_close(model(idx, start=start)[0], layer_norm(x, model.ln_f) @ model.lm_head.weight.T)
-
-@pytest.mark.parametrize("changes", [dict(tie_weights=False), dict(model="bigram"),
-                                     dict(pos="rope", activation="swiglu", qk_norm=True)])
-def test_initialization_is_gpt2s(changes):
-    """0.02; projections onto the stream less by sqrt(2 n_layer). So the first loss is near ln V."""
-    sizes = dict(vocab_size=65, block_size=64, n_layer=8, n_head=4, n_embd=192)
-    model = minigpt.new_model(GPTConfig(**sizes, **changes), 0).eval()
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
-            assert abs(p.std().item() / expected - 1) < 0.05, name
-        else:
-            assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
-    loss = model(*pair(random_ids(2, 65, vocab_size=65)))[1].item()
-    assert abs(loss - math.log(65)) < 0.15
-
-def test_first_weights_depend_on_the_seed_alone_and_on_all_of_it():
-    """Not on what was drawn before; and 2^32 + 1 is not 1, as it would be in 32 bits."""
-    seeds = (1, 1, 2, 2**32 + 1)
-    a, b, *others = (minigpt.new_model(small_config(), seed).wte.weight for seed in seeds)
-    assert torch.equal(a, b) and not any(torch.equal(a, other) for other in others)
-    numbers = [*itertools.product(range(-9, 30), range(30)), (1,), (2**32 + 1,), (11,), (0,)]
-    derived = {minigpt.derived_seed(*some) for some in numbers}
-    assert len(derived) == len(numbers) and 0 <= min(derived) <= max(derived) < 2**32
-
-def test_head_and_token_table_are_one_matrix():
-    """Also after a step; gradients from both uses add up. Untied, each has its own."""
-    model, untied = small_model(), small_model(tie_weights=False)
-    batch, before = pair(random_ids(2, 9)), model.wte.weight.detach().clone()
-    assert minigpt.count_parameters(untied) == minigpt.count_parameters(model) + 11 * 8
-    untied.load_state_dict(model.state_dict())
-    for m in (model, untied):
-        m(*batch)[1].backward()
-    table, head = untied.wte.weight.grad, untied.lm_head.weight.grad
-    assert_close(model.wte.weight.grad, table + head, 1e-6)
-    assert (table - head).abs().max() > 1e-3
-    for m in (model, untied):
-        fit(m, batch, 1, learning_rate=0.1)
-    assert model.lm_head.weight is model.wte.weight and not torch.equal(before, model.wte.weight)
-    assert not torch.equal(untied.lm_head.weight, untied.wte.weight)
-
-def test_what_does_not_fit_is_refused():
-    """There are no positions beyond block_size; heads share the channels; pairs need two."""
-    for start, n in ((0, 9), (3, 6)):
-        with pytest.raises(ValueError, match="9 tokens given, but block_size is 8"):
-            small_model()(random_ids(1, n), start=start)
-    with pytest.raises(UserError, match="--n_embd 8: must be divisible by --n_head 3"):
-        small_config(n_head=3)
-    for changes in (dict(pos="rope", n_embd=6), dict(pos="sinusoidal", n_embd=9, n_head=3)):
-        with pytest.raises(UserError, match="--pos: [39] channels make no pairs"):
-            GPT(small_config(**changes))
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_descends_and_one_batch_can_be_memorized(optimizer):
-    """Targets of pure noise can only be memorized, for which every part has to work."""
-    idx, model = random_ids(4, 9), minigpt.new_model(small_config(n_embd=32), 0)
-    idx[:, 0] = torch.arange(4)  # nothing could tell apart the successors of a shared beginning
-    before = model(*pair(idx))[1].item()
-    fit(model, pair(idx), 1, optimizer=optimizer, learning_rate=1e-3)
-    assert model(*pair(idx))[1].item() < before and all(p.grad is None for p in model.parameters())
-    assert fit(model, pair(idx), 150, optimizer=optimizer, learning_rate=1e-2) < 0.02
-
-# ---- Writing -------------------------------------------------------------------------------------
-def kept(*probabilities, **options):
-    """Which tokens of one distribution may still be drawn; their logits are as they were."""
-    logits = torch.tensor([probabilities, probabilities[::-1]], dtype=torch.float64).log()
-    filtered = minigpt.filter_logits(logits, **options)
-    alive = filtered.isfinite()
-    assert torch.equal(filtered[alive], logits[alive])
-    return "".join(str(int(one)) for one in alive[0])
-
-def test_filters_keep_the_smallest_set_that_reaches_p_and_the_k_likeliest():
-    """0.5 alone reaches 0.5 (exact in binary); for 0.51 the token that crosses the line stays; k is
-    k, also among equals; and top-p counts what top-k left, 4/7 and 3/7."""
-    for p, expected in ((0.1, "0100"), (0.5, "0100"), (0.51, "0101"), (0.75, "0101"),
-                        (0.76, "1101"), (0.875, "1101"), (0.88, "1111"), (1.0, "1111")):
-        assert kept(0.125, 0.5, 0.125, 0.25, top_p=p) == expected
-    for k, expected in ((1, "0100"), (2, "0101"), (3, "1101"), (4, "1111"), (9, "1111")):
-        assert kept(0.2, 0.4, 0.1, 0.3, top_k=k) == expected
-    assert kept(0.25, 0.25, 0.25, 0.25, top_k=2) == "1100"
-    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.57) == "0100"
-    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.58) == "0101"
-
-@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 2.0])
-def test_draws_follow_the_tempered_distribution(temperature):
-    """100,000 draws against p^(1/T). Fails if logits are multiplied by the temperature."""
-    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    drawn = minigpt.draw_token(p.log().expand(100_000, 4), temperature,
-                       generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (100_000, 1)
-    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
-    assert_close(drawn.flatten().bincount(minlength=4) / 100_000, expected, 0.01)
-
-def test_filters_reach_the_draw_and_act_after_the_temperature():
-    """At temperature 5, top_k 1 or a tiny top_p still leave only the likeliest token; and top_p
-    counts the tempered probabilities. Tiny temperatures are greedy, too, and never overflow."""
-    model, idx = small_model(), random_ids(4, 3)
-    greedy = model.generate(idx, 6, temperature=0)
-    for options in (dict(top_k=1), dict(top_p=1e-9), dict(top_p=1e-46)):
-        assert torch.equal(model.generate(idx, 6, temperature=5.0, **options), greedy)
-    logits = torch.tensor([2.0, 1.0, 0.0]).expand(200, 3)  # 0.87, 0.12, 0.02 at 0.5
-    assert minigpt.draw_token(logits, temperature=0.5, top_p=0.7).unique().tolist() == [0]
-    assert minigpt.draw_token(logits, temperature=1.0, top_p=0.7).unique().tolist() == [0, 1]
-    logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
-    for temperature, size in ((0, 1), (1e-30, 1), (1e-30, 1e30)):
-        assert minigpt.draw_token(logits * size, temperature).tolist() == [[1], [0]]
-
-def test_the_same_random_numbers_write_the_same_text():
-    """Without dropout."""
-    model, idx = small_model(dropout=0.5), random_ids(1, 1)
-    texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-
-def test_the_window_moves_by_halves_and_only_when_it_is_full():
-    """Against a text that grows token by token. Fails for a start off by one."""
-    for block_size in range(1, 10):
-        start = 0
-        for length in range(1, 40):
-            start += (block_size + 1) // 2 if length - start > block_size else 0
-            assert minigpt.window_start(length, block_size) == start
-
-@pytest.mark.parametrize("options", [dict, lambda: dict(read=CachedReader())])
-def test_generation_continues_and_halves_a_full_window(options):
-    """Greedy text, step by step, far beyond block_size, for short and long prompts."""
-    model, before = small_model(dropout=0.5), torch.get_rng_state()
-    for n in (1, 3, 8, 20):
-        idx = random_ids(6, n, seed=n)
-        out = model.train().generate(idx, 14, temperature=0, **options())
-        assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx)
-        for t in range(n, n + 14):
-            logits, _ = model.eval()(out[:, max(0, math.ceil((t - 8) / 4) * 4) : t])
-            assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
-        assert torch.equal(model.generate(idx, 0), idx)
-    assert torch.equal(before, torch.get_rng_state())
-
-# ---- Learning ------------------------------------------------------------------------------------
-def test_adamw_is_the_equation_in_the_text_and_decays_matrices_only():
-    """Three steps by hand, with the bias correction, and the decoupled decay for matrices. Fails if
-    biases or gains are decayed, if a setting is lost, or if the tied matrix is updated twice."""
-    c = TrainConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
-    model = small_model()
-    optimizer = minigpt.make_adamw(model, c)
-    before = [p.detach().clone() for p in model.parameters()]
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted({id(p) for p in model.parameters()})
-    m, v = [0.0] * len(before), [0.0] * len(before)
-    for t in (1, 2, 3):
-        for i, p in enumerate(model.parameters()):
-            g = random_x(*p.shape, seed=t) * 1e-7  # so small that eps counts
-            p.grad = g.clone()
-            m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.9 * v[i] + 0.1 * g * g
-            move = m[i] / (1 - 0.8**t) / ((v[i] / (1 - 0.9**t)).sqrt() + 1e-8)
-            before[i] = before[i] - 0.1 * (move + (0.5 * before[i] if p.dim() == 2 else 0.0))
-        optimizer.step()
-    for p, w in zip(model.parameters(), before, strict=True):
-        assert_close(p.detach(), w)
-
-def test_schedule_at_named_points():
-    """First step, peak, middle, floor, beyond. Fails for a warm-up off by one."""
-    c = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
-    assert [get_lr(s, c) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert [get_lr(s, c) for s in (9, 14, 24, 1000)] == pytest.approx(
-        [0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
-    line = replace(c, schedule="linear")
-    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
-    assert get_lr(0, replace(c, warmup_steps=0)) == 1.0
-    assert get_lr(4, replace(c, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
-    with pytest.raises(UserError, match="--min_lr 0.2: above --learning_rate 0.1"):
-        replace(c, learning_rate=0.1)
-
-@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
-def test_clipping_equals_torch_and_keeps_the_direction(max_norm):
-    """One norm over all tensors; small gradients and max_norm 0 leave everything as it is."""
-    ours, theirs = ([nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5, 1)]
-                    for _ in range(2))
-    for p, q in zip(ours[:2], theirs):  # the third one has no gradient
-        p.grad = random_x(*p.shape)
-        q.grad = p.grad.clone()
-    norm = minigpt.clip_gradients(iter(ours), max_norm)
-    assert_close(norm, nn.utils.clip_grad_norm_(theirs, max_norm or math.inf))
-    for p, q in zip(ours[:2], theirs):
-        assert_close(p.grad, q.grad)
-
-@pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_accumulated_micro_batches_equal_the_large_batch(clip):
-    """Loss, norm and weights of two steps by hand. Fails if the loss is not divided by grad_accum,
-    or if gradients are clipped or cleared between micro-steps, or never."""
-    idx = random_ids(2, 12, 9)
-    for accum in (1, 3, 12):
-        model, c = small_model(), TrainConfig(grad_accum=accum, grad_clip=clip)
-        weights, vector = list(model.parameters()), nn.utils.parameters_to_vector
-        optimizer = torch.optim.SGD(weights, lr=0.1)
-        for part in idx:
-            before, loss = vector(weights).detach(), model(*pair(part))[1].double()
-            gradient = vector(torch.autograd.grad(loss, weights))
-            logged = train_step(model, optimizer, map(pair, part.split(12 // accum)), c)
-            assert_close(torch.stack([x.double() for x in logged]),
-                         torch.stack([loss.detach(), gradient.norm()]), 1e-6)
-            if clip:
-                gradient *= clip / gradient.norm()
-            assert_close(vector(weights).detach(), before - 0.1 * gradient, 1e-6)
-
-# ---- Evaluation and checkpoints ------------------------------------------------------------------
-def small_corpus():
-    return Corpus(*random_ids(200).split([150, 50]), val_characters=100)
-
-def test_estimating_the_loss_leaves_no_trace():
-    """No dropout, no gradients, no random numbers used; the same batches each time."""
-    model, c = small_model(dropout=0.5), TrainConfig(batch_size=3, eval_batches=4)
-    before, corpus = torch.get_rng_state(), small_corpus()
-    first = minigpt.estimate_loss(model, corpus, c)
-    assert first == minigpt.estimate_loss(model.train(), corpus, c) and not model.training
-    assert torch.equal(before, torch.get_rng_state())
-    for name, tokens in (("train", corpus.train), ("val", corpus.val)):
-        generator = torch.Generator().manual_seed(0)
-        losses = [model(*minigpt.get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
-        assert first[name] == pytest.approx(sum(losses) / 4)
-    model.register_forward_pre_hook(lambda module, _: modes.append(
-        (module.training, torch.is_grad_enabled())))
-    modes = []
-    minigpt.estimate_loss(model, corpus, replace(c, eval_batches=1))
-    train_step(model, torch.optim.SGD(model.parameters()), [(random_ids(1, 8),) * 2], c)
-    minigpt.evaluate(model, corpus.val[:9])
-    assert modes == [(False, False)] * 2 + [(True, True), (False, False)]
-
-@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
-def test_evaluation_counts_every_token_once(n):
-    """Token by token with its own window, in float64. Fails if the rest is dropped, if windows
-    overlap, or if a mean of batch means gives a short last batch too much weight."""
-    model, tokens, total = small_model(dropout=0.5).eval(), random_ids(n), 0.0
-    for t in range(1, n):
-        logits = model(tokens[None, (t - 1) // 8 * 8 : t])[0][0, -1]
-        total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
-    for batch_size in (1, 4, 64):
-        shares = []
-        nats = minigpt.evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
-        assert nats == pytest.approx(total / (n - 1), abs=1e-6)
-        assert shares == sorted(shares) and shares[-1] == 1.0
-    assert minigpt.describe_loss(math.log(8), small_corpus()).endswith(
-        "49 tokens: 2.0794 nats per token, perplexity 8, 1.5000 bits per character")  # 2 to a token
-
-def test_checkpoint_is_tensors_and_plain_values_whole_or_not_there(tmp_path, monkeypatch):
-    """What else could be in a file is refused unrun. A disk that fills up in the middle of a write
-    leaves the old file, and no half of a new one."""
-    path, code = tmp_path / "a.pt", tmp_path / "b.pt"
-    state = {"model": small_model().state_dict(), "step": 3, "best": math.inf, "names": ["é"],
-             "tokenizer": ("bpe", [(b"a", b"\xff")])}
-    minigpt.save_checkpoint(path, state)
-    torch.save({"code": os.system}, code)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        load_checkpoint(code)
-    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") / 0)
-    with pytest.raises(ZeroDivisionError):
-        minigpt.save_checkpoint(path, {"step": 4})
-    assert_same(load_checkpoint(path), state)
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
-
-# ---- The training loop ---------------------------------------------------------------------------
-def small_run(folder, model=None, **changes):
-    config = TrainConfig(**{**TINY, **changes})
-    model = model or minigpt.new_model(small_config(dropout=0.3), config.seed)
-    return minigpt.Run(model, CharTokenizer(list("\nabcdefghij")), small_corpus(), config, folder)
-
-def test_batches_are_a_function_of_the_seed_and_the_step(tmp_path):
-    """grad_accum of them, all different; the same in every run that comes to this step; and dropout
-    is seeded with them. Fails if seed + step takes the place of both."""
-    def batches(step, others=0, **changes):
-        run = small_run(tmp_path, minigpt.Bigram(small_config()), grad_accum=3, **changes)
-        run.step, drawn = step, []
-        for batch in run.batches():
-            drawn.append(batch)
-            torch.rand(others)  # as dropout may draw in between
-        next(run.batches())
-        return [*drawn, torch.rand(9)]
-
-    first = batches(4)
-    assert len(first) == 4 and all(x.shape == y.shape == (4, 8) for x, y in first[:3])
-    assert_same(batches(4, others=7, max_steps=99, optimizer="muon"), first)
-    drawn = [first, batches(5), batches(4, seed=1338), batches(3, seed=1338)]
-    assert len({tuple(x.flatten().tolist()) for some in drawn for x, _ in some[:3]}) == 12
-    assert len({tuple(some[3].tolist()) for some in drawn}) == 4
-    windows = small_corpus().train.unfold(0, 9, 1)  # of the training part, not of the other
-    for row in torch.cat(first[0], dim=1):
-        assert (windows == torch.cat([row[:8], row[15:]])).all(dim=1).any()
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_step_has_its_rate_and_comes_in_its_order(tmp_path, monkeypatch, optimizer):
-    """The rate is that of the step's number, in every group; dropout acts; evaluation at step 0, at
-    intervals and in the end; snapshots in between. Fails for a step counted early or late."""
-    run = small_run(tmp_path, optimizer=optimizer, max_steps=7, eval_interval=3, log_interval=2,
-                    checkpoint_interval=2)
-    steps, said, saved, report, save = [], [], [], run.report, run.save
-    monkeypatch.setattr(run, "report", lambda loss, norm: report(loss, norm) or steps.append(
-        (run.model.training, *{group["lr"] for group in run.optimizer.param_groups})))
-    monkeypatch.setattr(run, "say", said.append)
-    monkeypatch.setattr(run, "save", lambda name: save(name) or saved.append((run.step, name)))
-    run.model.eval()
-    minigpt.train(run)
-    assert steps == [(True, get_lr(step, run.config)) for step in range(7)]
-    assert [(step, name[:4]) for step, name in saved if name != "best.pt"] == [
-        (0, "late"), (2, "step"), (2, "late"), (3, "late"), (4, "step"), (4, "late"), (6, "late"),
-        (6, "step"), (6, "late"), (7, "late")]
-    assert load_checkpoint(tmp_path / "step_000004.pt")["step"] == 4
-    lines = [line.split(" | ")[0].split(": training")[0] for line in said if line[:4] == "step"]
-    assert lines == ["step 0", "step 2/7", "step 3", "step 4/7", "step 6/7", "step 6", "step 7"]
-    for _ in range(2):
-        run.show_sample()
-    assert said[-1] == said[-2] != ""
-
-def scripted(monkeypatch, run, losses):
-    """Evaluations give these validation losses, with training losses that say the opposite."""
-    script = iter(losses)
-    monkeypatch.setattr(minigpt, "estimate_loss", lambda model, corpus, config: {
-        "val": (loss := next(script)), "train": -loss})
-
-@pytest.mark.parametrize("losses, best", [([5, 3, 2, 4], 4), ([1, 2, 3, 4], 0), ([5, 3, 3, 3], 2),
-                                          ([5, 4, 3, 2], 6), ([9, 5, math.nan, 7], 2)])
-def test_the_best_model_has_the_lowest_validation_loss(tmp_path, monkeypatch, losses, best):
-    """Not the lowest training loss, not the last; among equals the first. Its score counts."""
-    run = small_run(tmp_path)
-    weights = {0: run.model.wte.weight.detach().clone()}
-    scripted(monkeypatch, run, losses)
-    monkeypatch.setattr(run, "report", lambda loss, norm: weights.update(
-        {run.step: run.model.wte.weight.detach().clone()}))
-    score, _ = trained(run)
-    state = load_checkpoint(tmp_path / "best.pt")
-    assert (state["step"], state["best_step"], state["best_val"]) == (best, best, losses[best // 2])
-    assert torch.equal(state["model"]["wte.weight"], weights[best])
-    assert_same(dict(run.model.state_dict()), dict(state["model"]))
-    assert score == minigpt.evaluate(run.model, run.corpus.val) and run.step == 6
-
-@pytest.mark.parametrize("patience, losses, end", [
-    (1, [5, 4, 4], 4), (2, [5, 4, 6, 5], 6), (2, [1, 2, 2], 4), (2, [5, 6, 4, 5, 3.9, 5, 5], 12),
-    (0, [1, 2, 3, 4, 5, 6, 7, 8], 13), (3, [1, 2, 3, 4], 6)])
-def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, losses, end):
-    """After so many evaluations without a better one, not a step more or less; 0 waits for ever."""
-    run = small_run(tmp_path, patience=patience, max_steps=13, sample_tokens=0)
-    scripted(monkeypatch, run, losses)
-    trained(run)
-    assert run.step == end
-
-# ---- Part II: variations of the model ------------------------------------------------------------
-def test_rope_turns_channel_i_with_i_plus_half_by_the_position():
-    """(1, 0) becomes (cos t w_i, sin t w_i), t from 0. Fails for another pairing or direction."""
-    rotary = minigpt.Rotary(20, 4)
-    for i, w in ((0, 1.0), (1, 0.01)):
-        unit = torch.eye(4, dtype=torch.float64)[[i, i + 2]].view(1, 2, 1, 4).expand(1, 2, 9, 4)
-        t = w * torch.arange(9, dtype=torch.float64)
-        for start in (0, 7):
-            turned, a = rotary(unit, start)[0], t + w * start
-            expected = torch.zeros(2, 9, 4, dtype=torch.float64)
-            expected[0, :, i], expected[0, :, i + 2] = a.cos(), a.sin()
-            expected[1, :, i], expected[1, :, i + 2] = -a.sin(), a.cos()
-            assert_close(turned, expected, 1e-5)  # the tables are float32
-
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-@pytest.mark.parametrize("kind", [Attention, minigpt.FusedAttention])
-def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(norm, kind):
-    """With gains that are not 1, for which the order matters. Fails if v is turned, if k is not."""
-    layer = stir(kind(small_config(pos="rope", qk_norm=True, norm=norm)))
-    x = random_x(3, 8, 8)
-    q, k, v = minigpt.CausalSelfAttention.heads(layer, x)
-    q, k = (layer.rotary(layer.qk_norm(t), 0) for t in (q, k))
-    y = minigpt.CausalSelfAttention.attend(layer, q, k, v).transpose(1, 2).flatten(2)
-    assert_close(layer(x), layer.c_proj(y), 1e-6)
-    layer = kind(small_config(qk_norm=True, norm=norm, bias=False)).double()
-    before = layer(x)
-    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k: their size is normalized away
-    assert_close(layer(x), before, 1e-3)
-
-def test_sinusoids_are_the_papers_over_the_root_of_the_width():
-    """Entry by entry, sine and cosine side by side; saved, but not learned."""
-    table = GPT(small_config(pos="sinusoidal", n_embd=12, block_size=40)).wpe(torch.arange(40))
-    for t, i in itertools.product((0, 1, 7, 39), range(6)):
-        a, entries = t * 10000 ** (-2 * i / 12), table[t, 2 * i : 2 * i + 2] * math.sqrt(12)
-        assert entries.tolist() == pytest.approx([math.sin(a), math.cos(a)], abs=1e-5)
-    model, names = GPT(small_config(pos="sinusoidal")), list(GPT(small_config()).state_dict())
-    assert list(model.state_dict()) == names and "wpe.weight" not in dict(model.named_parameters())
-    assert list(GPT(small_config(pos="rope")).state_dict()) == [n for n in names if "wpe" not in n]
-
-VARIANTS = [dict(zip(("norm", "norm_position", "pos", "activation", "qk_norm", "bias"), values))
-            for values in itertools.product(minigpt.NORMS, minigpt.BLOCKS, minigpt.POSITIONS,
-                                            minigpt.ACTIVATIONS, (False, True), (True, False))]
-
-def test_token_shift_shows_half_of_the_channels_of_the_position_before():
-    """To attention and MLP, after the norm if that comes first; at first there are zeros."""
-    def shifted(x):
-        return torch.cat([F.pad(x, (0, 0, 1, 0))[:, :-1, :4], x[..., 4:]], dim=-1)
-
-    x, b = random_x(2, 5, 8), small_model().h[0]
-    y = x + b.attn(shifted(b.ln_1(x)))
-    assert_close(small_model(token_shift=True).h[0](x), y + b.mlp(shifted(b.ln_2(y))))
-    y, post = b.ln_1(x + b.attn(shifted(x))), small_model(token_shift=True, norm_position="post")
-    assert_close(post.h[0](x), b.ln_2(y + b.mlp(shifted(y))))
-
-def test_windows_are_short_at_first(tmp_path):
-    """And so many more of them, for that share of the steps; then whole."""
-    run = tiny_full_run(tmp_path, max_steps=8, short_share=0.5, short_block=2, batch_size=3,
-                        grad_accum=2)
-    for step, shape in ((0, (12, 2)), (3, (12, 2)), (4, (3, 8)), (7, (3, 8))):
-        run.step = step
-        assert [tuple(x.shape) for x, _ in run.batches()] == [shape] * 2
-
-def test_even_windows_leave_no_gap_and_follow_from_the_step(tmp_path):
-    """Successors of one another, of the training part, to its end; in every stretch of steps no gap
-    is wider than twice the mean; where only one window fits, it is that one."""
-    def run_at(step, **changes):
-        run = tiny_full_run(tmp_path, max_steps=99, sampling="even", batch_size=3, grad_accum=2,
-                            **changes)
-        run.corpus, run.step = Corpus(torch.arange(500), torch.arange(9), 9), step
-        return run
-
-    for first in (0, 40):
-        pairs = [pair for step in range(first, first + 20) for pair in run_at(step).batches()]
-        assert all(torch.equal(x + 1, y) and x.shape == (3, 8) for x, y in pairs)
-        starts = sorted(int(row[0]) for x, _ in pairs for row in x)
-        gaps = [b - a for a, b in itertools.pairwise([*starts, 492 + starts[0]])]
-        assert len(starts) == 120 and max(gaps) <= 2 * 492 / 120 + 1 and starts[-1] < 492
-    golden = [int(row[0]) for x, _ in run_at(0).batches() for row in x]
-    steps = [(b - a) % 492 / 492 for a, b in itertools.pairwise(golden)]
-    assert steps == pytest.approx([0.618] * 5, abs=0.005)
-    for text, ends in ((9, {8}), (10, {8, 9})):
-        run = run_at(0)
-        run.corpus = Corpus(torch.arange(text), torch.arange(9), 9)
-        assert {int(y[-1]) for _, ys in run.batches() for y in ys} == ends
-    assert not torch.equal(next(run_at(7).batches())[0], next(run_at(7, seed=2).batches())[0])
-
-def test_the_future_cannot_be_seen_in_any_combination():
-    """All of them, and the rest in turn; and each weight has a gradient."""
-    idx = random_ids(1, 8)
-    changed = idx.clone()
-    changed[0, 5] = (changed[0, 5] + 1) % 11
-    for i, variant in enumerate(VARIANTS):
-        model = small_model(attention=("explicit", "fused")[i % 2], tie_weights=i % 3 > 0,
-                            token_shift=i % 4 == 3,
-                            n_head=(2, 1, 4)[i % 5 % 3], mlp_ratio=(4.0, 2.0)[i % 7 % 2], **variant)
-        logits, loss = model(idx, idx)
-        loss.backward()
-        moved = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
-        assert torch.all(moved[:5] == 0) and moved[5] > 0, variant
-        assert all(p.grad.abs().sum() > 0 for p in model.parameters()), variant
-
-# ---- The cache -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("pos", minigpt.POSITIONS)
-@pytest.mark.parametrize("changes", [
-    dict(attention="explicit"), dict(attention="fused"), dict(norm_position="post", qk_norm=True),
-    dict(norm="rmsnorm", activation="swiglu", qk_norm=True, block_size=1),
-    dict(attention="fused", block_size=3, token_shift=True), dict(model="bigram")])
-def test_the_cache_changes_nothing_but_the_time(pos, changes):
-    """Logits, past the window too, of two texts read in turn. Fails for a key turned for the wrong
-    place, a place off by one, a cache that stays when the window moves or is another reader's."""
-    model = small_model(pos=pos, dropout=0.5, **changes)
-    for first in (1, 4, 11):
-        texts = [(random_ids(3, 25), CachedReader()), (random_ids(1, 25, seed=1), CachedReader())]
-        for n, (idx, reader) in itertools.product(range(first, first + 13), texts):
-            logits = reader(model, idx[:, :n])
-            assert_close(logits, minigpt.next_logits(model, idx[:, :n]), 1e-5)
-            assert not logits.requires_grad
-    assert all(layer.cache is None for layer in model.modules() if isinstance(layer, Attention))
-
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_the_cache_reads_each_token_once(attention):
-    """But for windows that moved; and what is kept are the keys and values in the window."""
-    model, reader, read = small_model(attention=attention), CachedReader(), []
-    forward = model.forward
-    model.forward = lambda idx, **o: read.append((idx.shape[1], o["start"])) or forward(idx, **o)
-    model.generate(random_ids(2, 5), 12, read=reader)
-    moved = [(5, 0), (1, 5), (1, 6), (1, 7)]
-    assert read == moved * 3
-    for cache in reader.caches.values():
-        assert cache["length"] == 8 and cache["k"].shape == cache["v"].shape == (2, 2, 8, 4)
-
-def test_a_large_layer_computes_the_same_in_halves():
-    """One row, with and without a bias; an odd number of rows, or more texts, in one."""
-    for rows, bias, n in itertools.product((400, 401), (True, False), (1, 3)):
-        layer, x = torch.nn.Linear(300, rows, bias=bias).double(), random_x(n, 1, 300).double()
-        assert_close(minigpt.linear_in_halves(layer, x), layer(x))
-        assert minigpt.linear_in_halves(layer, x).shape == (n, 1, rows)
-
-# ---- Muon ----------------------------------------------------------------------------------------
-def test_orthogonalize_levels_the_singular_values_and_keeps_the_vectors():
-    """Of the matrices in a stack. Fails for a wrong constant, round or division."""
-    for shape in ((2, 6, 20), (2, 8, 8)):
-        U, _, V = torch.linalg.svd(random_x(*shape), full_matrices=False)
-        S = torch.logspace(-2, 0, U.shape[-1], dtype=torch.float64)
-        G = U @ torch.diag(S) @ V * torch.tensor([1e-3, 50.0], dtype=torch.float64)[:, None, None]
-        S = S / S.norm()
-        for _ in range(5):
-            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
-        assert_close(minigpt.orthogonalize(G), U @ torch.diag(S) @ V, 1e-3)
-        assert 0.67 < S.min() and S.max() < 1.15
-
-def test_muon_is_torchs_but_for_the_parts_of_c_attn():
-    """Fails for a wrong factor, momentum, decay, or stacked matrices that change places."""
-    c = TrainConfig(optimizer="muon", learning_rate=1.0, momentum=0.8, weight_decay=0.1,
-                    dtype="bfloat16")
-    model, peers = GPT(small_config(bias=False, n_embd=16, mlp_ratio=2.0)), []
-    for name, p in model.named_parameters():
-        p.data = torch.randn_like(p) * 3  # large enough for the decay to matter
-        if name.startswith("h.") and p.dim() == 2:
-            n = 3 if "c_attn" in name else 1
-            peers.append((p, [nn.Parameter(part) for part in p.detach().clone().chunk(n)]))
-    theirs = torch.optim.Muon([part for _, parts in peers for part in parts], lr=1.0, momentum=0.8,
-                              weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    ours = minigpt.make_muon(model, c)
-    assert ours.dtype == torch.bfloat16
-    for _ in range(4):
-        for p, parts in peers:
-            p.grad = torch.randn_like(p)
-            for part, gradient in zip(parts, p.grad.chunk(len(parts))):
-                part.grad = gradient.clone()
-        ours.step()
-        theirs.step()
-        for p, parts in peers:
-            assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
-
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
-    """Each weight in one of them, at the one learning rate; tables and gains take AdamW's step."""
-    c = TrainConfig(learning_rate=0.25, momentum=0.7, weight_decay=0.3, grad_accum=1)
-    model, twin = small_model(), small_model()
-    optimizer, adamw = minigpt.make_muon(model, c), minigpt.make_adamw(twin, c)
-    muon = optimizer.param_groups[-1]
-    assert muon["parts"] == [3, 1, 1, 1] * 2
-    assert (muon["lr"], muon["momentum"], muon["weight_decay"]) == (0.25, 0.7, 0.3)
-    assert optimizer.dtype == torch.float32
-    everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
-    assert sorted(everything) == sorted(map(id, model.parameters()))
-    for m, o in ((model, optimizer), (twin, adamw)):
-        train_step(m, o, [pair(random_ids(2, 9))], c)
-    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
-        assert torch.equal(p, q) == (not name.startswith("h.") or p.dim() == 1) and p.grad is None
-    assert fit(minigpt.Bigram(small_config()), pair(random_ids(2, 9)), 9, optimizer="muon",
-               learning_rate=1.0) < 2  # there are no blocks
-
-# ---- Part II: byte-pair encoding -----------------------------------------------------------------
-def naive_bpe(text, vocab_size):
-    """The oracle: count all pairs anew for every merge; ties go to the older tokens."""
-    words = ["".join(chr(minigpt.BYTES.index(b)) for b in piece.encode())
-             for piece in minigpt.piece_pattern().findall(text)]
-    tokens, merges = [bytes([b]) for b in minigpt.BYTES], []
-    while len(tokens) < vocab_size - 1:
-        counts = collections.Counter(two for word in words for two in itertools.pairwise(word))
-        if max(counts.values(), default=0) < 2:
-            break
-        a, b = min(counts, key=lambda two: (-counts[two], two))
-        words = [word.replace(a + b, chr(len(tokens))) for word in words]
-        merges.append((tokens[ord(a)], tokens[ord(b)]))
-        tokens.append(b"".join(merges[-1]))
-    return merges
-
-def random_text(rng, n, alphabets=("ab", "abc ", " \n\t'sdt", "aé漢🎭٣Ⅷ\u0301\u00a0\x1c.,")):
-    return "".join(rng.choices(rng.choice(alphabets), k=n))
-
-def test_bpe_training_equals_the_naive_trainer():
-    """Fails if a count is missed where merges touch ("aaaa"), or for other ties."""
-    for seed in range(30):
-        rng = random.Random(seed)
-        texts = [random_text(rng, rng.randrange(1, 30)) + " " for _ in range(rng.randrange(1, 40))]
-        vocab_size = 257 + rng.randrange(60)
-        merges = naive_bpe("".join(texts), vocab_size)
-        assert BPETokenizer.train("".join(texts), vocab_size).merges == merges
-    text = SAMPLE.read_text(encoding="utf-8")[:10_000]
-    merges = naive_bpe(text, 400)
-    assert BPETokenizer.train(text, 400).merges == merges and len(merges) == 400 - 257
-    merges = BPETokenizer.train("aaabdaaabac", 999).merges  # the example of the chapter
-    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
-    assert [len(BPETokenizer(merges[:n]).encode("aaabdaaabac")) for n in range(4)] == [11, 9, 7, 5]
-
-@pytest.fixture(scope="module")
-def bpe():
-    return BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
-
-def test_bpe_loses_nothing_and_survives_everything(bpe):
-    """Half characters become U+FFFD; one word of 100,000 characters does not hang."""
-    rng = random.Random(1)
-    texts = ["", "\0", "a" * 100_000, "".join(rng.choices("abcdefgh", k=100_000)), " " * 1000,
-             "".join(map(chr, range(0xD800))), *(random_text(rng, 50) for _ in range(200))]
-    assert all(bpe.decode(bpe.encode(text)) == text for text in texts)
-    assert bpe.decode(bpe.encode("a\ud800b\udfff") + bpe.encode("é")[:1]) == "a\ufffdb\ufffd\ufffd"
-    assert BPETokenizer.train("x" * 100_000 + " \ud83d", 300).vocab_size > 257
-    assert bpe.decode([bpe.start]) == "\n"
-    assert sorted(bpe.tokens[:256]) == [bytes([b]) for b in range(256)]
-
-def test_end_of_text_is_one_token_that_no_merge_touches():
-    """In the corpus it separates texts; in generation it ends them."""
-    tokenizer = BPETokenizer.train("ab<|endoftext|>ab" * 9, 270)
-    ids, (ab,) = tokenizer.encode("ab<|endoftext|>ab"), tokenizer.encode("ab")
-    assert ids == [ab, tokenizer.end, ab] and tokenizer.decode(ids) == "ab<|endoftext|>ab"
-    assert tokenizer.end == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
-    assert not any(b"<" in a + b for a, b in tokenizer.merges)
-
-def test_bpe_files_are_gpt2s(bpe, tmp_path, monkeypatch):
-    """vocab.json and merges.txt, with a space as Ġ; what is loaded is what was saved. Files whose
-    ids are others are refused, not misread."""
-    bpe.save(tmp_path)
-    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    assert vocab["!"] == 0 and vocab["Ġ"] == 220 and vocab["Ċ"] == 198  # as in GPT-2's own file
-    assert vocab["<|endoftext|>"] == bpe.end and len(vocab) == bpe.vocab_size == 600
-    for same in (BPETokenizer.load(tmp_path), BPETokenizer(bpe.state)):
-        text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
-        assert same.merges == bpe.merges and same.encode(text) == bpe.encode(text)
-    if importable("huggingface_hub"):
-        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
-        assert minigpt.make_tokenizer("gpt2", "", 0).merges == bpe.merges
-    vocab["Ġ"], vocab["!"] = 0, 220
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    with pytest.raises(UserError, match="not in GPT-2's order"):
-        BPETokenizer.load(tmp_path)
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-def assigned_characters():
-    """Every character that this Python's Unicode tables know, but the surrogates."""
-    return [c for c in map(chr, range(sys.maxunicode + 1))
-            if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
-
-def test_pieces_are_those_of_the_reference_pattern():
-    """GPT-2's own expression, run by the package regex, on every assigned character and on random
-    mixtures. Fails for a letter that is a number too (ideographs), or for Python's wider \\s."""
-    pattern, characters = pytest.importorskip("regex").compile(GPT2_PATTERN), assigned_characters()
-    pairs = itertools.product(characters[:128], characters[:128])
-    rng = random.Random(0)
-    texts = [random_text(rng, 30) + "".join(rng.choices(characters, k=9)) for _ in range(2000)]
-    for text in ("".join(f"a{c}1{c}.{c} {c}\n" for c in characters), *texts,
-                 "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c, d in pairs)):
-        assert minigpt.piece_pattern().findall(text) == pattern.findall(text)
-
-def test_the_rust_trainer_learns_the_same_merges(bpe, tmp_path):
-    """That of the library tokenizers, from the same text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe.save(tmp_path)
-    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=599, min_frequency=2, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trained.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
-    learned = [" ".join(two) for two in json.loads(trained.to_str())["model"]["merges"]]
-    assert learned == (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
-
-# ---- Whole runs, through the real entry point --------------------------------------------------
+# Whole runs through the real entry point. These functions are used by the later chapters.
 FOLDER = tempfile.TemporaryDirectory()
 SHORT = Path(FOLDER.name, "short.txt")  # enough for models this small
 SHORT.write_text(SAMPLE.read_text(encoding="utf-8")[:12_000], encoding="utf-8")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX has it, Windows has not")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="this exists on POSIX systems only")
 TRAIN = ["--mode", "train", "--preset", "laptop", "--data", str(SHORT), "--device", "cpu",
          "--dtype", "float32", "--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size",
          "16", "--batch_size", "4", "--grad_accum", "2", "--max_steps", "6", "--eval_interval", "3",
@@ -1105,7 +122,8 @@ RESUME = ["--mode", "train", "--resume", "--out_dir"]
 
 def run_main(*argv):
     """The command in this process, on the CPU: its exit code, and what it wrote to both streams."""
-    argv = [*argv, *([] if "--device" in argv or "--mode" not in argv else ["--device", "cpu"])]
+    if "--mode" in argv and "--device" not in argv:
+        argv = [*argv, "--device", "cpu"]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = minigpt.main([str(a) for a in argv])
@@ -1123,17 +141,28 @@ def train_tiny(out_dir, *argv):
 def resume_tiny(out_dir, *argv):
     return succeed(*RESUME, out_dir, *argv)
 
+def check_mistake(code, out, err, named):
+    """A mistake ends in one line that holds all the words of named, with exit code 2."""
+    lines = err.strip().split("\n")
+    assert code == 2 and out == "" and "Traceback" not in err, err
+    assert [line.startswith("error: ") for line in lines].count(True) == 1, err
+    assert lines[-1].startswith("error: ") and all(word in lines[-1] for word in named), lines[-1]
+
 def step_of(path):
     return load_checkpoint(path)["step"]
 
+def model_of(path):
+    """The model and the tokenizer of a checkpoint."""
+    return minigpt.model_from_checkpoint(load_checkpoint(path), ModelConfig)
+
 def assert_same_run(a, b, *parts):
-    """Two checkpoints: the weights, the optimizer's state and the step."""
+    """Two checkpoints agree in the weights, the optimizer's state and the step."""
     a, b = load_checkpoint(a), load_checkpoint(b)
     for part in parts or ("model", "optimizer", "step"):
         assert_same(a[part], b[part])
 
 def metrics_of(out_dir):
-    """Of several records of a step, as after a --resume, the later one of a kind counts."""
+    """The records of a run. Of several of one kind and step, the later one counts."""
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return sorted({(*r, r["step"]): r for r in records}.values(), key=lambda r: r["step"])
 
@@ -1167,9 +196,13 @@ def no_pictures(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """One small finished run that several tests look at."""
+    """One small finished run that several tests look at: its folder and its log."""
     folder = tmp_path_factory.mktemp("tiny")
     return folder, train_tiny(folder, "--checkpoint_interval", "2")
+
+@pytest.fixture(scope="module")
+def bpe():
+    return BPETokenizer.train(SAMPLE.read_text(encoding="utf-8"), 600)
 
 def in_a_process(argv, out, err):
     for path, number in ((out, 1), (err, 2)):
@@ -1200,357 +233,2892 @@ def run_command(*argv, cwd=HERE, script="minigpt.py", **env):
                           env={**os.environ, **env}, text=True, encoding="utf-8", timeout=120)
 
 def tiny_full_run(out_dir, model=None, **settings):
-    """A FullRun of a small model, as nobody needs to type it."""
-    config = TrainConfig(**{"batch_size": 3, "dtype": "float32", "wandb": False, **settings})
+    """A FullRun of a small model, without a command line."""
+    config = RunConfig(**{"batch_size": 3, "dtype": "float32", "wandb": False, **settings})
     corpus = Corpus(torch.arange(500) % 11, torch.arange(500) % 11, 500)
     model = minigpt.new_model(small_config(), 0) if model is None else model
+    journal = minigpt.FullJournal(Path(out_dir), minigpt.SignalWatch())
     return minigpt.FullRun(model, CharTokenizer([*"abcdefghijk"]), corpus, config, out_dir,
-                           torch.device("cpu"), {})
+                           torch.device("cpu"), {}, journal)
 
-@pytest.mark.parametrize("name", minigpt.PRESETS)
-def test_every_preset_trains_and_writes(tmp_path, name):
-    """One real step of each, smaller where the size is beyond a test; its other settings arrive."""
-    small = {"--max_steps": 1, "--eval_batches": 1, "--batch_size": 2}
-    if name in ("gpt", "gpt2", "modern"):
-        small |= {"--n_layer": 1, "--n_embd": 96, "--block_size": 64}
-    err = succeed("--mode", "train", "--preset", name, "--data", SHORT, "--out_dir", tmp_path,
-                  "--sample_tokens", "3", *itertools.chain.from_iterable(small.items()))
-    assert f"preset {name} (as asked)" in err
-    state = load_checkpoint(tmp_path / "latest.pt")
-    stored = {**state["model_config"], **state["train_config"]}
-    for setting, value in minigpt.PRESETS[name].settings.items():
-        assert f"--{setting}" in small or setting == "vocab_size" or stored[setting] == value
-    code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
-                              "--prompt", "THE")
-    assert code == 0 and out.startswith("THE"), err
+# ---- The book ------------------------------------------------------------------------------------
+def run_examples(test):
+    """Runs the examples of a doctest, which must all be true. Returns how many there are."""
+    out = []
+    failed, attempted = doctest.DocTestRunner().run(test, out=out.append)
+    assert failed == 0, "".join(out)
+    return attempted
 
-def test_a_run_on_a_small_text_ends_with_its_schedule_complete(tmp_path):
-    """At the floor of the learning rate, after six passes; not so with dropout, nor if --max_steps
-    is typed, and in an ablation every variant takes the preset's steps."""
-    argv = ["--mode", "train", "--preset", "bigram", "--data", SHORT, "--batch_size", "4",
-            "--eval_batches", "1", "--sample_tokens", "0"]
-    six = 6 * int(0.9 * len(SHORT.read_text(encoding="utf-8"))) // (4 * 64)
-    for typed, steps in (([], six), (["--max_steps", six + 1], six + 1), (["--dropout=0.1"], 1000)):
-        succeed(*argv, "--out_dir", tmp_path / str(steps), *typed)
-        state = load_checkpoint(tmp_path / str(steps) / "latest.pt")
-        assert state["train_config"]["max_steps"] == state["step"] == steps
-        config = minigpt.pick(TrainConfig, state["train_config"])
-        rate = metrics_of(tmp_path / str(steps))[-3]["lr"]
-        assert rate == get_lr(steps - 1, config) < 1.01 * config.min_lr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minigpt, "run_train", lambda typed: [typed["max_steps"]] * 3)
-        code, out, _ = run_main("--mode", "ablate", *argv[2:], "--out_dir", tmp_path, "--vary",
-                                "block_size=8,16")
-    assert code == 0 and out.count("1000.0000") == 6
+DOCSTRINGS = {test.name: test for test in doctest.DocTestFinder().find(minigpt) if test.examples}
 
-def test_bpe_run_evaluates_and_writes(tmp_path):
-    """The tokenizer travels in the checkpoint, and was learned from the training part alone; bits
-    per character count characters, not tokens."""
-    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
-    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
-    tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
-                          for unit in ("tokens", "nats", "bits"))
-    text = SHORT.read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    assert tokens < 0.8 * (len(text) - cut)
-    assert bits == pytest.approx(nats / math.log(2) * (tokens + 1) / (len(text) - cut), rel=1e-3)
-    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--prompt", "Ünïcødé")
-    assert code == 0 and out.startswith("Ünïcødé")
-    _, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
-    assert tokenizer.state == BPETokenizer.train(text[:cut], 300).state
+@pytest.mark.parametrize("name", DOCSTRINGS)
+def test_worked_example_in_a_docstring_is_true(name):
+    """The examples are run, so the book cannot say one thing and the program do another."""
+    assert run_examples(DOCSTRINGS[name]) > 0
 
-def test_a_run_writes_what_it_promises(tiny_run):
-    """Checkpoints named after completed steps, metrics, config, the score. Nothing else."""
-    folder, err = tiny_run
-    assert {p.name for p in folder.iterdir()} - {"loss.png"} == {
-        "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
-        "metrics.jsonl", "config.json"}
-    for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
-        assert step_of(folder / f"{name}.pt") == step
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert config["max_steps"] == 6 and config["n_embd"] == 16
-    assert [step for step, *_ in step_losses(folder)] == [1, 2, 3, 4, 5, 6]
-    assert evaluated(folder) == [0, 3, 6] and "full_val_loss" in metrics_of(folder)[-1]
-    assert err.count("    | ") >= 3  # a sample at each evaluation
-    assert set(load_checkpoint(folder / "best.pt")) == {
-        "format", "model", "optimizer", "step", "best_val", "best_step", "tokenizer",
-        "model_config", "train_config", "seconds", "corpus"}
+def examples_in_comments():
+    """The examples between the chapters, in lines that begin with `# >>> `, as one doctest. An
+    answer ends at the next empty comment or at the next line of code."""
+    lines = []
+    inside = False
+    for line in SOURCE.split("\n"):
+        inside = line.startswith("# >>> ") or (inside and line.startswith("# "))
+        lines.append(line[2:] if inside else "")  # one line for each, so that line numbers are true
+    return doctest.DocTestParser().get_doctest("\n".join(lines), dict(vars(minigpt)),
+                                               "the comments", "minigpt.py", 0)
 
-def test_what_a_run_says_of_itself_is_right(tiny_run):
-    """The parameters, the tokens, the units of the score."""
-    folder, err = tiny_run
-    text, state = SHORT.read_text(encoding="utf-8"), load_checkpoint(folder / "latest.pt")
-    cut = int(0.9 * len(text))
-    assert f"{cut:,} training and {len(text) - cut:,} validation tokens" in err
-    model, tokenizer = minigpt.model_from_checkpoint(state)
-    n = sum(p.numel() for p in model.parameters())
-    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads, processes: 1" in err
-    assert f"vocabulary {tokenizer.vocab_size}\n" in err and tokenizer.vocab_size == len(set(text))
-    assert re.search(rf"best model.* of step {state['best_step']}: {folder / 'best.pt'}", err)
-    nats, perplexity, bits = map(float, re.search(
-        r": ([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits", score(err)).groups())
-    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
-    assert bits == pytest.approx(nats / math.log(2), rel=1e-3)  # a token is a character here
+def test_worked_examples_in_comments_are_true():
+    """They share one namespace, in the order of the book, as if a reader typed them one after
+    another. Fails if an example is wrong, or if it uses a name that only a later one defines."""
+    assert run_examples(examples_in_comments()) > 50
 
-def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
-    """Half a second a step and 100 s an evaluation, by a clock that only those move: the rate is
-    that of training alone, also where a report spans several steps or an evaluation; the time is
-    that of all, also after a resume; what is left follows from what it took so far."""
-    clock, step, estimate = [0.0], minigpt.train_step, minigpt.estimate_loss
+def test_every_worked_example_is_run():
+    """Fails for an example with an indentation that keeps the two tests above from finding it."""
+    written = len(re.findall(r"(?m)^ *(?:# *)?>>> ", SOURCE))
+    run = [*DOCSTRINGS.values(), examples_in_comments()]
+    assert sum(len(test.examples) for test in run) == written
 
-    def taking(seconds, function):
-        def slow(*args):
-            result = function(*args)
-            clock[0] += seconds
-            return result
-        return slow
+def test_every_question_has_an_answer():
+    """The title page promises the answers at the end. Both are numbered 1, 2, 3, ..., so that a
+    reader finds them."""
+    book, _, answers = SOURCE.partition("\n# ---- Answers to the questions ")
+    numbers = [int(number) for number in re.findall(r"(?m)^# Question (\d+) ", book)]
+    answered = [int(number) for number in re.findall(r"(?m)^# (\d+)\. ", answers)]
+    assert numbers == answered == [*range(1, len(numbers) + 1)] != []
 
-    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(minigpt, "train_step", taking(0.5, step))
-    monkeypatch.setattr(minigpt, "estimate_loss", taking(100.0, estimate))
-    err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4",
-                     "--eval_interval", "2")
-    rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
-    assert rates == [4 * 2 * 16 * 2] * 2  # 4 x 2 windows of 16 tokens a step, two steps a second
-    assert "step 2/4" in err and "0:01:41 left" in err and "to step 4 in 0:05:02;" in err
-    assert metrics_of(tmp_path)[-1]["seconds"] == 302.0
-    err = resume_tiny(tmp_path, "--max_steps", "6")
-    assert "to step 6 in 0:06:43;" in err and "0:00:00 left" in err and "| 256 tokens/s" in err
+def test_the_title_page_promises_the_parts_that_follow():
+    promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
+    assert promised == re.findall(r"(?m)^# (Part [IV]+): (.*)", SOURCE) and len(promised) == 5
 
-def test_the_score_is_that_of_the_best_model(tiny_run):
-    """As minigpt.evaluate gives it, and --mode eval."""
-    folder, err = tiny_run
-    state = load_checkpoint(folder / "best.pt")
-    code, out, _ = run_main("--mode", "eval", "--out_dir", folder)
-    assert code == 0 and out.strip() == score(err)
-    model, tokenizer = minigpt.model_from_checkpoint(state)
-    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
-    nats = minigpt.evaluate(model, corpus.val)
-    assert f"{nats:.4f} nats" in out
-    assert metrics_of(folder)[-1]["full_val_loss"] == pytest.approx(nats, rel=1e-6)
+# ---- Part I stands alone -------------------------------------------------------------------------
+PART_I = SOURCE[: SOURCE.index(f"# {'=' * 98}\n# Part II: ")]
 
-def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
-    """Named by a relative path, and scored from elsewhere; another text is scored with a note."""
-    text = SHORT.read_text(encoding="utf-8").upper()
-    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
+@pytest.fixture
+def part_one(monkeypatch):
+    """A module that is made of the text of Part I and of nothing else."""
+    module = types.ModuleType("part_one")
+    monkeypatch.setitem(sys.modules, "part_one", module)
+    exec(compile(PART_I, "part_one", "exec"), vars(module))
+    return module
+
+def test_part_one_uses_no_name_of_a_later_part():
+    """Also in lines that no test reaches: every name that Part I reads is built into Python, or is
+    defined or imported in Part I."""
+    defined, read = set(vars(sys.modules["builtins"])), set()
+    for node in ast.walk(ast.parse(PART_I)):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.alias):
+            defined.add(node.asname or node.name)
+    assert read - defined == set()
+
+def verse_run(book, folder, state=None):
+    """A run on verse, by the names of `book`: a new run, or one that continues a checkpoint."""
+    text = SAMPLE.read_text(encoding="utf-8")[:3000]
+    config = book.TrainConfig(**TINY)
+    if state is None:
+        tokenizer = book.CharTokenizer.train(text)
+        sizes = {**SMALL, "vocab_size": tokenizer.vocab_size, "dropout": 0.3}
+        model = book.new_model(book.GPTConfig(**sizes), config.seed)
+    else:
+        model, tokenizer = book.model_from_checkpoint(state)
+    folder.mkdir(exist_ok=True)
+    corpus = book.Corpus.from_text(text, tokenizer)
+    run = book.Run(model, tokenizer, corpus, config, folder)
+    if state is not None:
+        run.restore(state)
+    return run
+
+def finish(book, run):
+    """Trains to the end. Returns the final score and the last checkpoint."""
+    book.train(run)
+    return run.score(), load_checkpoint(run.out_dir / "latest.pt")
+
+def test_part_one_alone_encodes_trains_saves_resumes_and_writes(part_one, tmp_path):
+    """A run that is interrupted after step 3 and resumed must end exactly as one that is not, and
+    the whole program must compute exactly what Part I alone computes. Fails if Part I uses a name
+    of a later part, or if a checkpoint lacks something that a run needs."""
+    assert not hasattr(part_one, "RMSNorm") and list(part_one.NORMS) == ["layernorm"]
+    score, state = finish(part_one, verse_run(part_one, tmp_path / "whole"))
+    assert state["step"] == 6 and math.isfinite(score)
+
+    def interrupt(run):
+        if run.step == 3:
+            run.save("latest.pt")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        part_one.train(verse_run(part_one, tmp_path / "halves"), after_step=interrupt)
+    half = load_checkpoint(tmp_path / "halves" / "latest.pt")
+    assert half["step"] == 3 and half["best_step"] == 2
+    resumed = finish(part_one, verse_run(part_one, tmp_path / "halves", half))
+    assert_same(resumed, (score, state))
+    assert_same(finish(minigpt, verse_run(minigpt, tmp_path / "file")), (score, state))
+
+    model, tokenizer = part_one.model_from_checkpoint(state)
+    assert type(model.h[0].attn) is part_one.CausalSelfAttention
+    idx = torch.tensor([tokenizer.encode("Speak")])
+    text = tokenizer.decode(model.generate(idx, 20, 0.8, top_k=9, top_p=0.9)[0].tolist())
+    assert text.startswith("Speak") and len(text) == 25
+
+def program_at_the_end():
+    """The program that is printed at the end of Part I."""
+    comment = PART_I.partition("\n# That is a complete GPT.")[2].partition("\n\n")[0]
+    return "\n".join(re.findall(r"(?m)^#     (.*)$", comment))
+
+def test_the_program_at_the_end_of_part_one_runs_as_printed(part_one, tmp_path, monkeypatch):
+    """Only its numbers are cut down here. It may use the names of Part I alone."""
+    program = program_at_the_end()
+    for name, size in (("n_embd", 8), ("batch_size", 2), ("max_steps", 2)):
+        program, count = re.subn(rf"\b{name}=\d+", f"{name}={size}", program)
+        assert count == 1, name
     monkeypatch.chdir(tmp_path)
-    err = train_tiny("out", "--data", "mine.txt")
-    monkeypatch.chdir(HERE)
-    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out")
-    assert code == 0 and out.strip() == score(err) and "note" not in said
-    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out", "--data",
-                               tmp_path / "other.txt")
-    assert code == 0 and "note: " in said and "other.txt is not the text" in said
-
-def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
-    """Recomputed from the seeds, with dropout: both micro-batches of the third step, not the last
-    one alone; fails if the typed dropout does not reach the model, or the seeds are others."""
-    state = load_checkpoint(tiny_run[0] / "step_000002.pt")
-    model, tokenizer = minigpt.model_from_checkpoint(state)
-    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
-    torch.manual_seed(minigpt.derived_seed(1337, 2))
-    losses, numbers = [], torch.arange(16, 24).double()  # of the windows: 8 in each step
-    shares = (numbers * (5**0.5 - 1) / 2 + random.Random(1338).random()) % 1  # short ones: 1337 + 1
-    for starts in (shares * (len(corpus.train) - 16)).long().split(4):
-        losses.append(model.train()(*minigpt.cut_windows(corpus.train, 16, starts))[1].item())
-    third = step_losses(tiny_run[0])[2][1]
-    assert model.drop.p == 0.1 and third == pytest.approx(sum(losses) / 2, abs=1e-6)
-    assert third != pytest.approx(losses[1], abs=1e-6)
-
-@pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
-def test_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
-    """k steps, resume, the rest: bit-identical weights, optimizer, and logged losses, with dropout
-    and accumulation on; 3 is right after an evaluation. Fails if a random number depends on more
-    than seed and step, if the optimizer, the step or the best are not restored, or if an evaluation
-    is repeated."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
-    train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
-               tokenizer, *size)
-    for k in (2, 3):
-        shutil.copytree(whole, parts)
-        shutil.copy(whole / f"step_00000{k}.pt", parts / "latest.pt")
-        assert re.search(rf"^resuming.* at step {k}$", resume_tiny(parts), re.M)
-        assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
-        assert_same_run(whole / "latest.pt", parts / "latest.pt",
-                        "model", "optimizer", "step", "best_val", "best_step", "tokenizer")
-        assert evaluated(parts) == [0, 3, 6]
-        shutil.rmtree(parts)
-
-def test_a_copied_checkpoint_goes_on_in_another_folder(tmp_path):
-    """A step_*.pt, copied to be the latest.pt of a folder: the search for the best begins anew, the
-    weights become what they would have been."""
-    folder = tmp_path / "a"
-    train_tiny(folder, "--checkpoint_interval", "2")
-    end = load_checkpoint(folder / "latest.pt")
-    for name, step in (("b", 6), ("c", 2)):
-        (tmp_path / name).mkdir()
-        shutil.copy(folder / f"step_{step:06d}.pt", tmp_path / name / "latest.pt")
-        resume_tiny(tmp_path / name)
-    assert step_of(tmp_path / "b" / "best.pt") == 6 and evaluated(tmp_path / "b") == [6]
-    assert_same(load_checkpoint(tmp_path / "c" / "latest.pt")["model"], end["model"])
-    assert evaluated(tmp_path / "c") == [2, 3, 6]
-
-def test_resume_where_nothing_was_saved_begins_a_new_run(tmp_path):
-    """So that one command line serves for both, as under torchrun --max_restarts."""
-    err = train_tiny(tmp_path / "a", "--resume")
-    assert f"--resume: there is no {tmp_path / 'a' / 'latest.pt'} yet, so a new run begins" in err
-    train_tiny(tmp_path / "b")
-    assert_same_run(tmp_path / "a" / "latest.pt", tmp_path / "b" / "latest.pt")
-    assert "a new run" not in train_tiny(tmp_path / "a", "--resume", "--max_steps", "7")
-    assert step_of(tmp_path / "a" / "latest.pt") == 7
-
-def test_typed_settings_reach_the_optimizer_and_the_schedule(tmp_path):
-    """What the optimizer used, as saved and logged: step n is taken with get_lr(n - 1). Fails if
-    the rate is set late, early or never, or a setting stops on its way."""
-    train_tiny(tmp_path, "--optimizer", "muon", "--beta1", "0.71", "--beta2", "0.83", "--momentum",
-               "0.6", "--weight_decay", "0.37", "--learning_rate", "0.01", "--min_lr", "0.002",
-               "--schedule", "cosine", "--warmup_steps", "1", "--grad_clip", "1e-3")
-    assert all(norm > 0.01 for *_, norm in step_losses(tmp_path))  # as it was before clipping
-    config = TrainConfig(**load_checkpoint(tmp_path / "latest.pt")["train_config"])
-    groups = load_checkpoint(tmp_path / "latest.pt")["optimizer"]["param_groups"]
-    assert {tuple(group["betas"]) for group in groups} == {(0.71, 0.83)}
-    assert {group["momentum"] for group in groups if "parts" in group} == {0.6}
-    assert {group["weight_decay"] for group in groups} == {0.37, 0.0}
-    assert {group["lr"] for group in groups} == {get_lr(5, config)}
-    used = [r["lr"] for r in metrics_of(tmp_path) if "lr" in r]
-    assert used == [get_lr(step, config) for step in range(6)]
-    assert used[0] == pytest.approx(0.005) and used[1] == 0.01  # one step of warm-up
-
-def test_watching_changes_nothing(tiny_run, tmp_path):
-    """Evaluating, sampling, logging and saving more or less often: the same weights. Fails if any
-    of them draws from the training's random numbers, or leaves the model in another mode."""
-    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_tokens", "5",
-               "--log_interval", "4", "--checkpoint_interval", "0")
-    assert_same_run(tiny_run[0] / "latest.pt", tmp_path / "latest.pt")
-
-def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
-    """max_steps may change; what gives the earlier steps their meaning may not: the refusal names
-    both values and leaves the files alone."""
-    train_tiny(tmp_path)
-    before = contents(tmp_path)
-    for flag, new, old in (("n_embd", 32, 16), ("batch_size", 8, 4), ("grad_accum", 4, 2),
-                           ("preset", "mini", "laptop"), ("seed", 3, 1337), ("dropout", 0.2, 0.1)):
-        code, _, err = run_main(*RESUME, tmp_path, f"--{flag}", new)
-        assert code == 2 and last_line(err).startswith(f"error: --{flag} {new}: cannot change")
-        assert f"the run has {old};" in last_line(err)
-    assert contents(tmp_path) == before
-    resume_tiny(tmp_path, "--max_steps", "8", "--preset", "auto", "--n_embd", "16")
-    assert step_of(tmp_path / "latest.pt") == 8 and evaluated(tmp_path) == [0, 3, 6, 8]
-    assert "full_val_loss" in metrics_of(tmp_path)[-1]
-
-def test_another_corpus_is_refused_on_resume(tmp_path):
-    """Typed, or changed in its place: the same characters in another order are another text."""
-    mine, text = tmp_path / "mine.txt", SHORT.read_text(encoding="utf-8")
-    mine.write_text(text, encoding="utf-8")
-    train_tiny(tmp_path / "out", "--data", mine, "--max_steps", "1")
-    mine.write_text(text[::-1], encoding="utf-8")
-    for argv in ([], ["--data", mine], ["--data", SAMPLE]):
-        code, _, err = run_main(*RESUME, tmp_path / "out", *argv)
-        assert code == 2 and re.match("error: --data .*: not the text of", last_line(err))
-
-def test_what_may_change_on_resume_does(tmp_path):
-    """The format, the reports and the patience are those now typed; the README lists them."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
-    assert set(re.findall(r"`(\w+)`", listed)) == minigpt.MAY_CHANGE
-    train_tiny(tmp_path, "--max_steps", "2")
-    err = resume_tiny(tmp_path, "--dtype", "bfloat16", "--max_steps", "7", "--eval_interval", "1",
-                      "--sample_tokens", "0", "--log_interval", "3", "--checkpoint_interval", "3",
-                      "--patience", "4", "--no_wandb")
-    assert "cpu, bfloat16" in err and "    | " not in err and (tmp_path / "step_000003.pt").exists()
-    assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 6, 7]
-    config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
-    assert (config["dtype"], config["patience"], config["wandb"]) == ("bfloat16", 4, False)
-
-@pytest.mark.parametrize("name", ["best.pt", "step_1000000.pt", "config.json", "metrics.jsonl"])
-def test_a_new_run_overwrites_nothing(tmp_path, name):
-    """A forgotten --resume must not cost a night's work; nor a file of that name not ours."""
-    (tmp_path / name).write_text("mine")
-    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
-    assert code == 2 and f"has a {name}; --resume" in last_line(err)
-    assert (tmp_path / name).read_text() == "mine" and len(os.listdir(tmp_path)) == 1
-
-def test_training_leaves_the_users_files_alone(tmp_path):
-    """Files in out_dir that are not a run's: neither deleted nor moved nor changed, by a new run or
-    one that goes on; not even the corpus, or files with names that earlier versions gave."""
-    corpus = tmp_path / "corpus.txt"
-    shutil.copy(SHORT, corpus)
-    for name in ("tokens_train.bin", "tokens_val_0123456789ab.bin", "notes.txt", "best_000003.pt",
-                 "my_best.pt", "step_2.pt", "latest.pt.bak", "x.partial", "sub/best.pt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    mine = {path: (data, path.stat().st_mtime_ns) for path, data in contents(tmp_path).items()}
-    train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
-    resume_tiny(tmp_path, "--max_steps", "2")
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in mine} == mine
-
-@pytest.mark.parametrize("flag, value, at", [("--checkpoint_interval", 2, 2),
-                                             ("--log_interval", 1, 2), ("--eval_interval", 1, 1)])
-def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, value, at):
-    """A rate of 1e30 blows up at once, whether a save, a report or an evaluation meets it first:
-    one error line, and the files are those of step 0, whose weights are numbers."""
-    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
-                            "100", "--learning_rate", "1e30", flag, value)
-    assert code == 2 and f"error: the run has diverged at step {at};" in last_line(err)
-    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
-    for name in ("best.pt", "latest.pt"):
-        state = load_checkpoint(tmp_path / name)
-        assert state["step"] == 0 and all(v.isfinite().all() for v in state["model"].values())
-
-@pytest.mark.parametrize("garbage", [
-    b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
-    b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
-def test_damaged_or_unknown_metrics_do_not_stop_a_resume_nor_the_plot(tmp_path, garbage, pictures):
-    """What a crash may leave behind, or another version. The later record of a step counts."""
-    train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
-    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(garbage)
-    (tmp_path / "loss.png").unlink(missing_ok=True)
-    resume_tiny(tmp_path, "--max_steps", 4)
-    assert list(minigpt.read_curve(tmp_path, "grad_norm")) == [1, 2, 3, 4]
-    if importable("matplotlib"):
-        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "grad_norm": 7}\n')
-    assert minigpt.read_curve(tmp_path, "grad_norm")[2] == 7
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path, pictures, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "no loss.png: pip install matplotlib" in train_tiny(tmp_path, "--max_steps", "1")
-
-def test_metrics_are_strict_json(tmp_path):
-    """An infinite gradient norm becomes null; a loss that is no number ends the run."""
-    run = tiny_full_run(tmp_path)
-    run.log(step=1, grad_norm=math.inf)
-    with pytest.raises(minigpt.Diverged, match="diverged at step 0"):
-        run.log(step=1, val_loss=math.nan)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
-
-def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatch):
-    """On a terminal, in training and in --mode eval; in a file there would be heaps of it."""
-    commands = (TRAIN + ["--out_dir", tmp_path], ["--mode", "eval", "--out_dir", tiny_run[0]])
-    for command in commands:
-        assert "evaluating" not in run_main(*command)[2]
-    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
-    monkeypatch.setattr(io, "StringIO", terminal)
-    shutil.rmtree(tmp_path)
-    for command in commands:
-        shares = re.findall(r"\revaluating: (\d+)%(\n?)", run_main(*command)[2])
-        assert len(shares) > 3 and shares[-1] == ("100", "\n") and ("43", "") in shares
+    names = {**vars(part_one), "text": SAMPLE.read_text(encoding="utf-8")[:3000]}
+    exec(program, names)
+    assert names["run"].step == 2 and type(names["run"]) is part_one.Run
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt"]
 
 @pytest.mark.slow
-def test_a_real_run_learns(tmp_path):
-    """2.33 to 2.35 nats with three seeds; with a learning rate of a tenth 2.56, with ten times as
-    much 2.78. Fails if anything on the way from the text to the weights is only nearly right."""
-    err = succeed("--mode", "train", "--preset", "plain", "--max_steps", "150", "--warmup_steps",
-                  "10", "--data", SAMPLE, "--dtype", "float32", "--eval_interval", "150",
-                  "--eval_batches", "2", "--checkpoint_interval", "0", "--out_dir", tmp_path)
-    assert 2.0 < float(re.search(r"([\d.]+) nats", score(err))[1]) < 2.4
+def test_the_program_at_the_end_of_part_one_learns(part_one, tmp_path, monkeypatch):
+    """With its own numbers, and a context of 64. Character frequencies alone would give about 3.3
+    nats. The sample is short, so the model cannot learn much more than pairs of characters."""
+    program = program_at_the_end().replace("n_embd=64", "n_embd=64, block_size=64")
+    monkeypatch.chdir(tmp_path)
+    names = {**vars(part_one), "text": SAMPLE.read_text(encoding="utf-8")}
+    exec(program, names)
+    assert names["run"].score() < 2.7
 
-# ---- Signals and terminals -----------------------------------------------------------------------
+# ---- Part I is what runs -------------------------------------------------------------------------
+def functions_of(text):
+    """The functions and methods that a text defines: the line of each, by its qualified name."""
+    found = {}
+    for node in ast.parse(text).body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        for member in members:
+            if isinstance(member, ast.FunctionDef):
+                name = member.name if member is node else f"{node.name}.{member.name}"
+                found[name] = min(line.lineno for line in (member, *member.decorator_list))
+    return found
+
+FUNCTIONS = functions_of(PART_I)
+
+def function_named(name):
+    """The function of minigpt with this qualified name, without its decorators."""
+    owner, _, last = name.rpartition(".")
+    thing = vars(getattr(minigpt, owner) if owner else minigpt)[last]
+    if isinstance(thing, property):
+        thing = thing.fget
+    return inspect.unwrap(getattr(thing, "__func__", thing))
+
+def remove_body(function, monkeypatch):
+    """Replaces the body of a function by `raise`, wherever the function is known: in tables, in
+    subclasses, and under other names."""
+    names = ", ".join(function.__code__.co_freevars)  # a new body must have the same ones
+    lines = [f"def outer({names}):",
+             "    def removed(*args, **kwargs):",
+             f"        ({names})",
+             "        raise NotImplementedError('removed')",
+             "    return removed"]
+    scope = {}
+    exec("\n".join(lines), scope)
+    monkeypatch.setattr(function, "__code__", scope["outer"](*names.split()).__code__)
+
+# All the sizes are cut down; everything else is what the title page tells the reader to type.
+PLAIN = ["--mode", "train", "--preset", "plain", "--data", str(SHORT), "--n_layer", "1",
+         "--n_head", "2", "--n_embd", "8", "--block_size", "8", "--batch_size", "2",
+         "--max_steps", "2", "--sample_tokens", "2", "--warmup_steps", "1"]
+COMMENTS = functools.cache(minigpt.comments)
+
+@pytest.fixture
+def quick_start(monkeypatch):
+    """Reads the help texts only once. On Python 3.11, that takes most of the time of a command."""
+    monkeypatch.setattr(minigpt, "comments", COMMENTS)
+
+def train_and_write(folder):
+    """Trains a tiny `plain` model and writes with it. Returns the text."""
+    succeed(*PLAIN, "--out_dir", folder)
+    code, text, err = run_main("--mode", "generate", "--out_dir", folder, "--prompt", "the",
+                               "--max_tokens", "3")
+    assert code == 0, err
+    return text
+
+def train_bigram(folder):
+    succeed(*PLAIN, "--out_dir", folder, "--preset", "bigram")
+
+def resume(folder):
+    succeed(*PLAIN, "--out_dir", folder, "--max_steps", "1")
+    succeed(*RESUME, folder, "--max_steps", "2")
+
+def bench(folder):
+    run_main("--mode", "bench", *PLAIN[2:4], *PLAIN[6:16], "--bench_seconds", "0.001",
+             "--max_tokens", "1")
+
+# The functions of Part I that `--preset plain` does not need, and the command that needs each.
+# Those without a command are for readers: the worked examples, and programs that import minigpt.
+ELSEWHERE = {
+    "CharTokenizer.save": None,
+    "CharTokenizer.load": None,
+    "Bigram.__init__": train_bigram,
+    "Bigram.forward": train_bigram,
+    "print_rows": None,
+    "GPT.generate": bench,
+    "Run.restore": resume,
+}
+
+@pytest.mark.usefixtures("quick_start")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_plain_runs_this_function_of_part_one(name, monkeypatch, tmp_path):
+    """The title page says that Part I is what runs. So training and writing with `plain` must fail
+    when the body of any function of Part I is gone, except for those of ELSEWHERE, which must
+    really be needed elsewhere only. Fails if a later part runs code of its own instead."""
+    function = function_named(name)
+    assert function.__code__.co_firstlineno == FUNCTIONS[name], "this is not Part I's function"
+    remove_body(function, monkeypatch)
+    if name in ELSEWHERE:
+        assert train_and_write(tmp_path).startswith("the")
+    else:
+        with pytest.raises(NotImplementedError, match="^removed$"):
+            train_and_write(tmp_path)
+
+@pytest.mark.usefixtures("quick_start")
+@pytest.mark.parametrize("name", [name for name, command in ELSEWHERE.items() if command])
+def test_another_command_runs_this_function_of_part_one(name, monkeypatch, tmp_path):
+    """Otherwise it would be dead code, or a later part would have a copy of it."""
+    remove_body(function_named(name), monkeypatch)
+    with pytest.raises(NotImplementedError, match="^removed$"):
+        ELSEWHERE[name](tmp_path)
+
+def test_the_exceptions_exist():
+    assert set(ELSEWHERE) < set(FUNCTIONS) and len(FUNCTIONS) > 60
+
+def outline(thing):
+    """What a thing consists of, whichever module it was made in: the code of a function, and the
+    fields, methods and bases of a class."""
+    if isinstance(thing, property):
+        thing = thing.fget
+    thing = getattr(thing, "__func__", thing)  # of a classmethod
+    if isinstance(thing, types.FunctionType):
+        thing = inspect.unwrap(thing)
+        return thing.__code__, [*map(outline, thing.__defaults__ or ())], thing.__kwdefaults__
+    if isinstance(thing, type) and thing.__module__ in ("minigpt", "part_one"):
+        members = {name: outline(member) for name, member in vars(thing).items()
+                   if callable(member) or not name.startswith("__")}
+        return (thing.__qualname__, [outline(base) for base in thing.__bases__], members,
+                inspect.get_annotations(thing))
+    return thing
+
+def test_nothing_of_part_one_is_replaced_or_changed(part_one):
+    """Later parts may add names, and entries to tables. Fails if one of them assigns to a name of
+    Part I, to an attribute of its classes, or to an entry of its tables. Code objects are equal
+    only if they come from the same lines."""
+    tables = set()
+    for name, alone in vars(part_one).items():
+        if name.startswith("__"):
+            continue
+        whole = vars(minigpt)[name]
+        if isinstance(alone, dict):
+            tables.add(name)
+            for key in alone:
+                assert outline(whole[key]) == outline(alone[key]), f"{name}[{key!r}]"
+        else:
+            assert outline(whole) == outline(alone), name
+    assert {"NORMS", "ATTENTION", "BLOCKS", "OPTIMIZERS"} < tables
+    for name in ("model", "block", "attention", "pos", "norm", "activation", "tie_weights"):
+        assert getattr(ModelConfig, name) == getattr(GPTConfig, name), name
+    for name in ("optimizer", "schedule", "sampling"):
+        assert getattr(RunConfig, name) == getattr(TrainConfig, name), name
+
+# ---- The sizes, and numbers in the prose ---------------------------------------------------------
+def test_sizes_that_do_not_fit_are_refused():
+    """The heads share the channels equally."""
+    for config_class in (GPTConfig, ModelConfig):
+        assert config_class(65, n_embd=12, n_head=4).n_embd == 12
+        with pytest.raises(UserError, match="--n_embd 12: must be divisible by --n_head 5"):
+            config_class(65, n_embd=12, n_head=5)
+
+def rounded(numbers):
+    return [round(number, 2) for number in numbers.tolist()]
+
+def shakespeare_characters():
+    """A tokenizer for the 65 characters of Tiny Shakespeare, of which the book speaks."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return CharTokenizer.train("\n !$&',-.3:;?" + letters + letters.lower())
+
+def test_numbers_in_the_prose_of_part_one_are_true():
+    """Those that are not part of a worked example."""
+    tokenizer = shakespeare_characters()
+    assert tokenizer.vocab_size == 65 and str(tokenizer.encode("to be")) in PART_I
+    assert round(math.log(65), 2) == 4.17 and round(math.log(7), 2) == 1.95
+    assert round(math.log(2), 3) == 0.693
+    logits = torch.tensor([2.0, 1.0, 0.0])
+    assert rounded(torch.softmax(logits, dim=0)) == [0.67, 0.24, 0.09]
+    rows = re.findall(r"# +temperature (\d\.\d) (.*0\.\d\d.*)", PART_I)
+    assert [row[0] for row in rows] == ["0.5", "1.0", "2.0"]
+    for temperature, row in rows:
+        shown = [float(number) for number in re.findall(r"0\.\d\d", row)]
+        assert shown == rounded(torch.softmax(logits / float(temperature), dim=0))
+    assert rounded(minigpt.LayerNorm(2)(torch.tensor([1.0, 3.0]))) == [-1.0, 1.0]
+    q, k = random_x(2, 10_000, 64)
+    assert (q * k).sum(dim=1).var().item() == pytest.approx(64, rel=0.05)
+
+# ---- Characters ----------------------------------------------------------------------------------
+def test_characters_come_back_unharmed(tmp_path):
+    """Also characters that JSON or a text file could damage. The ids are 0 to V - 1, sorted."""
+    for text in (SAMPLE.read_text(encoding="utf-8"), "\r\n\t\"\\é\u0000🎭z\u2028 "):
+        tokenizer = CharTokenizer.train(text)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and set(ids) == set(range(tokenizer.vocab_size))
+        assert tokenizer.itos == sorted(set(text))
+        assert all(tokenizer.stoi[tokenizer.itos[i]] == i for i in ids)
+        tokenizer.save(tmp_path)
+        for same in (CharTokenizer.load(tmp_path), CharTokenizer(tokenizer.state)):
+            assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
+    assert CharTokenizer.train("ab").encode("") == []
+
+def test_an_unknown_character_is_named():
+    """The user must learn which character it was."""
+    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* of 4\b"):
+        CharTokenizer.train("abcd").encode("abüd")
+
+# ---- Batches -------------------------------------------------------------------------------------
+def test_a_batch_holds_random_windows_and_their_successors():
+    """On the tokens 0, 1, 2, ... each target is one more than its input. The first window and the
+    last one can both be drawn. Fails for a shift by two, or for an end that is off by one."""
+    x, y = minigpt.get_batch(torch.arange(12, dtype=torch.int16), block_size=8, batch_size=500)
+    assert x.shape == y.shape == (500, 8) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(8))
+    assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
+    assert set(minigpt.get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
+
+def test_the_generator_alone_decides_which_windows_are_drawn():
+    before = torch.get_rng_state()
+    first, again, other = (
+        minigpt.get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(seed))[0]
+        for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_windows_begin_where_they_are_asked_to():
+    x, y = minigpt.cut_windows(torch.arange(20) * 10, 3, torch.tensor([16, 0, 5]))
+    assert x.tolist() == [[160, 170, 180], [0, 10, 20], [50, 60, 70]]
+    assert y.tolist() == [[170, 180, 190], [10, 20, 30], [60, 70, 80]]
+
+def test_the_corpus_is_split_by_position_and_loses_nothing():
+    """Nine tenths for training, the rest for validation. Fails if the parts are swapped, overlap or
+    leave a gap, or if val_characters counts tokens."""
+    text = SAMPLE.read_text(encoding="utf-8")
+    tokenizer = CharTokenizer.train(text)
+    corpus = Corpus.from_text(text, tokenizer)
+    assert len(corpus.train) == int(0.9 * len(text)) and corpus.val_characters == len(corpus.val)
+    assert tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == text
+    corpus = Corpus.from_text(text[:5000], BPETokenizer.train(text, 300))
+    assert corpus.val_characters == 500 > len(corpus.val)
+
+@pytest.mark.parametrize("V, size", [(2**16, 2), (2**16 + 1, 4)])
+def test_ids_are_stored_in_as_few_bytes_as_they_need(V, size):
+    """The largest id must survive. Fails for 2 bytes with a sign, or a limit that is off by one."""
+    tokenizer = types.SimpleNamespace(vocab_size=V, encode=lambda text: [0, V - 1])
+    ids = minigpt.encode_to_tensor("", tokenizer)
+    assert ids.tolist() == [0, V - 1] and ids.element_size() == size
+
+# ---- The task, and the simplest model ------------------------------------------------------------
+def test_the_loss_is_the_mean_negative_log_probability():
+    """Compared with the definition, in float64. Fails for a sum in place of the mean, for a
+    logarithm to the base 2, or for targets that are out of line with the logits."""
+    model, (x, y) = small_model(), pair(random_ids(3, 9))
+    logits, loss = model(x, y)
+    p = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
+    by_hand = -sum(p[b, t, y[b, t]].log() for b in range(3) for t in range(8)) / 24
+    assert abs(loss.item() - by_hand.item()) < 1e-6  # the loss itself is computed in float32
+    assert loss.dtype == torch.float32
+    assert model(x)[1] is None and logits.shape == (3, 8, 11)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert_close(gradient * 24, p - F.one_hot(y, 11), 1e-6)  # p, minus 1 for the token that came
+
+def fit(model, batch, steps, **settings):
+    """Takes some steps on one batch. Returns the last loss."""
+    config = RunConfig(**{"grad_accum": 1, "weight_decay": 0.0, "dtype": "float32", **settings})
+    optimizer = minigpt.OPTIMIZERS[config.optimizer](model, config)
+    for _ in range(steps):
+        loss, _ = train_step(model, optimizer, [batch], config)
+    return loss.item()
+
+def test_the_bigram_model_learns_the_frequencies_of_pairs():
+    """Its optimum is known: row i tends to the frequencies of what follows token i."""
+    text = "abracadabra abracadabra"
+    tokenizer = CharTokenizer.train(text)
+    ids, V = torch.tensor(tokenizer.encode(text)), tokenizer.vocab_size
+    counts = torch.zeros(V, V)
+    for a, b in itertools.pairwise(ids.tolist()):
+        counts[a, b] += 1
+    p = counts / counts.sum(dim=1, keepdim=True)
+    model = minigpt.Bigram(GPTConfig(V, block_size=len(ids) - 1))
+    fit(model, pair(ids[None]), 200, learning_rate=0.3)
+    assert_close(torch.softmax(model.wte.weight, dim=-1), p, 0.02)
+    assert type(minigpt.MODELS["bigram"](GPTConfig(5))) is minigpt.Bigram
+
+# ---- Attention -----------------------------------------------------------------------------------
+def test_attention_weights_are_the_softmax_of_scaled_dot_products():
+    """Compared with the equation, number by number, for more keys than queries. Fails for a missing
+    root, a softmax over the wrong dimension, or a mask that is multiplied instead of added."""
+    q, k = random_x(2, 3, 4, 6), random_x(2, 3, 5, 6, seed=1)
+    mask = minigpt.causal_mask(5)[-4:]
+    weights = minigpt.attention_weights(q, k, mask)
+    assert weights.shape == (2, 3, 4, 5)
+    assert_close(weights.sum(dim=-1), torch.ones(2, 3, 4, dtype=torch.float64))
+    for b, h, t in itertools.product(range(2), range(3), range(4)):
+        seen = range(t + 2)  # query t of 4 is at position t + 1 of 5
+        scores = [math.exp((q[b, h, t] @ k[b, h, s]).item() / math.sqrt(6)) for s in seen]
+        expected = [score / sum(scores) for score in scores] + [0.0] * (3 - t)
+        assert weights[b, h, t].tolist() == pytest.approx(expected)
+
+def test_the_causal_mask_hides_what_is_later_and_nothing_else():
+    for T in (1, 2, 5):
+        mask = minigpt.causal_mask(T)
+        for t, s in itertools.product(range(T), range(T)):
+            assert mask[t, s] == (0 if s <= t else -math.inf)
+
+KINDS = [minigpt.CausalSelfAttention, Attention, minigpt.FusedAttention]
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("T, n_head", [(1, 3), (2, 3), (8, 3), (8, 1), (8, 12)])
+def test_attention_explicit_equals_extended_equals_fused_equals_torch_multihead(bias, T, n_head):
+    """Four implementations of one function agree in their values and in every gradient. Fails for a
+    missing 1 / sqrt(hs), a mask that is off by one, heads that are cut along the wrong dimension,
+    or queries and keys that are exchanged."""
+    reference = stir(nn.MultiheadAttention(12, n_head, bias=bias, batch_first=True))
+    weight = random_x(2, T, 12, seed=1)
+    z = random_x(2, T, 12).requires_grad_()
+    theirs = {"c_attn.weight": reference.in_proj_weight, "c_attn.bias": reference.in_proj_bias,
+              "c_proj.weight": reference.out_proj.weight, "c_proj.bias": reference.out_proj.bias}
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    expected = reference(z, z, z, attn_mask=future, need_weights=False)[0]
+    (expected * weight).sum().backward()
+    for kind in KINDS:
+        ours = kind(small_config(n_embd=12, n_head=n_head, bias=bias)).double()
+        ours.load_state_dict({name: theirs[name] for name in ours.state_dict()})
+        x = z.detach().clone().requires_grad_()
+        y = ours(x)
+        (y * weight).sum().backward()
+        assert_close(y, expected)
+        assert_close(x.grad, z.grad)
+        for name, p in ours.named_parameters():
+            assert_close(p.grad, theirs[name].grad)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_future_is_invisible_to_gradients_too(kind):
+    """The derivative of output t by input s is zero exactly where s > t, so training cannot use the
+    future either."""
+    layer, x = stir(kind(small_config())), random_x(1, 6, 8).requires_grad_()
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
+        seen = gradient.abs().sum(dim=-1)[0] > 1e-12
+        assert seen.tolist() == [s <= t for s in range(6)]
+
+def check_dropped(dropped, whole, p):
+    """Each number is zero or 1 / (1 - p) times what it was, and the share of zeros is about p."""
+    dropped, whole = (t[whole.abs() > 1e-9] for t in (dropped, whole))
+    zero = dropped.abs() < 1e-9
+    assert_close(dropped[~zero], whole[~zero] / (1 - p), 1e-8)
+    assert abs(zero.double().mean().item() - p) < 0.05
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_drops_attention_weights_and_the_output_of_attention(kind):
+    """It must drop weights, not scores, and not what is collected with them. Multiplying by the
+    inverse of the matrix of values gives the weights back."""
+    torch.manual_seed(0)
+    q, k = random_x(90, 1, 8, 8), random_x(90, 1, 8, 8, seed=1)
+    v = random_x(8, 8, seed=2).expand(90, 1, 8, 8)
+    layer = kind(small_config(n_head=1, dropout=0.25)).double()
+    dropped = layer.attend(q, k, v) @ v.inverse()
+    check_dropped(dropped, layer.eval().attend(q, k, v) @ v.inverse(), 0.25)
+    layer.train().attn_dropout.p = 0.0
+    x = random_x(50, 8, 8)
+    check_dropped(layer(x), layer.eval()(x), 0.25)
+
+@pytest.mark.parametrize("kind", [minigpt.MLP, minigpt.SwiGLU])
+def test_dropout_drops_the_output_of_the_mlp(kind):
+    torch.manual_seed(0)
+    layer, x = kind(small_config(dropout=0.25)).double(), random_x(50, 8, 8)
+    check_dropped(layer(x), layer.eval()(x), 0.25)
+
+def test_dropout_drops_what_enters_the_first_block():
+    """It acts on the sum of the two vectors, not on one of them."""
+    torch.manual_seed(0)
+    model, idx = small_model(dropout=0.25, n_embd=16), random_ids(50, 8)
+    dropped = model.embed(idx, torch.arange(8))
+    whole = model.eval().embed(idx, torch.arange(8))
+    check_dropped(dropped, whole, 0.25)
+    assert_close(whole, model.wte.weight[idx] + model.wpe.weight)
+
+# ---- Positions -----------------------------------------------------------------------------------
+def test_only_position_vectors_tell_the_order_in_one_block():
+    """Without them, the last token collects the same from the earlier tokens in any order. This is
+    why they are needed, and the answer to a question of the book."""
+    model = small_model(n_layer=1)
+    idx = torch.tensor([[3, 1, 4, 5, 9, 2]])
+    mixed = torch.tensor([[5, 9, 1, 3, 4, 2]])
+    assert (model(idx)[0][0, -1] - model(mixed)[0][0, -1]).abs().max() > 0.01
+    nn.init.zeros_(model.wpe.weight)
+    assert_close(model(idx)[0][0, -1], model(mixed)[0][0, -1])
+
+# ---- The MLP -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("activation, function", [
+    ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
+    ("relu", lambda h: h.clamp(min=0)),
+    ("relu2", lambda h: h.clamp(min=0) ** 2),
+    ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:]),
+])
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_mlp_is_its_equation(activation, function, bias):
+    """Fails for the other form of GELU (by erf), exchanged halves of SwiGLU, a missing square, or a
+    width that ignores mlp_ratio. All have as many weights: SwiGLU has three matrices instead of
+    two, with two thirds of the width."""
+    config = small_config(activation=activation, mlp_ratio=2.0, bias=bias)
+    mlp = stir(minigpt.ACTIVATIONS[activation](config))
+    x = random_x(2, 3, 8) * 3
+    b, c = (mlp.c_fc.bias, mlp.c_proj.bias) if bias else (0.0, 0.0)
+    h = x @ mlp.c_fc.weight.T + b
+    assert h.shape[-1] == (20 if activation == "swiglu" else 16)
+    assert_close(mlp(x), function(h) @ mlp.c_proj.weight.T + c)
+    config = small_config(activation=activation, n_embd=96, bias=False)
+    assert minigpt.count_parameters(minigpt.ACTIVATIONS[activation](config)) == 8 * 96 * 96
+
+@pytest.mark.parametrize("activation", minigpt.ACTIVATIONS)
+def test_the_mlp_is_not_linear_and_acts_on_each_token_by_itself(activation):
+    """A linear function (or one with a constant added) has f(x + d) + f(x - d) = 2 f(x) everywhere.
+    Without the activation function, the MLP would be such a function."""
+    mlp = stir(minigpt.ACTIVATIONS[activation](small_config()))
+    x, d = random_x(2, 5, 8), random_x(2, 5, 8, seed=1)
+    curvature = mlp(x + d) + mlp(x - d) - 2 * mlp(x)
+    assert curvature.abs().amax(dim=-1).min() > 0.01
+    assert_close(mlp(x)[:, 3:4], mlp(x[:, 3:4]))
+
+# ---- Normalization -------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [minigpt.LayerNorm, minigpt.FusedLayerNorm])
+def test_layernorm_gives_each_token_the_mean_0_and_the_variance_1(kind):
+    """Whatever scale and offset the token has. Fails if the mean or the variance is taken over the
+    positions or the batch, or if the variance is divided by C - 1."""
+    scale = torch.tensor([0.1, 1.0, 1000.0], dtype=torch.float64)[:, None]
+    x = random_x(4, 3, 50) * scale + 5 * scale
+    y = kind(50).double()(x)
+    assert_close(y.mean(dim=-1), torch.zeros(4, 3, dtype=torch.float64))
+    assert_close(y.var(dim=-1, correction=0), torch.ones(4, 3, dtype=torch.float64), 2e-3)  # eps
+    assert_close(y[2, 1], kind(50).double()(x[2, 1]))
+
+def test_the_gain_and_the_bias_of_layernorm_come_last():
+    for bias in (True, False):
+        norm = minigpt.LayerNorm(6, bias).double()
+        norm.weight.data = random_x(6)
+        if bias:
+            norm.bias.data = random_x(6, seed=1)
+        x = random_x(2, 3, 6, seed=2)
+        offset = norm.bias if bias else 0.0
+        assert_close(norm(x), minigpt.LayerNorm(6).double()(x) * norm.weight + offset)
+
+@pytest.mark.parametrize("ours, theirs, tolerance", [
+    *((kind(6, bias), nn.LayerNorm(6, bias=bias), 1e-9) for bias in (True, False)
+      for kind in (minigpt.LayerNorm, minigpt.FusedLayerNorm)),
+    (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it squares in float32
+def test_norms_equal_those_of_torch_in_value_and_gradient(ours, theirs, tolerance):
+    """For inputs that are small, large, and far from zero. Fails for a variance over C - 1, for a
+    missing eps, gain or bias; for RMSNorm, for a sum instead of the mean, or a mean subtracted."""
+    ours.double().load_state_dict(stir(theirs).state_dict())
+    weight = random_x(2, 3, 6, seed=1)
+    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
+        x = (random_x(2, 3, 6) * scale + offset).requires_grad_()
+        y, expected = ours(x), theirs(x)
+        assert_close(y, expected, tolerance)
+        for a, b in zip(torch.autograd.grad((y * weight).sum(), [x, *ours.parameters()]),
+                        torch.autograd.grad((expected * weight).sum(), [x, *theirs.parameters()])):
+            assert_close(a, b, 10 * tolerance)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_does_not_square_in_16_bits(dtype):
+    """The square of 400 is beyond float16, and bfloat16 has too few digits for it."""
+    y = minigpt.RMSNorm(2)(torch.tensor([300.0, 400.0], dtype=dtype))
+    assert y.dtype == dtype
+    assert_close(y.float(), torch.tensor([0.8485, 1.1314]), 4e-3)
+
+# ---- The block -----------------------------------------------------------------------------------
+def normalized(x, norm):
+    return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias)
+
+def test_a_block_has_its_norms_and_additions_in_their_places():
+    """Pre-norm: x + attn(ln_1(x)), then x + mlp(ln_2(x)). Post-norm: a norm after each addition.
+    If both parts give zero, a pre-norm block gives its input, as the book says."""
+    block, x = stir(minigpt.Block(small_config())), random_x(2, 5, 8)
+    middle = x + block.attn(normalized(x, block.ln_1))
+    assert_close(block(x), middle + block.mlp(normalized(middle, block.ln_2)))
+    post = minigpt.PostNormBlock(small_config()).double()
+    post.load_state_dict(block.state_dict())
+    middle = normalized(x + block.attn(x), block.ln_1)
+    assert_close(post(x), normalized(middle + block.mlp(middle), block.ln_2))
+    for projection in (block.attn.c_proj, block.mlp.c_proj):
+        nn.init.zeros_(projection.weight)
+        nn.init.zeros_(projection.bias)
+    assert torch.equal(block(x), x)
+
+def test_the_parts_that_are_asked_for_are_the_parts_that_are_built():
+    """In every place of the model."""
+    norms = {"layernorm": minigpt.LayerNorm, "fused_layernorm": minigpt.FusedLayerNorm,
+             "rmsnorm": minigpt.RMSNorm, "none": nn.Identity}
+    assert set(norms) == set(minigpt.NORMS)
+    for name, kind in norms.items():
+        model = GPT(small_config(norm=name, qk_norm=True, attention="extended"))
+        for block in model.h:
+            for built in (block.ln_1, block.ln_2, block.attn.q_norm, block.attn.k_norm, model.ln_f):
+                assert type(built) is kind
+    for name, kind in zip(("explicit", "extended", "fused"), KINDS, strict=True):
+        assert all(type(b.attn) is kind for b in GPT(small_config(attention=name)).h)
+    for name, kind in minigpt.ACTIVATIONS.items():
+        assert all(type(b.mlp) is kind for b in GPT(small_config(activation=name)).h)
+    for name, kind in minigpt.BLOCKS.items():
+        assert all(type(block) is kind for block in GPT(small_config(block=name)).h)
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_is_everywhere_or_nowhere(bias):
+    """In all Linear layers and norms, except for the head, which never has one."""
+    for config in (small_config(bias=bias), GPTConfig(**{**SMALL, "bias": bias})):
+        model = GPT(config)
+        names = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+        assert len(names) == (2 * 6 + 1 if bias else 0)
+        assert model.lm_head.bias is None
+
+# ---- The model -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes", [{}, dict(bias=False, n_head=1, mlp_ratio=2.0),
+                                     dict(tie_weights=False, n_layer=3)])
+def test_the_model_is_two_tables_its_blocks_a_norm_and_a_head(changes):
+    """Fails if the final norm or the position table is left out, or if a block is left out or comes
+    in another order."""
+    model, idx = small_model(**changes), random_ids(2, 6)
+    x = model.wte.weight[idx] + model.wpe.weight[:6]
+    for i in range(model.config.n_layer):
+        x = model.h[i](x)
+    assert_close(model(idx)[0], normalized(x, model.ln_f) @ model.lm_head.weight.T)
+    later = model.wte.weight[idx] + model.wpe.weight[2:8]
+    assert_close(model.embed(idx, torch.arange(2, 8)), later)
+
+def test_plain_has_818_048_parameters_in_the_parts_that_the_book_lists():
+    """The preset `plain`, and the table under "Count", which must name the same numbers."""
+    model = GPT(ModelConfig(65, **minigpt.PRESETS["plain"].model))
+    block = model.h[0]
+    parts = {"wte": model.wte, "wpe": model.wpe, "h": model.h, "ln_1": block.ln_1,
+             "attn": block.attn, "ln_2": block.ln_2, "mlp": block.mlp, "ln_f": model.ln_f,
+             "total": model}
+    counts = {name: minigpt.count_parameters(part) for name, part in parts.items()}
+    assert counts == {"wte": 8320, "wpe": 16384, "h": 793088, "ln_1": 256, "attn": 66048,
+                      "ln_2": 256, "mlp": 131712, "ln_f": 256, "total": 818048}
+    table = PART_I.partition("\n# Count ")[2].partition("\ndef ")[0]
+    for name, count in counts.items():
+        (row,) = re.findall(rf"(?m)^# +{name}  +\S.*$", table)
+        assert f" {count:,}" in row, row
+    assert f"{minigpt.count_parameters(block):,}" in table
+    assert 0.65 < counts["mlp"] / minigpt.count_parameters(block) < 0.68  # two thirds of a block
+
+def test_gpt2_small_has_the_published_number_of_parameters():
+    """124,439,808, with tied weights. Tying saves 24 % of what it would have without."""
+    sizes = dict(block_size=1024, n_layer=12, n_head=12, n_embd=768)
+    with torch.device("meta"):  # sizes without memory
+        tied, untied = (minigpt.count_parameters(GPT(ModelConfig(50257, tie_weights=tie, **sizes)))
+                        for tie in (True, False))
+    assert tied == 124_439_808 and round((untied - tied) / untied, 2) == 0.24
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_weights=False), dict(model="bigram"),
+    dict(pos="rope", activation="swiglu", qk_norm=True, attention="extended")])
+def test_the_first_weights_are_those_of_gpt2(changes):
+    """The standard deviation is 0.02, and less by sqrt(2 n_layer) for what is added to the residual
+    stream. Gains are 1 and biases 0. So the first loss is near ln V."""
+    sizes = dict(vocab_size=65, block_size=64, n_layer=8, n_head=4, n_embd=192)
+    model = minigpt.new_model(ModelConfig(**sizes, **changes), 0).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+        else:
+            assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
+    loss = model(*pair(random_ids(2, 65, vocab_size=65)))[1].item()
+    assert abs(loss - math.log(65)) < 0.15
+
+def test_the_head_and_the_token_table_are_one_matrix():
+    """Also after a step, and the gradients of both uses are added. Untied, each has its own."""
+    model, untied = small_model(), small_model(tie_weights=False)
+    batch, before = pair(random_ids(2, 9)), model.wte.weight.detach().clone()
+    assert minigpt.count_parameters(untied) == minigpt.count_parameters(model) + 11 * 8
+    untied.load_state_dict(model.state_dict())
+    for m in (model, untied):
+        m(*batch)[1].backward()
+    table, head = untied.wte.weight.grad, untied.lm_head.weight.grad
+    assert_close(model.wte.weight.grad, table + head, 1e-6)
+    assert (table - head).abs().max() > 1e-3
+    for m in (model, untied):
+        fit(m, batch, 1, learning_rate=0.1)
+    assert model.lm_head.weight is model.wte.weight and not torch.equal(before, model.wte.weight)
+    assert not torch.equal(untied.lm_head.weight, untied.wte.weight)
+
+def test_more_tokens_than_block_size_are_refused():
+    """There are no position vectors for them. Exactly block_size is allowed."""
+    assert small_model()(random_ids(1, 8))[0].shape == (1, 8, 11)
+    with pytest.raises(ValueError, match="9 tokens given, but block_size is 8"):
+        small_model()(random_ids(1, 9))
+
+# ---- Sampling ------------------------------------------------------------------------------------
+def kept(*probabilities, **options):
+    """Which tokens of a distribution may still be drawn, as a str of 0 and 1. What is kept must
+    keep its logit. A second row, in the opposite order, must be filtered by itself."""
+    logits = torch.tensor([probabilities, probabilities[::-1]], dtype=torch.float64).log()
+    before = logits.clone()
+    filtered = minigpt.filter_logits(logits, **options)
+    assert torch.equal(logits, before)
+    alive = filtered.isfinite()
+    assert torch.equal(filtered[alive], logits[alive])
+    if len(set(probabilities)) == len(probabilities):  # no two that are equal
+        assert torch.equal(alive[1], alive[0].flip(0))
+    return "".join(str(int(one)) for one in alive[0])
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    """0.5 alone reaches 0.5, which is exact in binary. For 0.51, the token that crosses the line
+    stays. The most likely token stays even for p = 0."""
+    for p, expected in ((0.0, "0100"), (0.1, "0100"), (0.5, "0100"), (0.51, "0101"),
+                        (0.75, "0101"), (0.76, "1101"), (0.875, "1101"), (0.88, "1111"),
+                        (1.0, "1111")):
+        assert kept(0.125, 0.5, 0.125, 0.25, top_p=p) == expected, p
+    assert kept(0.1, 0.5, 0.15, 0.25, top_p=0.6) == "0101"
+
+def test_top_k_keeps_k_tokens():
+    """Also among equals, and all of them if k is larger than the vocabulary."""
+    for k, expected in ((1, "0100"), (2, "0101"), (3, "1101"), (4, "1111"), (9, "1111")):
+        assert kept(0.2, 0.4, 0.1, 0.3, top_k=k) == expected
+    assert kept(0.25, 0.25, 0.25, 0.25, top_k=2) == "1100"
+
+def test_top_p_counts_the_probabilities_that_top_k_has_left():
+    """Top-k leaves 0.4 and 0.3, so the first one has 4/7 = 0.571."""
+    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.57) == "0100"
+    assert kept(0.2, 0.4, 0.1, 0.3, top_k=2, top_p=0.58) == "0101"
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution_at_each_temperature(temperature):
+    """100,000 draws are compared with p^(1/T), divided by its sum. Fails if the logits are
+    multiplied by the temperature."""
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    drawn = minigpt.draw_token(p.log().expand(100_000, 4), temperature,
+                               generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (100_000, 1)
+    expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    assert_close(drawn.flatten().bincount(minlength=4) / 100_000, expected, 0.01)
+
+def test_the_filters_act_after_the_temperature():
+    """At temperature 5, top_k = 1 and a tiny top_p still leave only the most likely token, and
+    top_p counts the probabilities after the division."""
+    model, idx = small_model(), random_ids(4, 3)
+    greedy = model.generate(idx, 6, temperature=0)
+    for options in (dict(top_k=1), dict(top_p=1e-9), dict(top_p=1e-46)):
+        assert torch.equal(model.generate(idx, 6, temperature=5.0, **options), greedy)
+    logits = torch.tensor([2.0, 1.0, 0.0]).expand(200, 3)  # 0.87, 0.12, 0.02 at temperature 0.5
+    assert minigpt.draw_token(logits, temperature=0.5, top_p=0.7).unique().tolist() == [0]
+    assert minigpt.draw_token(logits, temperature=1.0, top_p=0.7).unique().tolist() == [0, 1]
+
+def test_temperature_0_and_tiny_temperatures_take_the_most_likely_token():
+    """They must not overflow, either."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [500.0, -500.0, 0.0]])
+    for temperature, size in ((0, 1), (1e-30, 1), (1e-30, 1e30)):
+        assert minigpt.draw_token(logits * size, temperature).tolist() == [[1], [0]]
+
+def test_the_same_random_numbers_write_the_same_text():
+    """Dropout must be off, and random numbers must come from the generator alone."""
+    model, idx = small_model(dropout=0.5), random_ids(1, 1)
+    before = torch.get_rng_state()
+    first, again, other = (
+        model.train().generate(idx, 30, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+@pytest.mark.parametrize("name", ["gpt", "bigram"])
+@pytest.mark.parametrize("n", [1, 3, 8, 20])
+def test_writing_reads_the_newest_block_size_tokens(name, n):
+    """Greedy text is checked step by step, far beyond block_size, for short and long prompts.
+    Fails for a window that drops the newest tokens, or that is one token too short."""
+    model, idx = small_model(model=name, dropout=0.5), random_ids(6, n, seed=n)
+    assert type(minigpt.new_reader(model)) is PlainReader
+    out = model.train().generate(idx, 14, temperature=0) if name == "gpt" else torch.cat(
+        [idx, *minigpt.stream_tokens(model, idx, 14, temperature=0)], dim=1)
+    assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx)
+    for t in range(n, n + 14):
+        logits, _ = model.eval()(out[:, max(0, t - 8) : t])
+        assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
+
+def test_a_reader_gives_the_logits_of_the_next_token_however_the_text_arrives():
+    """In one piece, or in several. No gradients are recorded, and generate uses its `reader`."""
+    model, idx = small_model(), random_ids(2, 7)
+    whole = PlainReader(model).read(idx)
+    reader = PlainReader(model)
+    for piece in idx.split([1, 4, 2], dim=1):
+        logits = reader.read(piece)
+    assert torch.equal(logits, whole) and not whole.requires_grad
+    assert_close(whole.double(), model(idx)[0][:, -1].detach(), 1e-6)  # logits come as float32
+    reader = PlainReader(model)
+    reader.read(idx)
+    expected = model.generate(torch.cat([idx, idx], dim=1), 3, temperature=0)[:, -3:]
+    assert torch.equal(model.generate(idx, 3, temperature=0, reader=reader)[:, -3:], expected)
+
+def test_tokens_come_one_after_the_other_and_none_if_none_are_asked_for():
+    """A text can be shown while it is written. Fails if all tokens are made before the first one
+    is given."""
+    model, idx = small_model(), random_ids(2, 3)
+    first = [*itertools.islice(minigpt.stream_tokens(model, idx, 10**9), 2)]
+    assert [token.shape for token in first] == [(2, 1), (2, 1)]
+    assert torch.equal(model.generate(idx, 0), idx)
+
+# ---- The optimizer: AdamW ------------------------------------------------------------------------
+def test_adamw_is_the_equation_in_the_text_and_decays_matrices_only():
+    """Three steps by hand, with the corrections of the means, and with decay for matrices. Fails if
+    biases or gains decay, if a setting is not used, or if the tied matrix is updated twice."""
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    model = small_model()
+    optimizer = minigpt.make_adamw(model, config)
+    expected = [p.detach().clone() for p in model.parameters()]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted({id(p) for p in model.parameters()})
+    m, s = [0.0] * len(expected), [0.0] * len(expected)
+    for t in (1, 2, 3):
+        for i, p in enumerate(model.parameters()):
+            g = random_x(*p.shape, seed=t) * 1e-7  # so small that eps counts
+            p.grad = g.clone()
+            m[i] = 0.8 * m[i] + 0.2 * g
+            s[i] = 0.9 * s[i] + 0.1 * g * g
+            move = m[i] / (1 - 0.8**t) / ((s[i] / (1 - 0.9**t)).sqrt() + 1e-8)
+            decay = 0.5 * expected[i] if p.dim() == 2 else 0.0
+            expected[i] = expected[i] - 0.1 * (move + decay)
+        optimizer.step()
+    for p, w in zip(model.parameters(), expected, strict=True):
+        assert_close(p.detach(), w)
+
+def test_the_first_step_of_adamw_is_the_learning_rate_long_for_any_gradient():
+    """The example of the book: 0.5 and 500 move a weight equally far."""
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = minigpt.make_adamw(model, TrainConfig(learning_rate=0.01, weight_decay=0.0))
+    model.weight.grad = torch.tensor([[0.5, 500.0]])
+    optimizer.step()
+    assert_close(before - model.weight.detach(), torch.full((1, 2), 0.01), 1e-5)
+
+# ---- The learning rate ---------------------------------------------------------------------------
+def test_the_learning_rate_at_named_steps():
+    """The first step, the peak, the middle, the end, and beyond. Fails for a warm-up that is off by
+    one."""
+    config = RunConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=24)
+    assert [get_lr(s, config) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [get_lr(s, config) for s in (9, 14, 24, 1000)] == pytest.approx(
+        [0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
+    line = replace(config, schedule="linear")
+    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
+    assert get_lr(0, replace(config, warmup_steps=0)) == 1.0
+    assert get_lr(4, replace(config, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
+
+def test_a_learning_rate_that_would_rise_at_the_end_is_refused():
+    for config_class in (TrainConfig, RunConfig):
+        assert config_class(learning_rate=0.1, min_lr=0.1).min_lr == 0.1
+        with pytest.raises(UserError, match="--min_lr 0.2: .*--learning_rate 0.1"):
+            config_class(learning_rate=0.1, min_lr=0.2)
+
+# ---- Clipping ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
+def test_clipping_equals_that_of_torch(max_norm):
+    """One norm over all weights, of which one has no gradient here. Small gradients, and max_norm
+    0, leave everything as it is."""
+    ours, theirs = ([nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (3, 5, 1)]
+                    for _ in range(2))
+    for p, q in zip(ours[:2], theirs):
+        p.grad = random_x(*p.shape)
+        q.grad = p.grad.clone()
+    norm = minigpt.clip_gradients(iter(ours), max_norm)
+    assert_close(norm, nn.utils.clip_grad_norm_(theirs, max_norm or math.inf))
+    for p, q in zip(ours[:2], theirs):
+        assert_close(p.grad, q.grad)
+
+def test_clipping_the_example_of_the_book():
+    """(3, 4) has the length 5. With max_norm 1 it becomes (0.6, 0.8)."""
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for w, g in zip(weights, (3.0, 4.0)):
+        w.grad = torch.tensor([g])
+    assert minigpt.clip_gradients(weights, 1.0) == 5.0
+    assert_close(torch.cat([w.grad for w in weights]), torch.tensor([0.6, 0.8]), 1e-5)
+
+# ---- One step ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("accum", [1, 3, 12])
+def test_accumulated_micro_steps_equal_one_large_batch(accum, clip):
+    """The loss, the norm and the weights of two steps, by hand. Fails if the loss is not divided by
+    grad_accum, or if gradients are clipped or cleared between micro-steps, or never cleared."""
+    model, config = small_model(), TrainConfig(grad_accum=accum, grad_clip=clip)
+    weights, vector = list(model.parameters()), nn.utils.parameters_to_vector
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    for rows in random_ids(2, 12, 9):
+        before, loss = vector(weights).detach(), model(*pair(rows))[1].double()
+        gradient = vector(torch.autograd.grad(loss, weights))
+        batches = map(pair, rows.split(12 // accum))
+        returned = train_step(model, optimizer, batches, config)
+        assert_close(torch.stack([x.double() for x in returned]),
+                     torch.stack([loss.detach(), gradient.norm()]), 1e-6)
+        if clip:
+            gradient *= clip / gradient.norm()
+        assert_close(vector(weights).detach(), before - 0.1 * gradient, 1e-6)
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_lowers_the_loss_and_one_batch_can_be_memorized(optimizer):
+    """Targets that are noise can only be memorized, for which every part has to work."""
+    idx, model = random_ids(4, 9), minigpt.new_model(small_config(n_embd=32), 0)
+    idx[:, 0] = torch.arange(4)  # two rows with the same beginning could not be told apart
+    before = model(*pair(idx))[1].item()
+    fit(model, pair(idx), 1, optimizer=optimizer, learning_rate=1e-3)
+    assert model(*pair(idx))[1].item() < before and all(p.grad is None for p in model.parameters())
+    assert fit(model, pair(idx), 150, optimizer=optimizer, learning_rate=1e-2) < 0.02
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+def small_corpus():
+    return Corpus(*random_ids(200).split([150, 50]), val_characters=100)
+
+def test_an_estimate_of_the_loss_uses_the_same_batches_each_time():
+    """No dropout, and no random numbers of the training run. It is the mean over eval_batches
+    batches of each part."""
+    model, config = small_model(dropout=0.5), TrainConfig(batch_size=3, eval_batches=4)
+    before, corpus = torch.get_rng_state(), small_corpus()
+    first = minigpt.estimate_loss(model, corpus, config)
+    assert first == minigpt.estimate_loss(model.train(), corpus, config) and not model.training
+    assert torch.equal(before, torch.get_rng_state())
+    for name, tokens in (("train", corpus.train), ("val", corpus.val)):
+        generator = torch.Generator().manual_seed(0)
+        losses = [model(*minigpt.get_batch(tokens, 8, 3, generator))[1].item() for _ in range(4)]
+        assert first[name] == pytest.approx(sum(losses) / 4)
+
+def test_dropout_and_gradients_are_on_in_training_and_off_in_evaluation_and_writing():
+    """The model is left in the wrong state before each, so each has to set it."""
+    model, corpus = small_model(dropout=0.5), small_corpus()
+    config = TrainConfig(batch_size=3, eval_batches=1)
+    modes = []
+    model.register_forward_pre_hook(
+        lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
+    minigpt.estimate_loss(model, corpus, config)
+    train_step(model, torch.optim.SGD(model.parameters()), [(random_ids(1, 8),) * 2], config)
+    minigpt.evaluate(model, corpus.val[:9])
+    model.train().generate(random_ids(1, 2), 1)
+    assert modes == [(False, False)] * 2 + [(True, True)] + [(False, False)] * 2
+
+@pytest.mark.parametrize("n", [2, 8, 9, 10, 17, 50])
+def test_an_evaluation_counts_every_token_once(n):
+    """Compared with each token by itself, in its window, in float64. Fails if the rest is left out,
+    if windows overlap, or if a short last batch counts as much as a full one."""
+    model, tokens, total = small_model(dropout=0.5).eval(), random_ids(n), 0.0
+    for t in range(1, n):
+        logits = model(tokens[None, (t - 1) // 8 * 8 : t])[0][0, -1]
+        total -= torch.log_softmax(logits, dim=-1)[tokens[t]].item()
+    for batch_size in (1, 4, 64):
+        shares = []
+        nats = minigpt.evaluate(model.train(), tokens.short(), batch_size, progress=shares.append)
+        assert nats == pytest.approx(total / (n - 1), abs=1e-6)
+        assert shares == sorted(shares) and shares[-1] == 1.0
+
+def test_a_loss_is_described_in_three_units():
+    """ln 8 nats are 3 bits per token. Here a token stands for two characters."""
+    assert minigpt.describe_loss(math.log(8), small_corpus()).endswith(
+        "49 tokens: 2.0794 nats per token, perplexity 8, 1.5000 bits per character")
+    assert minigpt.bits_per_character(math.log(2), Corpus(None, [0] * 10, 40)) == 0.25
+    assert math.isfinite(minigpt.perplexity(1e6)) and minigpt.perplexity(0.0) == 1.0
+
+# ---- A checkpoint --------------------------------------------------------------------------------
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = {"model": small_model().state_dict(), "step": 3, "best": math.inf, "names": ["é"],
+             "tokenizer": ("bpe", [(b"a", b"\xff")])}
+    minigpt.save_checkpoint(tmp_path / "a.pt", state)
+    assert_same(load_checkpoint(tmp_path / "a.pt"), state)
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    """A write that fails in the middle leaves the old file, and no half of a new one."""
+    minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 3})
+
+    def write_half(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 4})
+    assert load_checkpoint(tmp_path / "a.pt") == {"step": 3} and os.listdir(tmp_path) == ["a.pt"]
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    """Pickle can name any function. Such a file is refused before anything is called."""
+    torch.save({"code": os.system}, tmp_path / "code.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_checkpoint(tmp_path / "code.pt")
+
+# ---- The training loop ---------------------------------------------------------------------------
+class Notes(minigpt.Journal):
+    """A journal that keeps what it is told, and prints nothing."""
+    def __init__(self):
+        self.lines = []
+        self.training = []  # for each step, whether the model was in training mode
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def report_step(self, run, loss, norm, details=""):
+        self.training.append(run.model.training)
+        super().report_step(run, loss, norm, details)
+
+def small_run(folder, **changes):
+    config = RunConfig(**{**TINY, "dtype": "float32", **changes})
+    model = minigpt.new_model(small_config(dropout=0.3), config.seed)
+    tokenizer = CharTokenizer([*"\nabcdefghij"])
+    return minigpt.Run(model, tokenizer, small_corpus(), config, folder, Notes())
+
+def test_derived_seeds_depend_on_all_numbers_and_differ():
+    """2^32 + 1 is not 1, as it would be in 32 bits, and (1, 11) is not (11, 1) or (111,)."""
+    numbers = [*itertools.product(range(-9, 30), range(30)), (1,), (2**32 + 1,), (111,), (0,)]
+    seeds = {minigpt.derived_seed(*some) for some in numbers}
+    assert len(seeds) == len(numbers) and 0 <= min(seeds) <= max(seeds) < 2**32
+
+def test_the_first_weights_depend_on_the_seed_alone_and_on_all_of_it():
+    """They do not depend on what was drawn before."""
+    first, again, *others = (minigpt.new_model(small_config(), seed).wte.weight
+                             for seed in (1, 1, 2, 2**32 + 1))
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
+
+class Watched(nn.Module):
+    """A model that notes the batches that it gets, and random numbers as dropout would draw."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.seen = []
+
+    def forward(self, x, y):
+        self.seen.append((x, y, torch.rand(9)))
+        return self.model(x, y)
+
+def seen_in_training(folder, **changes):
+    """What the model sees in each micro-step of a run."""
+    run = small_run(folder, **changes)
+    run.runner = Watched(run.model)
+    minigpt.train(run)
+    return run.runner.seen
+
+def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(tmp_path):
+    """Batches and dropout are the same whatever else the run does, and new in every micro-step.
+    Fails if the seed of a step is seed + step: step 1 of seed 1338 would repeat step 2 of 1337."""
+    first = seen_in_training(tmp_path)
+    assert len(first) == 12 and all(x.shape == y.shape == (4, 8) for x, y, _ in first)
+    other = seen_in_training(tmp_path, eval_interval=5, sample_tokens=0, optimizer="muon",
+                             checkpoint_interval=1, learning_rate=1e-3, max_steps=4)
+    assert_same(other, first[:8])
+    everything = first + seen_in_training(tmp_path, seed=1338)
+    for part in (0, 2):  # the batches, and the numbers that dropout would draw
+        assert len({tuple(seen[part].flatten().tolist()) for seen in everything}) == 24
+    windows = small_corpus().train.unfold(0, 9, 1)  # of the training part, not of the other one
+    for x, y, _ in first:
+        for row in torch.cat([x, y[:, -1:]], dim=1):
+            assert (windows == row).all(dim=1).any()
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_step_has_its_learning_rate_its_report_and_its_checkpoint(tmp_path, optimizer):
+    """The rate is that of the step's number, in every group of weights. Losses are evaluated before
+    the first step, at intervals, and at the end. latest.pt is never behind the last report.
+    Fails for a step that is counted too early or too late."""
+    run = small_run(tmp_path, optimizer=optimizer, max_steps=7, eval_interval=3, log_interval=2,
+                    checkpoint_interval=2)
+    rates, saved = [], []
+
+    def after_step(run):
+        rates.append({group["lr"] for group in run.optimizer.param_groups})
+        saved.append(step_of(tmp_path / "latest.pt"))
+
+    run.model.eval()
+    minigpt.train(run, after_step)
+    assert rates == [{get_lr(step, run.config)} for step in range(7)]
+    assert run.journal.training == [True] * 7
+    assert saved == [0, 2, 3, 4, 4, 6, 7]
+    for step in (2, 4, 6):
+        assert step_of(tmp_path / f"step_{step:06d}.pt") == step
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt", "step_000002.pt",
+                                            "step_000004.pt", "step_000006.pt"]
+    pattern = r"step (\d+)(/7 \| loss \d\.\d{4}|: training loss \d\.\d{4}, validation loss \d\.\d)"
+    reports = [re.match(pattern, line) for line in run.journal.lines]
+    assert [(int(r[1]), r[2][0]) for r in reports if r] == [
+        (0, ":"), (2, "/"), (3, ":"), (4, "/"), (6, "/"), (6, ":"), (7, "/"), (7, ":")]
+
+def test_an_evaluation_shows_a_sample_that_only_the_weights_change(tmp_path, capsys):
+    """The sample is drawn with the same random numbers each time, so that two samples can be
+    compared. sample_tokens 0 shows none. Without a journal of its own, a run prints to stderr."""
+    run = small_run(tmp_path, sample_tokens=30)
+    assert run.sample() == run.sample() != ""
+    assert len(run.sample()) <= 30
+    minigpt.evaluate_and_save(run)
+    shown = [line for line in run.journal.lines if line.startswith("    | ")]
+    assert shown == [f"    | {line}" for line in run.sample().split("\n")]
+    assert "best so far" in run.journal.lines[0]
+    quiet = small_run(tmp_path, sample_tokens=0)
+    minigpt.evaluate_and_save(quiet)
+    assert len(quiet.journal.lines) == 1
+    talking = minigpt.Run(run.model, run.tokenizer, run.corpus, quiet.config, tmp_path)
+    minigpt.evaluate_and_save(talking)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("step 0: training loss")
+
+def test_a_finished_run_takes_no_more_steps(tmp_path):
+    """Neither when it is trained again, nor when its checkpoint is restored."""
+    run = small_run(tmp_path)
+    minigpt.train(run)
+    weights = {name: w.clone() for name, w in run.model.state_dict().items()}
+    assert run.finished() and run.step == 6
+    minigpt.train(run)
+    assert run.step == 6 and len(run.journal.training) == 6
+    restored = small_run(tmp_path)
+    restored.restore(load_checkpoint(tmp_path / "latest.pt"))
+    assert restored.finished()
+    assert (restored.step, restored.best_step) == (6, run.best_step)
+    assert restored.best_val == run.best_val < math.inf
+    assert_same(dict(run.model.state_dict()), weights)
+
+def script_losses(run, monkeypatch, losses):
+    """The evaluations of a run give these validation losses. The training losses say the opposite,
+    so that a test can see which of the two counts."""
+    remaining = iter(losses)
+
+    def estimate():
+        loss = next(remaining)
+        return {"train": -loss, "val": loss}
+
+    monkeypatch.setattr(run, "estimate", estimate)
+
+@pytest.mark.parametrize("losses, best", [([5, 3, 2, 4], 4), ([1, 2, 3, 4], 0), ([5, 3, 3, 3], 2),
+                                          ([5, 4, 3, 2], 6), ([9, 5, math.nan, 7], 2)])
+def test_best_is_the_model_with_the_lowest_validation_loss(tmp_path, monkeypatch, losses, best):
+    """Not with the lowest training loss, and not the last one. Among equals it is the first. It is
+    the one that is scored at the end, on the whole validation part."""
+    run = small_run(tmp_path)
+    script_losses(run, monkeypatch, losses)
+    weights = {0: run.model.wte.weight.detach().clone()}
+
+    def keep_weights(run):
+        weights[run.step] = run.model.wte.weight.detach().clone()
+
+    minigpt.train(run, after_step=keep_weights)
+    score = run.score()
+    state = load_checkpoint(tmp_path / "best.pt")
+    assert (state["step"], state["best_step"], state["best_val"]) == (best, best, losses[best // 2])
+    assert torch.equal(state["model"]["wte.weight"], weights[best])
+    assert_same(dict(run.model.state_dict()), dict(state["model"]))
+    assert score == minigpt.evaluate(run.model, run.corpus.val) and run.step == 6
+    assert run.journal.lines[-1] == minigpt.describe_loss(score, run.corpus)
+
+@pytest.mark.parametrize("patience, losses, end", [
+    (1, [5, 4, 4], 4), (2, [5, 4, 6, 5], 6), (2, [1, 2, 2], 4), (2, [5, 6, 4, 5, 3.9, 5, 5], 12),
+    (0, [1, 2, 3, 4, 5, 6, 7, 8], 13), (3, [1, 2, 3, 4], 6)])
+def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, losses, end):
+    """After that many evaluations without a better one, not a step earlier or later. With 0 the run
+    goes on to max_steps."""
+    run = small_run(tmp_path, patience=patience, max_steps=13, sample_tokens=0)
+    script_losses(run, monkeypatch, losses)
+    minigpt.train(run)
+    assert run.step == end and step_of(tmp_path / "latest.pt") == end
+# ==================================================================================================
+# Part II: Better
+# ==================================================================================================
+
+EXTENDED_KINDS = [Attention, minigpt.FusedAttention]  # those that know RoPE, QK-norm and a memory
+
+def memorize(model, batch, steps, **settings):
+    """Trains on one batch and returns the last loss."""
+    settings = {"grad_accum": 1, "weight_decay": 0.0, "min_lr": 0.0, **settings}
+    config = RunConfig(**settings)
+    optimizer = minigpt.OPTIMIZERS[config.optimizer](model, config)
+    for _ in range(steps):
+        loss, _ = train_step(model, optimizer, [batch], config)
+    return loss.item()
+
+# ---- The settings of the variations --------------------------------------------------------------
+def test_the_defaults_of_part_two_are_the_model_of_part_one():
+    """Someone who sets no variation gets Part I. Fails if a default differs from Part I's name."""
+    for part_one, part_two in ((GPTConfig, ModelConfig), (TrainConfig, RunConfig)):
+        shared = [f for f in fields(part_two) if hasattr(part_one, f.name)]
+        assert len(shared) >= len(fields(part_one)) + 2
+        for f in shared:
+            assert getattr(part_one, f.name) == f.default, f.name
+    first = minigpt.new_model(GPTConfig(**SMALL), 3)
+    second = minigpt.new_model(ModelConfig(**SMALL), 3)
+    assert_same(dict(first.state_dict()), dict(second.state_dict()))
+    idx = random_ids(2, 8)
+    assert torch.equal(first(idx)[0], second(idx)[0])
+
+@pytest.mark.parametrize("changes, flag", [(dict(pos="rope"), "--pos rope"),
+                                           (dict(qk_norm=True), "--qk_norm")])
+def test_part_ones_attention_refuses_what_it_cannot_do(changes, flag, tmp_path):
+    """Part I's attention would ignore RoPE and QK-norm, and the user would not notice it. The
+    message names the flag and what to add, and the command fails before it writes anything."""
+    with pytest.raises(UserError, match=f"^{flag}: needs --attention extended or fused$"):
+        small_config(**changes)
+    for attention in ("extended", "fused"):
+        layer = GPT(small_config(attention=attention, **changes)).h[1].attn
+        assert isinstance(layer.rotary, minigpt.Rotary) == ("pos" in changes)
+        assert isinstance(layer.q_norm, minigpt.LayerNorm) == ("qk_norm" in changes)
+    out = tmp_path / "run"
+    typed = ["--attention", "explicit", *flag.split(" ")]
+    typed += ["--no_qk_norm"] if "pos" in changes else ["--pos", "learned"]
+    check_mistake(*run_main(*TRAIN, "--out_dir", out, *typed), [flag, "--attention extended"])
+    assert not out.exists()
+
+def test_variations_that_do_not_fit_the_sizes_are_refused():
+    """Heads share the channels evenly. Clock hands need two channels each: of the vector for
+    sinusoids, of one head for RoPE. Short windows are even windows."""
+    with pytest.raises(UserError, match="--n_embd 8: must be divisible by --n_head 3"):
+        small_config(n_head=3)
+    with pytest.raises(UserError, match="--pos: 3 channels cannot form pairs"):
+        GPT(small_config(pos="rope", attention="extended", n_embd=6))
+    with pytest.raises(UserError, match="--pos: 9 channels cannot form pairs"):
+        GPT(small_config(pos="sinusoidal", n_embd=9, n_head=3))
+    with pytest.raises(UserError, match="--short_share 0.5: needs --sampling even"):
+        RunConfig(short_share=0.5)
+
+@pytest.mark.parametrize("norm, kind", [
+    ("layernorm", minigpt.LayerNorm), ("fused_layernorm", minigpt.FusedLayerNorm),
+    ("rmsnorm", minigpt.RMSNorm), ("none", nn.Identity)])
+def test_every_norm_of_a_model_is_of_the_kind_that_was_chosen(norm, kind):
+    """Also those of queries and keys and the last one, and with a bias only if biases are wanted.
+    Fails if one place has a norm of a fixed kind or size."""
+    for bias in (True, False):
+        model = GPT(small_config(norm=norm, qk_norm=True, attention="extended", bias=bias))
+        for block in model.h:
+            norms = [block.ln_1, block.ln_2, model.ln_f, block.attn.q_norm, block.attn.k_norm]
+            assert [type(built) for built in norms] == [kind] * 5
+            if norm != "none":
+                assert [len(built.weight) for built in norms] == [8, 8, 8, 4, 4]
+        biased = [m.bias is not None for m in model.modules() if hasattr(m, "bias")]
+        assert biased[:-1] == [bias] * (len(biased) - 1) and biased[-1] is False  # the head
+        with_bias = [name for name in model.state_dict() if name.endswith("bias")]
+        assert bool(with_bias) == bias
+
+@pytest.mark.parametrize("table, field", [
+    (minigpt.BLOCKS, "block"), (minigpt.ATTENTION, "attention"),
+    (minigpt.ACTIVATIONS, "activation"), (minigpt.POSITIONS, "pos")])
+def test_every_entry_of_a_table_is_what_is_built(table, field):
+    """Fails if a part is built under a fixed name, so that its flag has no effect."""
+    def built(model):
+        block = model.h[1]
+        return {"block": block, "attention": block.attn, "activation": block.mlp,
+                "pos": model.wpe}[field]
+
+    for key in table:
+        model = GPT(small_config(**{"attention": "extended", field: key}))
+        kind = nn.Embedding if key == "learned" else table[key]
+        assert type(built(model)) is kind, key
+
+@pytest.mark.parametrize("changes", [
+    dict(tie_weights=False),
+    dict(pos="rope", attention="extended", activation="swiglu", qk_norm=True, norm="rmsnorm")])
+def test_variations_start_like_gpt2(changes):
+    """All matrices start with a spread of 0.02, and c_proj with less by sqrt(2 n_layer). Gains
+    start at 1 and biases at 0. Then the first loss is near ln V: the model knows nothing."""
+    config = ModelConfig(65, block_size=64, n_layer=8, n_head=4, n_embd=192, **changes)
+    model = minigpt.new_model(config, 0).eval()
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+        else:
+            assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
+    loss = model(*pair(random_ids(2, 65, vocab_size=65)))[1].item()
+    assert abs(loss - math.log(65)) < 0.15
+
+# ---- Normalization -------------------------------------------------------------------------------
+@pytest.mark.parametrize("ours, theirs, tolerance", [
+    (minigpt.FusedLayerNorm(6, True), nn.LayerNorm(6), 1e-9),
+    (minigpt.FusedLayerNorm(6, False), nn.LayerNorm(6, bias=False), 1e-9),
+    (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it computes squares in float32
+def test_norms_of_part_two_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
+    """On inputs that are small, large or far from zero. Fails for a missing eps, gain or bias, and
+    for RMSNorm that sums where it should average, or subtracts the mean."""
+    ours.double().load_state_dict(stir(theirs).state_dict())
+    weight = random_x(2, 3, 6, seed=1)
+    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
+        x = (random_x(2, 3, 6) * scale + offset).requires_grad_()
+        y, expected = ours(x), theirs(x)
+        assert_close(y, expected, tolerance)
+        gradients = torch.autograd.grad((y * weight).sum(), [x, *ours.parameters()])
+        reference = torch.autograd.grad((expected * weight).sum(), [x, *theirs.parameters()])
+        for a, b in zip(gradients, reference):
+            assert_close(a, b, 10 * tolerance)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rmsnorm_of_16_bits_squares_in_32(dtype):
+    """The square of 400 is above the largest number of float16, so squares in 16 bits would give
+    zero. The result has the format of the input."""
+    y = minigpt.RMSNorm(2)(torch.tensor([300.0, 400.0], dtype=dtype))
+    assert y.dtype == dtype
+    assert_close(y.float(), torch.tensor([0.8485, 1.1314]), 4e-3)
+
+def test_post_norm_stands_on_the_stream_and_follows_each_addition():
+    """Fails if a norm is missing, comes before the addition, or changes places with the other."""
+    block = stir(minigpt.PostNormBlock(small_config()))
+    x = random_x(2, 5, 8)
+
+    def norm(x, layer):
+        return F.layer_norm(x, (8,), layer.weight, layer.bias)
+
+    middle = norm(x + block.attn(x), block.ln_1)
+    assert_close(block(x), norm(middle + block.mlp(middle), block.ln_2))
+
+# ---- Positions -----------------------------------------------------------------------------------
+def test_sinusoids_are_the_papers_divided_by_the_root_of_the_width():
+    """Entry by entry: sine and cosine of t / 10000^(2 i / C), side by side. Fails for another
+    order, another base, or a missing division."""
+    model = GPT(small_config(pos="sinusoidal", n_embd=12, block_size=40))
+    table = model.wpe(torch.arange(40))
+    for t, i in itertools.product((0, 1, 7, 39), range(6)):
+        angle = t * 10000 ** (-2 * i / 12)
+        entries = table[t, 2 * i : 2 * i + 2] * math.sqrt(12)
+        assert entries.tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-5)
+
+def test_fixed_positions_are_not_learned():
+    """Sinusoids are stored under the name of the learned table, but the optimizer does not get
+    them. RoPE stores nothing, so its checkpoints do not depend on block_size."""
+    names = list(GPT(small_config()).state_dict())
+    sinusoidal = GPT(small_config(pos="sinusoidal"))
+    assert list(sinusoidal.state_dict()) == names
+    assert "wpe.weight" not in dict(sinusoidal.named_parameters())
+    before = sinusoidal.wpe.weight.clone()
+    memorize(sinusoidal, pair(random_ids(2, 9)), 2, learning_rate=0.1)
+    assert torch.equal(sinusoidal.wpe.weight, before)
+    rope = GPT(small_config(pos="rope", attention="extended"))
+    assert list(rope.state_dict()) == [name for name in names if "wpe" not in name]
+
+def test_rope_turns_channel_i_with_channel_i_plus_half_by_the_position():
+    """At position t, (1, 0) becomes (cos t w_i, sin t w_i), and t counts from 0 or from start.
+    Fails for another pairing of channels, another direction, or positions that are off by one."""
+    rotary = minigpt.Rotary(small_config(n_embd=8, n_head=2, block_size=20))
+    for i, w in ((0, 1.0), (1, 0.01)):
+        unit = torch.eye(4, dtype=torch.float64)[[i, i + 2]].view(1, 2, 1, 4).expand(1, 2, 9, 4)
+        for start in (0, 7):
+            turned = rotary(unit, start)[0]
+            angle = w * (start + torch.arange(9, dtype=torch.float64))
+            expected = torch.zeros(2, 9, 4, dtype=torch.float64)
+            expected[0, :, i] = angle.cos()
+            expected[0, :, i + 2] = angle.sin()
+            expected[1, :, i] = -angle.sin()
+            expected[1, :, i + 2] = angle.cos()
+            assert_close(turned, expected, 1e-5)  # the tables are float32
+
+def test_rope_scores_depend_on_distance_alone_and_do():
+    """The reason for RoPE: a query and a key that are equally far apart have the same score
+    anywhere in the window, and another score at another distance."""
+    rotary = minigpt.Rotary(small_config(n_embd=16, n_head=2, block_size=30))
+    q = rotary(random_x(1, 1, 1, 8).expand(1, 1, 30, 8), 0)[0, 0]
+    k = rotary(random_x(1, 1, 1, 8, seed=1).expand(1, 1, 30, 8), 0)[0, 0]
+    scores = q @ k.T
+    for distance in (0, 1, 5):
+        diagonal = scores.diagonal(-distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
+    assert abs(scores[5, 5] - scores[5, 4]) > 1e-2
+
+def test_rope_alone_tells_the_model_the_order():
+    """Without positions, the last token sees its predecessors as a heap. With RoPE their order
+    matters, although no vector is added to the tokens. Fails if the rotation is not connected."""
+    model = small_model(pos="rope", attention="extended", n_layer=1)
+    shuffled = torch.tensor([[3, 1, 2, 4]])
+    ordered = torch.tensor([[1, 2, 3, 4]])
+    assert (model(ordered)[0] - model(shuffled)[0])[:, -1].abs().max() > 1e-3
+    for block in model.h:
+        block.attn.rotary = minigpt.NoRotation(model.config)
+    assert_close(model(ordered)[0][:, -1], model(shuffled)[0][:, -1])
+
+# ---- The extended attention, and the fused one ---------------------------------------------------
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("T, n_head", [(1, 3), (2, 3), (8, 3), (8, 1), (8, 12)])
+def test_extended_and_fused_attention_equal_part_ones(kind, bias, T, n_head):
+    """Without options they are the same function, in value and in every gradient. So Part I's
+    weights can be used with them. Fails for another mask, scale, or order of the heads."""
+    config = small_config(n_embd=12, n_head=n_head, bias=bias)
+    reference = stir(minigpt.CausalSelfAttention(config))
+    ours = kind(config).double()
+    ours.load_state_dict(reference.state_dict())
+    weight = random_x(2, T, 12, seed=1)
+    gradients = []
+    for layer in (reference, ours):
+        x = random_x(2, T, 12).requires_grad_()
+        y = layer(x)
+        gradients.append([y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])])
+    for a, b in zip(*gradients):
+        assert_close(a, b)
+
+def rotated_by_hand(x):
+    """RoPE in float64 with complex numbers: x (B, nh, T, hs)."""
+    T, half = x.shape[2], x.shape[3] // 2
+    w = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), w)
+    arrows = torch.complex(x[..., :half], x[..., half:])
+    arrows = arrows * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([arrows.real, arrows.imag], dim=-1)
+
+def extended_by_hand(layer, x, norm):
+    """The extended attention from its definition: norm takes a tensor and a layer with gains."""
+    projected = x @ layer.c_attn.weight.T + layer.c_attn.bias
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in projected.split(8, dim=-1))
+    q = rotated_by_hand(norm(q, layer.q_norm))
+    k = rotated_by_hand(norm(k, layer.k_norm))
+    scores = torch.einsum("bhtc,bhsc->bhts", q, k) / 2  # the root of hs = 4
+    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    y = (weights @ v).transpose(1, 2).flatten(2)
+    return y @ layer.c_proj.weight.T + layer.c_proj.bias
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(kind, norm):
+    """The gains differ from channel to channel, so the order of the two steps matters, and they
+    differ between queries and keys. Fails if v is turned, k is not, or one norm serves both."""
+    def by_hand(t, layer):
+        if norm == "layernorm":
+            return F.layer_norm(t, (4,), layer.weight, layer.bias)
+        return t / (t.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * layer.weight
+
+    layer = stir(kind(small_config(pos="rope", qk_norm=True, norm=norm, attention="extended")))
+    assert (layer.q_norm.weight - layer.k_norm.weight).abs().max() > 0.1
+    x = random_x(3, 8, 8)
+    assert_close(layer(x), extended_by_hand(layer, x, by_hand), 1e-5)
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+def test_qk_norm_takes_the_size_of_queries_and_keys_away(kind):
+    """This is its purpose: growing weights no longer make the softmax sharper. The values keep
+    their size."""
+    layer = stir(kind(small_config(qk_norm=True, norm="rmsnorm", bias=False,
+                                   attention="extended")))
+    x = random_x(3, 8, 8)
+    before = layer(x)
+    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k
+    assert_close(layer(x), before, 1e-3)
+    layer.c_attn.weight.data[16:] *= 10  # the rows that make v
+    assert_close(layer(x), 10 * before, 1e-2)
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+def test_later_positions_have_no_gradient_in_the_extended_attention(kind):
+    """The derivative of output t with respect to input s is zero exactly for s > t, with all
+    options on. So training cannot use the future either."""
+    layer = stir(kind(small_config(pos="rope", qk_norm=True, attention="extended")))
+    x = random_x(1, 6, 8).requires_grad_()
+    for t in range(6):
+        (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
+        seen = gradient.abs().sum(dim=-1)[0] > 1e-12
+        assert seen.tolist() == [s <= t for s in range(6)]
+
+def assert_share_dropped(dropped, whole, p):
+    """Each entry is zero or 1 / (1 - p) times what it was, and the share of zeros is about p."""
+    present = whole.abs() > 1e-9
+    dropped, whole = dropped[present], whole[present]
+    zero = dropped.abs() < 1e-9
+    assert_close(dropped[~zero], whole[~zero] / (1 - p), 1e-8)
+    assert abs(zero.double().mean().item() - p) < 0.05
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+def test_dropout_drops_weights_and_output_of_the_extended_attention(kind):
+    """It drops the weights after the softmax, which a multiplication by the inverse of the values
+    shows, and then the output. In evaluation it drops nothing. Fails if the kernel does not get
+    the share, or gets it in evaluation, too."""
+    torch.manual_seed(0)
+    q, k = random_x(90, 1, 8, 8), random_x(90, 1, 8, 8, seed=1)
+    v = random_x(8, 8, seed=2).expand(90, 1, 8, 8)
+    config = small_config(n_head=1, dropout=0.25, attention="extended")
+    layer = kind(config).double()
+    weights = minigpt.attention_weights(q, k, minigpt.causal_mask(8))
+    assert_close(layer.eval().attend(q, k, v), weights @ v)
+    assert_share_dropped(layer.train().attend(q, k, v) @ v.inverse(), weights, 0.25)
+    x = random_x(50, 8, 8)
+    layer.attn_dropout.p = 0.0
+    whole = layer.eval()(x)
+    assert_share_dropped(layer.train()(x), whole, 0.25)
+
+def test_fused_attention_in_16_bits_is_attention_in_training_too():
+    """On a CPU, training in bfloat16 takes another path than evaluation. Both must be the same
+    function, up to the precision of the format."""
+    layer = minigpt.FusedAttention(small_config())
+    q, k, v = (random_x(2, 2, 8, 4, seed=seed) for seed in range(3))
+    expected = minigpt.attention_weights(q, k, minigpt.causal_mask(8)) @ v
+    coarse = [t.bfloat16() for t in (q, k, v)]
+    for mode in (True, False):
+        y = layer.train(mode).attend(*coarse)
+        assert y.dtype == torch.bfloat16
+        assert_close(y.double(), expected, 0.03)
+
+@pytest.mark.parametrize("kind", EXTENDED_KINDS)
+def test_a_few_queries_meet_all_keys_that_came_before_them(kind):
+    """With a memory there are more keys than queries, and the queries belong to the last ones.
+    Fails if the mask is aligned with the first key, as the kernel does by itself."""
+    layer = kind(small_config(attention="extended")).eval()
+    q, k, v = (random_x(2, 2, 7, 4, seed=seed) for seed in range(3))
+    whole = layer.attend(q, k, v)
+    for T in range(1, 8):
+        assert_close(layer.attend(q[:, :, -T:], k, v), whole[:, :, -T:])
+
+# ---- Activation functions ------------------------------------------------------------------------
+@pytest.mark.parametrize("activation, function", [
+    ("relu", lambda h: h.clamp(min=0)),
+    ("relu2", lambda h: h.clamp(min=0) ** 2),
+    ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:])])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlps_of_part_two_are_their_equations(activation, function, bias):
+    """Fails for a missing square, exchanged halves of SwiGLU, or a width that ignores mlp_ratio."""
+    config = small_config(activation=activation, mlp_ratio=2.0, bias=bias)
+    mlp = stir(minigpt.ACTIVATIONS[activation](config))
+    x = random_x(2, 3, 8) * 3
+    b, c = (mlp.c_fc.bias, mlp.c_proj.bias) if bias else (0.0, 0.0)
+    hidden = x @ mlp.c_fc.weight.T + b
+    assert hidden.shape[-1] == (20 if activation == "swiglu" else 16)
+    assert_close(mlp(x), function(hidden) @ mlp.c_proj.weight.T + c)
+
+@pytest.mark.parametrize("activation", minigpt.ACTIVATIONS)
+def test_mlps_have_equally_many_weights_and_drop_their_output(activation):
+    """SwiGLU has three matrices in place of two, and two thirds of the width, so that a comparison
+    is fair. Dropout acts on what an MLP adds to the stream."""
+    config = small_config(activation=activation, n_embd=96, bias=False)
+    assert minigpt.count_parameters(minigpt.ACTIVATIONS[activation](config)) == 8 * 96 * 96
+    torch.manual_seed(0)
+    mlp = minigpt.ACTIVATIONS[activation](small_config(dropout=0.25, activation=activation))
+    mlp.double()
+    x = random_x(50, 8, 8)
+    whole = mlp.eval()(x)
+    assert_share_dropped(mlp.train()(x), whole, 0.25)
+
+# ---- An output head of its own -------------------------------------------------------------------
+def test_an_untied_head_has_a_matrix_and_a_gradient_of_its_own():
+    """A tied matrix gets the sum of both gradients, an untied one only its own. After a step the
+    tied ones are still one matrix, and the untied ones differ."""
+    tied, untied = small_model(), small_model(tie_weights=False)
+    assert minigpt.count_parameters(untied) == minigpt.count_parameters(tied) + 11 * 8
+    untied.load_state_dict(tied.state_dict())
+    batch = pair(random_ids(2, 9))
+    for model in (tied, untied):
+        model(*batch)[1].backward()
+    table, head = untied.wte.weight.grad, untied.lm_head.weight.grad
+    assert_close(tied.wte.weight.grad, table + head, 1e-6)
+    assert (table - head).abs().max() > 1e-3
+    for model in (tied, untied):
+        memorize(model, batch, 1, learning_rate=0.1)
+    assert tied.lm_head.weight is tied.wte.weight
+    assert not torch.equal(untied.lm_head.weight, untied.wte.weight)
+
+# ---- Token shift ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("n_embd, n_head", [(8, 2), (9, 3)])
+def test_token_shift_shows_half_of_the_channels_of_the_previous_position(n_embd, n_head):
+    """To attention and to the MLP, after the norm. Before the first position there are zeros.
+    Fails if the shift goes the other way or takes the other half. An odd width works, too."""
+    def shifted(x):
+        half = (n_embd + 1) // 2
+        previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return torch.cat([previous[..., :half], x[..., half:]], dim=-1)
+
+    block = stir(minigpt.ShiftBlock(small_config(n_embd=n_embd, n_head=n_head)))
+    x = random_x(2, 5, n_embd)
+    middle = x + block.attn(shifted(block.ln_1(x)))
+    assert_close(block(x), middle + block.mlp(shifted(block.ln_2(middle))))
+
+# ---- Byte-pair encoding: the algorithm -----------------------------------------------------------
+def test_merging_goes_from_left_to_right_and_never_overlaps():
+    """Of three equal neighbours, the first two become one. Fails if the new token is merged again
+    with its neighbour in the same pass, or if an occurrence at an end is missed."""
+    assert minigpt.merge_pair([1, 1, 1], (1, 1), 9) == [9, 1]
+    assert minigpt.merge_pair([1] * 7, (1, 1), 9) == [9, 9, 9, 1]
+    assert minigpt.merge_pair([1, 2, 1, 2, 2, 1, 2], (1, 2), 9) == [9, 9, 2, 9]
+    assert minigpt.merge_pair([2, 1, 1, 3], (1, 2), 9) == [2, 1, 1, 3]
+    assert minigpt.merge_pair([], (1, 2), 9) == []
+    assert minigpt.merge_pair([5], (5, 5), 9) == [5]
+
+def test_the_example_of_the_chapter_by_the_naive_algorithm():
+    """aaabdaaabac becomes XabdXabac, XYdXYac and ZdZac, and then no pair occurs twice, so that
+    learning ends although more merges were allowed."""
+    ids = list(b"aaabdaaabac")
+    merges = minigpt.learn_merges_slowly([ids], 99)
+    assert merges == [(97, 97), (97, 98), (256, 257)]
+    assert minigpt.learn_merges_slowly([ids], 2) == merges[:2]
+    spelled = []
+    for number, two in enumerate(merges):
+        ids = minigpt.merge_pair(ids, two, 256 + number)
+        spelled.append("".join("XYZ"[i - 256] if i >= 256 else chr(i) for i in ids))
+    assert spelled == ["XabdXabac", "XYdXYac", "ZdZac"]
+
+def test_naive_ties_go_to_the_smaller_ids_and_pairs_stay_within_words():
+    """Both pairs occur twice, and the later one has the smaller ids. No pair reaches from the end
+    of a word to the beginning of the next."""
+    assert minigpt.learn_merges_slowly([[7, 8], [7, 8], [3, 9], [3, 9]], 1) == [(3, 9)]
+    assert minigpt.learn_merges_slowly([[7], [8], [7], [8]], 1) == []
+    assert minigpt.learn_merges_slowly([], 5) == []
+
+# ---- Byte-pair encoding: the tokenizer -----------------------------------------------------------
+def merges_by_the_naive_trainer(text, vocab_size):
+    """The merges, as bytes, that the algorithm of the book learns. Bytes are numbered in GPT-2's
+    order, because ties go to the smaller ids."""
+    number_of = {byte: i for i, byte in enumerate(minigpt.BYTE_ORDER)}
+    words = [[number_of[byte] for byte in word.encode()] for word in minigpt.split_words(text)]
+    tokens = [bytes([byte]) for byte in minigpt.BYTE_ORDER]
+    merges = []
+    for a, b in minigpt.learn_merges_slowly(words, vocab_size - 257):
+        merges.append((tokens[a], tokens[b]))
+        tokens.append(tokens[a] + tokens[b])
+    return merges
+
+def mixed_text(rng, n):
+    """A text of n characters from an alphabet that makes one kind of mistake likely."""
+    alphabets = ["ab", "abc ", " \n\t'sdt", "aé漢🎭٣Ⅷ\u0301\u00a0\x1c.,"]
+    return "".join(rng.choices(rng.choice(alphabets), k=n))
+
+@pytest.mark.parametrize("seed", range(7))
+def test_fast_training_equals_the_naive_trainer_on_random_texts(seed):
+    """The fast trainer updates counts where the naive one counts again. Fails if a count is missed
+    where merges touch ("aaaa"), if a count in the heap is old, or if ties go to another pair."""
+    rng = random.Random(seed)
+    for _ in range(4):
+        words = [mixed_text(rng, rng.randrange(1, 30)) for _ in range(rng.randrange(1, 40))]
+        text = " ".join(words)
+        vocab_size = 257 + rng.randrange(60)
+        expected = merges_by_the_naive_trainer(text, vocab_size)
+        assert BPETokenizer.train(text, vocab_size).merges == expected
+
+def test_fast_training_equals_the_naive_trainer_on_the_sample():
+    """On real text, where words repeat and most counts are small. It fills the vocabulary."""
+    text = SAMPLE.read_text(encoding="utf-8")[:8_000]
+    expected = merges_by_the_naive_trainer(text, 400)
+    tokenizer = BPETokenizer.train(text, 400)
+    assert tokenizer.merges == expected
+    assert len(expected) == 400 - 257 and tokenizer.vocab_size == 400
+
+@pytest.mark.slow
+def test_fast_training_equals_the_naive_trainer_until_no_pair_occurs_twice():
+    """The same until nothing is left to merge. Near the end, nearly all pairs occur equally often,
+    so that ties decide."""
+    text = SAMPLE.read_text(encoding="utf-8")[8_000:14_000]
+    expected = merges_by_the_naive_trainer(text, 9999)
+    assert BPETokenizer.train(text, 9999).merges == expected
+    assert len(expected) > 400
+
+def test_each_merge_of_the_example_shortens_its_encoding():
+    """Eleven tokens become five, as the chapter says, and encoding applies the merges in the order
+    in which they were learned."""
+    merges = BPETokenizer.train("aaabdaaabac", 999).merges
+    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
+    tokenizers = [BPETokenizer(merges[:n]) for n in range(4)]
+    assert [len(t.encode("aaabdaaabac")) for t in tokenizers] == [11, 9, 7, 5]
+
+def test_encoding_repeats_the_merges_of_training(bpe):
+    """Encoding a word gives what merging the pairs one after another gives, for every word of the
+    sample. Fails if merge_word prefers another pair than the one that was learned first."""
+    number_of = {token: i for i, token in enumerate(bpe.tokens)}
+    for word in set(minigpt.split_words(SAMPLE.read_text(encoding="utf-8")[:30_000])):
+        ids = [number_of[bytes([byte])] for byte in word.encode()]
+        for number, (a, b) in enumerate(bpe.merges, start=256):
+            if len(ids) > 1:
+                ids = minigpt.merge_pair(ids, (number_of[a], number_of[b]), number)
+        assert bpe.encode(word) == ids, word
+
+def test_bpe_loses_nothing_and_survives_everything(bpe):
+    """Every text comes back, and one word of 100,000 characters does not take for ever. Samples
+    begin with the line break. Every byte has a token, so nothing is unknown."""
+    rng = random.Random(1)
+    texts = ["", "\0", "a" * 100_000, "".join(rng.choices("abcdefgh", k=100_000)), " " * 1000,
+             "".join(map(chr, range(0xD800)))]
+    texts += [mixed_text(rng, 50) for _ in range(200)]
+    for text in texts:
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode([bpe.first_id]) == "\n"
+    assert sorted(bpe.tokens[:256]) == [bytes([byte]) for byte in range(256)]
+    assert max(bpe.encode("".join(texts))) < bpe.vocab_size
+
+def test_half_characters_become_the_replacement_character(bpe):
+    """UTF-8 cannot write a lone surrogate, so it becomes U+FFFD, in training too. Two halves that
+    belong together are one character. Bytes that are half of a character decode to U+FFFD."""
+    assert bpe.decode(bpe.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
+    assert bpe.decode(bpe.encode("\ud83c\udfad")) == "🎭"
+    assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
+    assert BPETokenizer.train("xx" * 1000 + " \ud83d", 300).vocab_size > 257
+
+def test_a_known_word_keeps_its_ids_when_the_memory_of_words_is_emptied(bpe):
+    """The memory has a limit, and it must not matter. Callers that change a returned list must not
+    change later results."""
+    tokenizer = BPETokenizer(bpe.merges)
+    expected = tokenizer.encode("Who's there?")
+    tokenizer.known_words = dict.fromkeys(range(2**20 + 1))
+    assert tokenizer.encode("Who's there?") == expected
+    assert len(tokenizer.known_words) < 10
+    tokenizer.encode("there").clear()
+    assert tokenizer.encode("Who's there?") == expected
+
+def test_end_of_text_is_one_token_that_no_merge_touches():
+    """It separates texts in a corpus. Fails if its characters are learned from, or if a merge
+    reaches from one text into the next."""
+    tokenizer = BPETokenizer.train("ab<|endoftext|>ab" * 9, 270)
+    (ab,) = tokenizer.encode("ab")
+    ids = tokenizer.encode("ab<|endoftext|>ab")
+    assert ids == [ab, tokenizer.end_id, ab]
+    assert tokenizer.decode(ids) == "ab<|endoftext|>ab"
+    assert tokenizer.end_id == tokenizer.vocab_size - 1 == len(tokenizer.tokens) - 1
+    assert not any(b"<" in a + b for a, b in tokenizer.merges)
+
+def test_bpe_files_are_in_gpt2s_format(bpe, tmp_path):
+    """vocab.json and merges.txt show a space as Ġ and a line break as Ċ, and the ids are those of
+    GPT-2's own files. What is loaded encodes like what was saved, and so does a checkpoint."""
+    bpe.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert vocab["!"] == 0 and vocab["a"] == 64 and vocab["Ā"] == 188
+    assert vocab["Ċ"] == 198 and vocab["Ġ"] == 220
+    assert vocab["<|endoftext|>"] == bpe.end_id and len(vocab) == bpe.vocab_size == 600
+    lines = (tmp_path / "merges.txt").read_bytes().decode("utf-8").split("\n")
+    assert lines[0] == "#version: 0.2" and lines[-1] == "" and len(lines) == 2 + 600 - 257
+    text = "Speak, Marigold! é\r\n 12\t<|endoftext|>"
+    for same in (BPETokenizer.load(tmp_path), BPETokenizer(bpe.state)):
+        assert same.merges == bpe.merges
+        assert same.encode(text) == bpe.encode(text)
+
+def test_a_tokenizer_with_other_ids_is_refused(bpe, tmp_path):
+    """Another program may number the same tokens differently. To read such files as if they were
+    GPT-2's would give a model nonsense."""
+    bpe.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    vocab["Ġ"], vocab["!"] = vocab["!"], vocab["Ġ"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    with pytest.raises(UserError, match="does not number its tokens as GPT-2 does"):
+        BPETokenizer.load(tmp_path)
+
+@pytest.mark.skipif(not importable("huggingface_hub"), reason="huggingface_hub is not installed")
+def test_gpt2s_tokenizer_is_read_from_its_files_or_says_what_to_do(bpe, tmp_path, monkeypatch):
+    """It is what its files say. Without a network, one line tells what helps."""
+    bpe.save(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+    assert minigpt.TOKENIZERS["gpt2"].fetch().merges == bpe.merges
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    with pytest.raises(UserError, match="--tokenizer gpt2: .*--tokenizer bpe"):
+        minigpt.TOKENIZERS["gpt2"].fetch()
+
+def compare_with_gpt2s_pattern(characters):
+    """Splits texts with these characters by our pattern, and by GPT-2's with the package regex."""
+    reference = pytest.importorskip("regex").compile(
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    ascii_pairs = itertools.product(map(chr, range(128)), repeat=2)
+    rng = random.Random(0)
+    texts = ["".join(f"a{c}1{c}.{c} {c}\n" for c in characters),
+             "".join(f"a{c}1{c}.{c} {c}\n'{c}{d}" for c, d in ascii_pairs)]
+    texts += [mixed_text(rng, 30) + "".join(rng.choices(characters, k=9)) for _ in range(500)]
+    for text in texts:
+        words = minigpt.split_words(text)
+        assert words == reference.findall(text)
+        assert "".join(words) == text
+
+def assigned_characters():
+    """Every character that Python's tables of Unicode know, except half ones."""
+    return [c for c in map(chr, range(sys.maxunicode + 1))
+            if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
+
+def test_words_are_those_of_the_reference_pattern():
+    """Before and after letters, digits, signs and spaces. Fails for a letter that is a number, too,
+    for Python's wider \\s, or for a short cut that ends a word before an accent. This takes the
+    first 10,000 characters and every 29th of the others; the next test takes all."""
+    characters = assigned_characters()
+    compare_with_gpt2s_pattern(characters[:10_000] + characters[10_000::29])
+
+@pytest.mark.slow
+def test_words_of_all_characters_are_those_of_the_reference_pattern():
+    """The same for each character of Unicode."""
+    characters = assigned_characters()
+    assert len(characters) > 200_000
+    compare_with_gpt2s_pattern(characters)
+
+def test_the_rust_trainer_learns_the_same_merges(bpe, tmp_path):
+    """The library tokenizers is an implementation by others. From the same text it learns the same
+    merges in the same order, and encodes alike."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe.save(tmp_path)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    theirs.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=599, min_frequency=2, show_progress=False,
+                                             initial_alphabet=byte_level.alphabet())
+    theirs.train_from_iterator([SAMPLE.read_text(encoding="utf-8")], trainer)
+    learned = [" ".join(two) for two in json.loads(theirs.to_str())["model"]["merges"]]
+    lines = (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    assert learned == lines[1:-1]
+    for text in ("Speak, Marigold! What's this?", "é 漢字  12\n\n x"):
+        shown = [minigpt.show_bytes(bpe.tokens[i]) for i in bpe.encode(text)]
+        assert theirs.encode(text).tokens == shown
+
+# ---- Muon ----------------------------------------------------------------------------------------
+def test_orthogonalize_levels_the_singular_values_and_keeps_the_directions():
+    """The singular values follow the polynomial of the book and end between 0.68 and 1.14, for
+    each matrix of a stack and whatever its size. Fails for a wrong constant, number of rounds or
+    division, or if the matrices of a stack are divided by one common norm."""
+    for shape in ((2, 6, 20), (2, 8, 8)):
+        U, _, V = torch.linalg.svd(random_x(*shape), full_matrices=False)
+        S = torch.logspace(-2, 0, U.shape[-1], dtype=torch.float64)
+        sizes = torch.tensor([1e-3, 50.0], dtype=torch.float64)[:, None, None]
+        G = U @ torch.diag(S) @ V * sizes
+        S = S / S.norm()
+        for _ in range(5):
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        assert_close(minigpt.orthogonalize(G), U @ torch.diag(S) @ V, 1e-3)
+    U, _, V = torch.linalg.svd(random_x(1, 8, 8), full_matrices=False)
+    S = torch.logspace(-2, 0, 8, dtype=torch.float64) / 1.001
+    S[-1] = (1 - S[:-1].square().sum()).clamp(min=0.01).sqrt()  # so that the norm is 1
+    leveled = torch.linalg.svdvals(minigpt.orthogonalize(U @ torch.diag(S) @ V))
+    assert leveled.min() > 0.67 and leveled.max() < 1.15
+
+def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
+    """q, k and v are three matrices, which c_attn stacks. Fails for a wrong factor, momentum or
+    decay, a missing look ahead, a tall matrix that is not turned, or matrices of a stack that
+    change places."""
+    config = RunConfig(optimizer="muon", learning_rate=1.0, momentum=0.8, weight_decay=0.1,
+                       dtype="bfloat16")  # as torch's
+    model = GPT(small_config(bias=False, n_embd=16, mlp_ratio=2.0))
+    peers = []
+    for name, p in model.named_parameters():
+        p.data = torch.randn_like(p) * 3  # large enough for the decay to matter
+        if name.startswith("h.") and p.dim() == 2:
+            parts = p.detach().clone().chunk(3 if "c_attn" in name else 1)
+            peers.append((p, [nn.Parameter(part) for part in parts]))
+    theirs = torch.optim.Muon([part for _, parts in peers for part in parts], lr=1.0, momentum=0.8,
+                              weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours = minigpt.make_muon(model, config)
+    assert ours.dtype == torch.bfloat16
+    for _ in range(4):
+        for p, parts in peers:
+            p.grad = torch.randn_like(p)
+            for part, gradient in zip(parts, p.grad.chunk(len(parts))):
+                part.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+        for p, parts in peers:
+            assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
+
+def test_one_step_of_muon_is_its_equation():
+    """In float64 and by hand, without torch's Muon: the mean, the look ahead, and the factor with
+    the larger side, for a wide and a tall matrix."""
+    config = RunConfig(optimizer="muon", learning_rate=0.5, momentum=0.8, weight_decay=0.1)
+    model = small_model(mlp_ratio=2.0)
+    optimizer = minigpt.make_muon(model, config)
+    optimizer.dtype = torch.float64
+    weights = [model.h[0].mlp.c_fc.weight, model.h[0].mlp.c_proj.weight]
+    means = [torch.zeros_like(w) for w in weights]
+    for step in range(3):
+        expected = []
+        for i, w in enumerate(weights):
+            w.grad = random_x(*w.shape, seed=10 * step + i)
+            means[i] = 0.8 * means[i] + 0.2 * w.grad
+            ahead = 0.2 * w.grad + 0.8 * means[i]
+            U, S, V = torch.linalg.svd(ahead, full_matrices=False)
+            S = S / S.norm()
+            for _ in range(5):
+                S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+            direction = U @ torch.diag(S) @ V
+            expected.append(w - 0.5 * (0.2 * 4.0 * direction + 0.1 * w))  # 4: the root of 16
+        optimizer.step()
+        for w, e in zip(weights, expected):
+            assert_close(w.detach(), e.detach(), 1e-5)
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
+    """Each weight belongs to one of them, at the one learning rate. Tables, the head, gains and
+    biases take exactly AdamW's step."""
+    config = RunConfig(learning_rate=0.25, momentum=0.7, weight_decay=0.3, grad_accum=1)
+    changes = dict(tie_weights=False, qk_norm=True, attention="extended")
+    model, twin = small_model(**changes), small_model(**changes)
+    muon, adamw = minigpt.make_muon(model, config), minigpt.make_adamw(twin, config)
+    group = muon.param_groups[-1]
+    assert group["parts"] == [3, 1, 1, 1] * 2
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.25, 0.7, 0.3)
+    assert muon.dtype == torch.float32
+    everything = [id(p) for g in muon.param_groups for p in g["params"]]
+    assert sorted(everything) == sorted(map(id, model.parameters()))
+    batch = pair(random_ids(2, 9))
+    for m, optimizer in ((model, muon), (twin, adamw)):
+        train_step(m, optimizer, [batch], config)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        is_adamws = not name.startswith("h.") or p.dim() == 1
+        assert torch.equal(p, q) == is_adamws, name
+        assert p.grad is None
+
+def test_muon_continues_from_its_state_as_if_nothing_had_happened():
+    """The state holds its running means, so a resumed run takes the same steps. Fails if a mean is
+    not saved or is given to another weight."""
+    config = RunConfig(optimizer="muon", learning_rate=0.05, min_lr=0.0, grad_accum=1)
+    batch = pair(random_ids(2, 9))
+    model, other = small_model(), small_model(seed=1)
+    optimizer, again = minigpt.make_muon(model, config), minigpt.make_muon(other, config)
+    for _ in range(3):
+        train_step(model, optimizer, [batch], config)
+    state = pickle.loads(pickle.dumps([model.state_dict(), optimizer.state_dict()]))
+    other.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    for m, o in ((model, optimizer), (other, again)):
+        for _ in range(2):
+            train_step(m, o, [batch], config)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(block="shift", activation="relu2", norm="fused_layernorm", attention="fused"),
+    dict(bias=False, norm="rmsnorm", pos="rope", attention="fused", qk_norm=True,
+         activation="swiglu", tie_weights=False)])
+def test_muon_descends_and_one_batch_can_be_memorized(changes):
+    """Targets of pure noise can only be memorized, for which every part has to work."""
+    model = minigpt.new_model(small_config(n_embd=32, **changes), 0)
+    idx = random_ids(4, 9)
+    idx[:, 0] = torch.arange(4)  # nothing could tell apart the successors of a shared beginning
+    before = model(*pair(idx))[1].item()
+    memorize(model, pair(idx), 1, optimizer="muon", learning_rate=1e-3)
+    assert model(*pair(idx))[1].item() < before
+    assert memorize(model, pair(idx), 80, optimizer="muon", learning_rate=2e-2) < 0.02
+
+def test_muon_trains_a_model_without_blocks():
+    """The bigram model has no matrix for Muon, so all of it is AdamW's."""
+    model = minigpt.Bigram(small_config())
+    idx = pair(torch.tensor([[0, 1, 2, 3, 4]]))
+    assert memorize(model, idx, 50, optimizer="muon", learning_rate=1.0) < 0.01
+
+def test_the_linear_schedule_is_a_straight_line_after_the_warmup():
+    """Equal steps of the run lower the rate equally, from the peak to min_lr."""
+    config = RunConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=4, max_steps=12,
+                       schedule="linear")
+    rates = [get_lr(step, config) for step in range(4, 13)]
+    assert rates == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    assert get_lr(0, config) == pytest.approx(0.2) and get_lr(99, config) == 0.2
+
+# ---- Better batches ------------------------------------------------------------------------------
+def even_starts(steps, tokens=500, block_size=8, **settings):
+    """Where the even windows of some steps begin, in the order in which they are drawn."""
+    settings = {"sampling": "even", "max_steps": 99, "batch_size": 3, "grad_accum": 2, **settings}
+    config = RunConfig(**settings)
+    text = torch.arange(tokens)
+    batches = [batch for step in steps
+               for batch in minigpt.SAMPLING["even"](text, block_size, config, step)]
+    assert all(torch.equal(x + 1, y) for x, y in batches)  # the text is 0, 1, 2, ...
+    return [row[0].item() for x, _ in batches for row in x]
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_even_windows_leave_no_gap(first):
+    """In every stretch of steps, no gap between neighbouring windows is wider than twice the mean,
+    and none lies outside of the text. Fails if a step repeats or skips numbers of another."""
+    starts = sorted(even_starts(range(first, first + 20)))
+    gaps = [b - a for a, b in itertools.pairwise([*starts, 492 + starts[0]])]
+    assert len(starts) == 120 and max(gaps) <= 2 * 492 / 120 + 1
+    assert 0 <= starts[0] and starts[-1] < 492
+
+def test_even_windows_advance_by_the_golden_ratio():
+    """From each window to the next, within a batch, from batch to batch and from step to step."""
+    starts = even_starts(range(5, 8))
+    steps = [(b - a) % 492 / 492 for a, b in itertools.pairwise(starts)]
+    assert steps == pytest.approx([0.618] * 17, abs=0.005)
+
+def test_even_windows_reach_both_ends_of_the_text():
+    """A window needs one token more than it has, for its last target. In a text of that length
+    there is one place, in a text of one more there are two. Fails for an end that is off by one."""
+    assert set(even_starts(range(9), tokens=9)) == {0}
+    assert set(even_starts(range(9), tokens=10)) == {0, 1}
+    starts = even_starts(range(200))
+    assert min(starts) == 0 and max(starts) == 491
+
+def test_even_windows_follow_from_the_seed_and_the_step_alone():
+    """So a resumed run sees what it would have seen. Other random numbers do not matter."""
+    first = even_starts([7])
+    torch.manual_seed(5)
+    random.seed(5)
+    assert even_starts([7]) == first
+    assert even_starts([7], seed=2) != first and even_starts([8]) != first
+
+def test_even_windows_of_neighbouring_seeds_are_independent():
+    """The offsets of seeds s and s + 1 are unrelated: their differences, as points on a circle, lie
+    all around it. Otherwise a mean over several seeds would be a mean over nearly one text. And no
+    seed draws, a few windows earlier or later, what its neighbour draws."""
+    n = 1_000_000
+    offsets = [even_starts([0], tokens=n, batch_size=1, grad_accum=1, seed=s)[0] / n
+               for s in range(400)]
+    differences = [b - a for a, b in itertools.pairwise(offsets)]
+    for points in (offsets, differences):
+        angles = 2 * math.pi * torch.tensor(points, dtype=torch.float64)
+        center = torch.stack([angles.cos().mean(), angles.sin().mean()])
+        assert center.norm() < 0.15  # 400 independent points: about 0.05
+    draws = [set(even_starts(range(20), tokens=n, seed=s)) for s in range(5)]
+    assert len(set.union(*draws)) == 5 * 120
+
+def test_windows_are_short_at_first():
+    """For that share of the steps, and so many more of them that a step has as many tokens. Then
+    they are whole. A short window is never longer than a whole one."""
+    def shapes(step, **settings):
+        config = RunConfig(max_steps=8, sampling="even", batch_size=3, grad_accum=2, **settings)
+        batches = minigpt.SAMPLING["even"](torch.arange(500), 8, config, step)
+        assert all(torch.equal(x + 1, y) for x, y in batches)
+        return [tuple(x.shape) for x, _ in batches]
+
+    half = dict(short_share=0.5, short_block=2)
+    for step, shape in ((0, (12, 2)), (3, (12, 2)), (4, (3, 8)), (7, (3, 8))):
+        assert shapes(step, **half) == [shape] * 2
+    assert shapes(0, short_share=0.0, short_block=2) == [(3, 8)] * 2
+    assert shapes(7, short_share=1.0, short_block=2) == [(12, 2)] * 2
+    assert shapes(0, short_share=1.0, short_block=128) == [(3, 8)] * 2
+    starts = even_starts(range(300), max_steps=300, short_share=1.0, short_block=2)
+    assert min(starts) == 0 and max(starts) == 497
+
+# ---- The key/value cache -------------------------------------------------------------------------
+def read_in_chunks(reader, idx, sizes):
+    """Reads idx (B, N) in pieces of these sizes; yields how much is read and the logits."""
+    done = 0
+    for size in sizes:
+        done += size
+        yield done, reader.read(idx[:, done - size : done])
+
+def window_after(window, new, block_size):
+    """The rule for the window, as the book states it: whole while it fits; an overlong prompt
+    keeps block_size tokens, and a text that outgrows the window its newest half."""
+    joined = torch.cat([window, new], dim=1)
+    if joined.shape[1] <= block_size:
+        return joined
+    keep = block_size if window.shape[1] == 0 else max(block_size // 2, 1)
+    return joined[:, -keep:]
+
+def count_tokens_of(model):
+    """A list that grows with each pass through the model: how many tokens went in."""
+    counts = []
+    model.wte.register_forward_hook(lambda layer, args, out: counts.append(args[0].shape[-1]))
+    return counts
+
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+@pytest.mark.parametrize("block", minigpt.BLOCKS)
+@pytest.mark.parametrize("pos", minigpt.POSITIONS)
+def test_a_text_read_in_any_chunks_gives_the_logits_of_the_whole(attention, block, pos):
+    """All 32 ways to cut six tokens, and two texts side by side. After each piece, the logits are
+    those of PlainReader, which reads everything again. Fails for a key turned for the wrong place,
+    a mask aligned with the first key, or a shift that forgets the position before a piece."""
+    model = small_model(attention=attention, block=block, pos=pos, qk_norm=pos != "learned",
+                        dropout=0.5)
+    idx = random_ids(2, 6)
+    expected = {n: PlainReader(model).read(idx[:, :n]) for n in range(1, 7)}
+    for cuts in itertools.product((False, True), repeat=5):
+        ends = [n for n, cut in enumerate(cuts, start=1) if cut] + [6]
+        sizes = [end - start for start, end in zip([0, *ends], ends)]
+        for done, logits in read_in_chunks(CachedReader(model), idx, sizes):
+            assert_close(logits, expected[done], 1e-5)
+            assert logits.shape == (2, 11) and not logits.requires_grad
+
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+@pytest.mark.parametrize("block", minigpt.BLOCKS)
+@pytest.mark.parametrize("pos", minigpt.POSITIONS)
+def test_texts_longer_than_several_windows_are_read_by_the_rule(attention, block, pos):
+    """At each of 18 tokens, the logits are those of the model for the window of the rule, whether
+    the reader remembers or not. Fails if the memory survives a move of the window, if positions do
+    not begin at 0 again, or if a short, an odd or an overlong window is treated differently."""
+    for block_size, prompt in ((8, 5), (5, 20), (1, 3), (2, 1)):
+        model = small_model(attention=attention, block=block, pos=pos, block_size=block_size,
+                            qk_norm=pos == "rope", dropout=0.5)
+        idx = random_ids(2, prompt + 18)
+        sizes = [prompt] + [1] * 18
+        window = idx[:, :0]
+        remembered = read_in_chunks(CachedReader(model), idx, sizes)
+        repeated = read_in_chunks(CachedReader(model, remember=False), idx, sizes)
+        for size, (done, logits), (_, same) in zip(sizes, remembered, repeated):
+            window = window_after(window, idx[:, done - size : done], block_size)
+            with torch.no_grad():
+                expected = model(window)[0][:, -1].float()
+            assert_close(logits, expected, 1e-5)
+            assert_close(same, expected, 1e-5)
+
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+def test_a_later_chunk_may_outgrow_the_window(attention):
+    """Pieces of several tokens may arrive when the window is nearly full, and a single piece may
+    be longer than it. Then the newest half is kept."""
+    for sizes in ((6, 4, 3, 7, 2), (1, 20, 1, 8, 5), (8, 8, 8, 9)):
+        model = small_model(attention=attention, pos="rope", block="shift")
+        idx = random_ids(2, sum(sizes))
+        window = idx[:, :0]
+        readers = [CachedReader(model), CachedReader(model, remember=False)]
+        kept, again = (read_in_chunks(reader, idx, sizes) for reader in readers)
+        for size, (done, logits), (_, same) in zip(sizes, kept, again):
+            window = window_after(window, idx[:, done - size : done], 8)
+            assert torch.equal(readers[0].window, window)
+            with torch.no_grad():
+                expected = model(window)[0][:, -1].float()
+            assert_close(logits, expected, 1e-5)
+            assert_close(same, expected, 1e-5)
+
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_remembering_changes_nothing_but_the_time(attention, temperature):
+    """The user may switch the cache off to compare, and gets the same text, also far past the
+    window."""
+    model = small_model(attention=attention, pos="rope", block="shift", qk_norm=True)
+    texts = [model.generate(random_ids(2, 3), 60, temperature=temperature,
+                            generator=torch.Generator().manual_seed(4),
+                            reader=CachedReader(model, remember))
+             for remember in (True, False)]
+    assert texts[0].shape == (2, 63)
+    assert torch.equal(*texts)
+
+def test_the_reader_suits_the_attention():
+    """A model whose attention has a memory is read with it, and Part I's model without. Both write
+    through GPT.generate, and a reader that is given wins."""
+    for attention, kind in (("explicit", PlainReader), ("extended", CachedReader),
+                            ("fused", CachedReader)):
+        assert type(minigpt.new_reader(small_model(attention=attention))) is kind
+    explicit = small_model(attention="explicit")
+    counts = count_tokens_of(explicit)
+    explicit.generate(random_ids(1, 5), 6)
+    assert counts == [5, 6, 7, 8, 8, 8]
+    fused = small_model(attention="fused")
+    counts = count_tokens_of(fused)
+    fused.generate(random_ids(1, 5), 6, reader=PlainReader(fused))
+    assert counts == [5, 6, 7, 8, 8, 8]
+
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+def test_each_token_is_read_once_unless_the_window_moves(attention):
+    """The prompt goes through the model as a whole, then one token for each that is written. When
+    the window is full, its newest half is read again. Without the cache, all of it is read each
+    time. The memory has room for one window and never more."""
+    model = small_model(attention=attention)
+    counts = count_tokens_of(model)
+    reader = CachedReader(model)
+    model.generate(random_ids(2, 5), 13, reader=reader)
+    assert counts == [5, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
+    for memory in reader.memory:
+        assert memory.length == 7
+        assert memory.keys.shape == memory.values.shape == (2, 2, 8, 4)
+    counts.clear()
+    model.generate(random_ids(2, 5), 13)  # the default is a reader that remembers
+    assert counts == [5, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
+    counts.clear()
+    model.generate(random_ids(2, 5), 6, reader=CachedReader(model, remember=False))
+    assert counts == [5, 6, 7, 8, 4, 5]
+    counts.clear()
+    model.generate(random_ids(1, 30), 2)
+    assert counts == [8, 4]  # an overlong prompt fills the window, so the next token moves it
+
+def test_the_bigram_model_writes_with_every_attention():
+    """It has no attention, so the setting must not matter. Presets for GPUs set it."""
+    # needs fix 1
+    idx = random_ids(2, 3)
+    for attention in minigpt.ATTENTION:
+        model = small_model(model="bigram", attention=attention)
+        expected = idx[:, -1:]
+        for token in minigpt.stream_tokens(model, idx, 12, temperature=0):
+            expected = model.wte.weight[expected[:, 0]].argmax(dim=-1, keepdim=True)
+            assert torch.equal(token, expected)
+
+def solo(model, seed, n=40):
+    """What one stream writes when nobody else uses the model."""
+    idx = random_ids(1, 3 + seed, seed=seed)
+    tokens = minigpt.stream_tokens(model, idx, n, generator=torch.Generator().manual_seed(seed))
+    return [token.item() for token in tokens]
+
+@pytest.mark.parametrize("attention", minigpt.ATTENTION)
+def test_two_interleaved_streams_of_one_model_do_not_disturb_each_other(attention):
+    """What is remembered belongs to the reader. Fails if it is kept in the model, where a second
+    stream would find the keys of the first."""
+    model = small_model(attention=attention, block="shift")
+    streams = [minigpt.stream_tokens(model, random_ids(1, 3 + seed, seed=seed), 40,
+                                     generator=torch.Generator().manual_seed(seed))
+               for seed in range(2)]
+    written = [[], []]
+    for tokens in zip(*streams):
+        for text, token in zip(written, tokens):
+            text.append(token.item())
+    assert written == [solo(model, 0), solo(model, 1)]
+    assert written[0] != written[1]
+
+@pytest.mark.parametrize("attention", minigpt.ATTENTION)
+def test_two_threads_write_with_one_model_at_the_same_time(attention):
+    """A server does this. Each writes what it would write alone."""
+    model = small_model(attention=attention, block="shift")
+    expected = [solo(model, seed) for seed in range(2)]
+    barrier = threading.Barrier(2)
+    written = {}
+
+    def write(seed):
+        barrier.wait()
+        written[seed] = solo(model, seed)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that the threads take turns within a step
+    try:
+        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [written[0], written[1]] == expected
+
+@pytest.mark.parametrize("attention", minigpt.ATTENTION)
+def test_an_error_while_writing_leaves_the_model_as_it_was(attention):
+    """An id that does not exist, or a failure in the middle of the second block, ends one stream.
+    A later evaluation and a later stream must not notice it."""
+    model = small_model(attention=attention, block="shift")
+    text = torch.arange(60) % 11
+    loss, written = minigpt.evaluate(model, text), solo(model, 0)
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+
+    def fail(layer, args):
+        raise RuntimeError("as if the memory were full")
+
+    reader = minigpt.new_reader(model)
+    reader.read(random_ids(1, 3))
+    with pytest.raises(IndexError):
+        reader.read(torch.tensor([[99]]))
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[1, 99]]), 3)
+    reader = minigpt.new_reader(model)
+    reader.read(random_ids(1, 3))
+    hook = model.h[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="as if"):
+        reader.read(random_ids(1, 1))
+    hook.remove()
+    assert minigpt.evaluate(model, text) == loss
+    assert solo(model, 0) == written
+    assert_same(dict(model.state_dict()), weights)
+
+def test_writing_between_two_steps_does_not_change_the_training():
+    """A run shows samples while it trains. Fails if writing leaves a memory, a gradient or the mode
+    of evaluation behind."""
+    config = RunConfig(grad_accum=1, learning_rate=0.05, min_lr=0.0)
+    trained = []
+    for writes in (False, True):
+        model = small_model(attention="fused", pos="rope", dropout=0.3)
+        optimizer = minigpt.make_adamw(model, config)
+        for step in range(3):
+            torch.manual_seed(step)
+            train_step(model, optimizer, [pair(random_ids(2, 9))], config)
+            if writes:
+                model.generate(random_ids(1, 3), 12, generator=torch.Generator().manual_seed(0))
+        trained.append(dict(model.state_dict()))
+    assert_same(*trained)
+
+# ---- All combinations ----------------------------------------------------------------------------
+def valid_attention(pos, qk_norm):
+    """The kinds of attention that can do this."""
+    needs_more = pos in minigpt.ROTATIONS or qk_norm
+    return [key for key, kind in minigpt.ATTENTION.items()
+            if not needs_more or issubclass(kind, Attention)]
+
+def variants_of_the_tables():
+    """Every combination of a block, norm, position, activation and QK-norm."""
+    names = ("block", "norm", "pos", "activation", "qk_norm")
+    tables = (minigpt.BLOCKS, minigpt.NORMS, minigpt.POSITIONS, minigpt.ACTIVATIONS, (False, True))
+    return [dict(zip(names, values)) for values in itertools.product(*tables)]
+
+def check_causal(variant):
+    """A change at position 5 moves the logits from position 5 on, and none before. Each weight has
+    a gradient, so that no part is built without being used."""
+    idx = random_ids(1, 8)
+    changed = idx.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 11
+    model = small_model(**variant)
+    logits, loss = model(idx, idx)
+    loss.backward()
+    moved = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
+    assert torch.all(moved[:5] == 0) and moved[5] > 0, variant
+    for name, p in model.named_parameters():
+        # A bias that is added to all keys alike moves all scores of a query alike, so the softmax
+        # does not change, unless the keys are turned afterwards.
+        if not name.endswith("k_norm.bias") or variant["pos"] in minigpt.ROTATIONS:
+            assert p.grad.abs().sum() > 0, (name, variant)
+
+def test_the_future_cannot_be_seen_in_any_combination():
+    """All combinations, and for each one of the kinds of attention that can do it, one kind of
+    head, a number of heads, and biases or none, in turn. Fails if two variations that work alone
+    do not work together."""
+    variants = variants_of_the_tables()
+    assert len(variants) >= 3 * 4 * 3 * 4 * 2
+    for i, variant in enumerate(variants):
+        kinds = valid_attention(variant["pos"], variant["qk_norm"])
+        check_causal({**variant, "attention": kinds[(i + i // 4) % len(kinds)],
+                      "tie_weights": i % 3 > 0, "n_head": (2, 1, 4)[i % 5 % 3],
+                      "mlp_ratio": (4.0, 2.0)[i % 7 % 2], "bias": i % 11 % 2 == 0, "n_layer": 1})
+
+@pytest.mark.slow
+def test_the_future_cannot_be_seen_in_any_combination_of_all_tables():
+    """The same, with every valid attention and both heads for every combination."""
+    for variant in variants_of_the_tables():
+        for attention in valid_attention(variant["pos"], variant["qk_norm"]):
+            for tie_weights, bias in itertools.product(minigpt.HEADS, (True, False)):
+                check_causal({**variant, "attention": attention, "tie_weights": tie_weights,
+                              "bias": bias})
+
+@pytest.mark.parametrize("changes", [
+    dict(attention="explicit"), dict(attention="extended", pos="rope", qk_norm=True),
+    dict(attention="fused", pos="sinusoidal", block="shift", activation="swiglu")])
+def test_fused_kernels_give_the_model_the_same_logits_and_gradients(changes):
+    """A checkpoint of the one form works in the other, in value and in gradient."""
+    plain = small_model(**{**changes, "attention": "extended"})
+    fused = small_model(**{**changes, "attention": "fused", "norm": "fused_layernorm"})
+    fused.load_state_dict(plain.state_dict())
+    batch = pair(random_ids(3, 9))
+    for model in (plain, fused):
+        model(*batch)[1].backward()
+    assert_close(plain(batch[0])[0], fused(batch[0])[0])
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        assert_close(p.grad, q.grad, 1e-6)
+
+def test_the_example_in_qwen3s_form_has_the_weights_that_arithmetic_gives():
+    """Counted by hand from the chapters: no biases and no position table, one gain for each norm,
+    two gains of a head's size for QK-norm, and three matrices in the MLP."""
+    V, C, n_layer, hs = 65, 128, 4, 32
+    hidden = 4 * C * 2 // 3
+    attention = 4 * C * C + 2 * hs
+    mlp = 3 * C * hidden
+    expected = V * C + n_layer * (attention + mlp + 2 * C) + C
+    config = ModelConfig(V, block_size=128, n_layer=n_layer, n_head=C // hs, n_embd=C, bias=False,
+                         norm="rmsnorm", pos="rope", attention="fused", qk_norm=True,
+                         activation="swiglu")
+    assert minigpt.count_parameters(GPT(config)) == expected == 795_648
+
+# ---- A new variation -----------------------------------------------------------------------------
+class SineMLP(minigpt.MLP):
+    """A new activation function, for the test below."""
+    def activate(self, x):
+        return torch.sin(x)
+
+class ParityPositions(nn.Module):
+    """A new position scheme: one learned vector for even positions, and one for odd ones."""
+    def __init__(self, config):
+        super().__init__()
+        self.parity = nn.Embedding(2, config.n_embd)
+
+    def forward(self, positions):
+        return self.parity(positions % 2)
+
+class BackwardRotary(minigpt.Rotary):
+    """A new rotation: the clock hands turn the other way."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.sin = -self.sin
+
+def test_a_new_variation_is_one_entry_of_a_table(tmp_path, monkeypatch):
+    """A reader of the book adds a class and an entry, and can train, resume and write with it
+    through the command line. Fails if a name is also listed elsewhere, such as in the flags."""
+    drawn = []
+
+    def first_windows(tokens, block_size, config, step):
+        drawn.append(step)
+        starts = torch.arange(config.batch_size)
+        return [minigpt.cut_windows(tokens, block_size, starts) for _ in range(config.grad_accum)]
+
+    monkeypatch.setitem(minigpt.ACTIVATIONS, "sine", SineMLP)
+    monkeypatch.setitem(minigpt.POSITIONS, "parity", ParityPositions)
+    monkeypatch.setitem(minigpt.SAMPLING, "first", first_windows)
+    train_tiny(tmp_path, "--activation", "sine", "--pos", "parity", "--sampling", "first",
+               "--short_share", "0")
+    assert drawn == list(range(6))
+    model, _ = model_of(tmp_path / "latest.pt")
+    assert type(model.h[0].mlp) is SineMLP and type(model.wpe) is ParityPositions
+    assert step_losses(tmp_path)[-1][1] < step_losses(tmp_path)[0][1]
+    resume_tiny(tmp_path, "--max_steps", "8")
+    assert drawn == list(range(8))
+    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "40",
+                            "--prompt", "A")
+    assert code == 0 and out.startswith("A") and len(out) > 30
+
+def test_a_new_rotation_is_an_entry_of_two_tables(tmp_path, monkeypatch):
+    """One for what is added to the vectors and one for what turns queries and keys. What RoPE
+    needs, it needs too: another attention than Part I's."""
+    monkeypatch.setitem(minigpt.POSITIONS, "backward", minigpt.NoPositions)
+    monkeypatch.setitem(minigpt.ROTATIONS, "backward", BackwardRotary)
+    train_tiny(tmp_path / "run", "--pos", "backward")
+    model, _ = model_of(tmp_path / "run" / "best.pt")
+    assert type(model.h[0].attn.rotary) is BackwardRotary
+    result = run_main(*TRAIN, "--out_dir", tmp_path / "other", "--pos", "backward",
+                      "--attention", "explicit", "--no_qk_norm")
+    check_mistake(*result, ["--pos backward", "--attention extended or fused"])
+
+# ---- Part III: devices and number formats --------------------------------------------------------
+def test_a_device_is_found_by_its_name():
+    """auto takes the best device that is present. A name that is not present, or that PyTorch knows
+    but cannot train on, is refused with a list of what there is."""
+    assert minigpt.find_device("cpu").type == "cpu"
+    assert minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
+    for name in ("nonsense", "cuda:99", "cpu:1", "meta", ""):
+        with pytest.raises(UserError, match=f"--device {name}: not present.* auto, .*cpu"):
+            minigpt.find_device(name)
+
+@pytest.mark.parametrize("local_rank, expected", [(None, "cuda:0"), ("1", "cuda:1")])
+def test_each_process_on_a_machine_takes_a_gpu_of_its_own(monkeypatch, local_rank, expected):
+    """torchrun numbers the processes of a machine by LOCAL_RANK. If all took the first GPU, the
+    others would be idle. A GPU that is named with its number is taken as it is."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert str(minigpt.find_device("auto")) == expected
+    assert str(minigpt.find_device("cuda")) == expected
+    assert str(minigpt.find_device("cuda:0")) == "cuda:0"
+    assert chosen == [expected, expected, "cuda:0"]
+
+@pytest.mark.parametrize("capabilities, expected", [
+    ({}, "float32"), ({"avx512": True}, "float32"), ({"avx512_bf16": False}, "float32"),
+    ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), (None, "float32")])
+def test_auto_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, capabilities, expected):
+    """Without hardware support, bfloat16 is slower than float32. An older PyTorch (None) cannot
+    tell what the CPU has. A format that was typed is not questioned."""
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    cpu = torch.device("cpu")
+    assert minigpt.find_dtype("auto", cpu) == expected
+    assert minigpt.find_dtype("bfloat16", cpu) == "bfloat16"
+    assert minigpt.find_dtype("float32", cpu) == "float32"
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_bfloat16_only_where_the_gpu_has_it(monkeypatch, native):
+    """PyTorch also says yes where it emulates bfloat16, which is slow: the question must be about
+    the hardware. On Apple's GPUs, training is in float32."""
+    def supported(including_emulation=True):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    found = minigpt.find_dtype("auto", torch.device("cuda"))
+    assert found == ("bfloat16" if native else "float32")
+    assert minigpt.find_dtype("auto", torch.device("mps")) == "float32"
+
+@pytest.mark.parametrize("device, expected", [("cuda", "gpt"), ("cpu", "laptop"),
+                                              ("mps", "laptop")])
+def test_the_preset_follows_the_device_unless_one_is_named(capsys, device, expected):
+    """A GPU gets the reference model, other devices the one that a CPU can train. The choice is
+    said, with the names of the others."""
+    device = torch.device(device)
+    assert minigpt.choose_preset(minigpt.Request(), device) == expected
+    said = capsys.readouterr().err
+    assert f"preset {expected} (chosen for {device.type})" in said
+    assert all(name in said for name in minigpt.PRESETS)
+    named = minigpt.Request(training={"preset": "mini"})
+    assert minigpt.choose_preset(named, device) == "mini"
+    assert "preset mini (as asked)" in capsys.readouterr().err
+
+def test_mixed_precision_computes_the_matrix_products_in_16_bits_and_nothing_else():
+    """Weights, gradients, the residual stream and the loss stay in float32: bfloat16 has 8 bits of
+    precision, and a sum of many small changes would lose them."""
+    model = minigpt.new_model(small_config(), 0)
+    x = torch.arange(16).view(2, 8) % 11
+    formats = {}
+    for name in ("h.0.mlp.c_fc", "h.0.attn.c_attn", "h.0", "lm_head"):
+        def note(module, inputs, output, name=name):
+            formats[name] = output.dtype
+
+        model.get_submodule(name).register_forward_hook(note)
+    _, loss = minigpt.MixedPrecision(model)(x, x)
+    loss.backward()
+    assert formats == {"h.0.mlp.c_fc": torch.bfloat16, "h.0.attn.c_attn": torch.bfloat16,
+                       "h.0": torch.float32, "lm_head": torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+def test_a_run_in_16_bits_is_nearly_the_run_in_float32(tiny_run, tmp_path):
+    """The losses differ, so the typed format has arrived, but by less than a hundredth."""
+    exact = [loss for _, loss, _ in step_losses(tiny_run[0])]
+    assert "cpu, bfloat16" in train_tiny(tmp_path, "--dtype", "bfloat16")
+    losses = [loss for _, loss, _ in step_losses(tmp_path)]
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=1e-2)
+
+def test_the_format_auto_is_found_again_on_another_machine(tmp_path, monkeypatch):
+    """A run that began on a CPU with bfloat16 continues in float32 on one without. If the
+    checkpoint stored the format that was found, it would continue in a slow one."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    said = train_tiny(tmp_path, "--dtype", "auto", "--max_steps", "1")
+    assert "cpu, bfloat16" in said
+    assert load_checkpoint(tmp_path / "latest.pt")["train_config"]["dtype"] == "auto"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
+    assert "cpu, float32" in resume_tiny(tmp_path, "--max_steps", "2")
+
+@pytest.mark.slow
+def test_compilation_that_fails_is_one_error(tmp_path):
+    """torch.compile needs a C++ compiler on a CPU. Where there is none, PyTorch's own error has
+    hundreds of lines; ours is one, and names the flag that helps."""
+    env = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
+           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = run_command(*TRAIN, "--max_steps", "2", "--out_dir", tmp_path / "a", "--compile", **env)
+    check_mistake(done.returncode, done.stdout, done.stderr, ["--compile", "--no_compile"])
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_nearly_the_run_itself(tmp_path, monkeypatch):
+    """It saves the weights under their own names, so that any run can continue with them. Fails if
+    the checkpoint holds the wrapped model, whose names have a prefix."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    plain = [*TRAIN, "--dropout", "0", "--max_steps", "3"]
+    succeed(*plain, "--out_dir", tmp_path / "plain")
+    succeed(*plain, "--out_dir", tmp_path / "compiled", "--compile")
+    assert [loss for _, loss, _ in step_losses(tmp_path / "compiled")] == pytest.approx(
+        [loss for _, loss, _ in step_losses(tmp_path / "plain")], rel=1e-3)
+    resume_tiny(tmp_path / "compiled", "--no_compile", "--max_steps", "4")
+    assert step_of(tmp_path / "compiled" / "latest.pt") == 4
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_freed_memory_is_kept():
+    """The script asks for six blocks of 40 MB and frees them, twenty times, as training steps do.
+    With keep_memory, the last ten rounds need hardly any page from the system."""
+    script = """
+import resource, sys, torch, minigpt
+if sys.argv[1] == "kept":
+    minigpt.keep_memory()
+for i in range(20):
+    blocks = [torch.ones(10_000_000) for _ in range(6)]
+    if i == 9:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for name in ("kept", "given back"):
+        printed = subprocess.check_output([sys.executable, "-c", script, name], text=True)
+        faults[name] = int(printed)
+    assert faults["kept"] < 0.01 * faults["given back"]
+
+# ---- Several processes ---------------------------------------------------------------------------
+def as_process(run, rank, processes):
+    """The run as one of several processes would have it, without starting the others."""
+    run.rank = rank
+    run.processes = processes
+    return run
+
+def test_processes_share_the_rows_of_each_batch(tmp_path):
+    """Together they have exactly the rows of the one process, so a run of two processes is the run
+    of one. A row that two processes took would count twice, and one that none took not at all.
+    The gradients are averaged once, in the last micro-step."""
+    settings = {"batch_size": 6, "grad_accum": 3}
+    whole = list(tiny_full_run(tmp_path, **settings).batches())
+    shared = [list(as_process(tiny_full_run(tmp_path, **settings), rank, 2).batches())
+              for rank in (0, 1)]
+    for number, (x, y) in enumerate(whole):
+        assert x.shape == (6, 8)
+        for ours, *halves in ((x, shared[0][number][0], shared[1][number][0]),
+                              (y, shared[0][number][1], shared[1][number][1])):
+            assert [len(half) for half in halves] == [3, 3]
+            assert sorted(ours.tolist()) == sorted(torch.cat(halves).tolist())
+    run = as_process(tiny_full_run(tmp_path, **settings), 1, 2)
+    assert [run.runner.require_backward_grad_sync for _ in run.batches()] == [False, False, True]
+
+def test_each_process_draws_dropout_of_its_own(tmp_path):
+    """It depends on the seed, the step and the process. With the same numbers in all processes,
+    rows in the same place would lose the same channels. The first process draws what a run of one
+    process draws."""
+    drawn = {}
+    for rank, step in itertools.product((0, 1, 2), (0, 1)):
+        run = as_process(tiny_full_run(tmp_path), rank, 3)
+        run.step = step
+        torch.manual_seed(minigpt.derived_seed(run.config.seed, step))
+        next(run.batches())
+        drawn[rank, step] = torch.initial_seed()
+    assert len(set(drawn.values())) == 6
+    assert drawn[0, 1] == minigpt.derived_seed(run.config.seed, 1)
+
+def test_the_estimate_of_the_first_process_decides(tmp_path, monkeypatch):
+    """The processes may compute losses that differ in the last digits. If each went by its own, one
+    could see a better model where another does not, and their patience would end at different
+    steps: they would wait for each other for ever."""
+    others = {"train": 7.0, "val": 8.0}
+    monkeypatch.setattr(minigpt, "gather", lambda value: [others, value])
+    run = as_process(tiny_full_run(tmp_path, eval_batches=1), 1, 2)
+    assert run.estimate() == others
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path, monkeypatch):
+    """With 3 rows and 2 processes, one would have more rows, and the mean of their gradients would
+    not be the gradient of the mean."""
+    monkeypatch.setattr(minigpt, "join_processes", lambda: 2)
+    with pytest.raises(UserError, match="--batch_size 3: must be divisible .* processes, 2"):
+        tiny_full_run(tmp_path, batch_size=3)
+    assert tiny_full_run(tmp_path, batch_size=4).processes == 2
+
+def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys):
+    """Two processes that wrote the same files would damage them, and every line would be there
+    twice."""
+    monkeypatch.setattr(minigpt, "process_rank", lambda: 1)
+    run = tiny_full_run(tmp_path)
+    minigpt.say("hello")
+    minigpt.write_config(run)
+    run.journal.say("hello")
+    run.journal.record(step=1, loss=1.0)
+    run.save("latest.pt")
+    assert capsys.readouterr().err == ""
+    assert os.listdir(tmp_path) == []
+
+def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
+    """n processes on this machine, with one thread each, so that sums are added in one order."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *options,
+               script, *argv]
+    process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", stdout=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1",
+                                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    watchdog = threading.Timer(100, process.terminate)  # in case they wait for each other for ever
+    watchdog.daemon = True
+    watchdog.start()
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+def workers_of(torchrun):
+    """The ids of the processes that it started, in the order of their ranks."""
+    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid)], text=True, capture_output=True)
+    return sorted(map(int, listed.stdout.split()))
+
+TWO_STEPS = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import minigpt
+
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+sizes = minigpt.ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
+model = minigpt.new_model(sizes, 0).double()
+tokens = torch.arange(500) % 11
+corpus = minigpt.Corpus(tokens, tokens, 500)
+config = minigpt.RunConfig(batch_size=4, grad_accum=3, grad_clip=0.0, dtype="float32", max_steps=2,
+                           learning_rate=1e-2, warmup_steps=0, eval_interval=1, log_interval=1,
+                           sample_tokens=0, wandb=False)
+journal = minigpt.FullJournal(folder, minigpt.SignalWatch())
+tokenizer = minigpt.CharTokenizer([*"abcdefghijk"])
+run = minigpt.FullRun(model, tokenizer, corpus, config, folder, torch.device("cpu"), {}, journal)
+exchanges, gradients, seeds = [], [], []
+
+def exchange(state, bucket):
+    exchanges.append(1)
+    return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+def note_gradients(*_):
+    gradients.extend(p.grad.clone() for p in model.parameters())
+
+def note_seed(*_):
+    seeds.append(torch.initial_seed())
+
+if run.processes > 1:
+    run.runner.register_comm_hook(None, exchange)
+run.optimizer.register_step_pre_hook(note_gradients)
+model.register_forward_pre_hook(note_seed)
+sign = 1 if run.rank == 0 else -1  # the first process finds each model better, the second worse
+minigpt.estimate_loss = lambda *_: {"train": 1.0, "val": 5.0 - sign * run.step}
+minigpt.train(run)
+torch.save({"gradients": gradients, "exchanges": len(exchanges), "seeds": seeds,
+            "best": (run.best_step, run.best_val), "weights": model.state_dict()},
+           folder / f"rank{run.rank}")
+os._exit(0)  # PyTorch's own threads may abort a plain exit
+"""
+
+@pytest.mark.slow
+def test_two_processes_compute_the_gradients_of_one(tmp_path):
+    """In float64, over two steps of three micro-steps. The second step shows that the weights
+    stayed equal. Gradients are exchanged once in a step, not once in each micro-step. The random
+    numbers of dropout are others in each process and step, and the first process decides which
+    model is the best. Fails if rows are shared wrongly, or sums are taken for means."""
+    script = tmp_path / "two_steps.py"
+    script.write_text(TWO_STEPS, encoding="utf-8")
+    done = run_command(tmp_path / "one", script=script, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    code, _, err = run_torchrun(2, tmp_path / "two", script=script)
+    assert code == 0, err
+    one = torch.load(tmp_path / "one" / "rank0")
+    both = [torch.load(tmp_path / "two" / f"rank{rank}") for rank in (0, 1)]
+    for of_rank in both:
+        for name in ("gradients", "weights"):
+            torch.testing.assert_close(of_rank[name], one[name], rtol=1e-7, atol=1e-7)
+        assert of_rank["exchanges"] == 2
+        assert of_rank["best"] == (2, 3.0)
+    assert both[0]["seeds"] == one["seeds"]
+    assert len({*both[0]["seeds"], *both[1]["seeds"]}) == 4
+    for a, b in zip(step_losses(tmp_path / "one"), step_losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
+    """The losses are the same, up to rounding, and only one process prints and writes."""
+    exact = [*TRAIN, "--dropout", "0", "--max_steps", "40"]
+    code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
+    assert code == 0 and out == "", err
+    assert err.count("full validation split") == 1
+    assert "processes: 2" in err and "Traceback" not in err and "warning" not in err.lower()
+    train_tiny(tmp_path / "one", *exact)
+    one, two = (set(os.listdir(tmp_path / name)) for name in ("one", "two"))
+    assert one == two - {"loss.png"}
+    for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-2)
+
+@pytest.mark.slow
+def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
+    """torchrun ends all processes as soon as the first one fails. The message must come out before
+    that."""
+    for argv, named in ((["--batch_size", "3"], "--batch_size 3: must be divisible"),
+                        (["--n_embd", "17"], "--n_embd 17: must be divisible")):
+        code, out, err = run_torchrun(2, *TRAIN, *argv, "--out_dir", tmp_path / "out")
+        assert code != 0 and out == ""
+        assert re.search(f"^error: .*{named}", err, re.M), err
+        assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
+    code, out, err = run_torchrun(2, "--mode", "eval", "--out_dir", tmp_path / "out")
+    assert code != 0 and out == ""
+    assert re.search("^error: --mode eval: runs in one process only", err, re.M), err
+
+@pytest.mark.slow
+@POSIX
+def test_processes_that_are_stopped_continue_exactly(tmp_path):
+    """With dropout, which differs between the processes. The first signal goes to the second
+    process alone: both must agree on the step after which they stop. Later a process is killed,
+    and torchrun --max_restarts starts both again, with the same command, which has --resume from
+    the beginning. The weights and losses are those of a run that nothing disturbed."""
+    argv = [*TRAIN, "--max_steps", "40", "--eval_interval", "5", "--dropout", "0.2", "--resume"]
+    assert run_torchrun(2, *argv, "--out_dir", tmp_path / "whole")[0] == 0
+    for step, number in ((5, signal.SIGTERM), (22, signal.SIGKILL)):
+        options = ["--max_restarts=1"] if number == signal.SIGKILL else []
+        process = run_torchrun(2, *argv, "--out_dir", tmp_path / "parts", wait=False,
+                               options=options)
+        lines = []
+        sent = False
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith(f"step {step}/") and not sent:
+                os.kill(workers_of(process)[1], number)
+                sent = True
+        code = process.wait(60)
+        text = "".join(lines)
+        assert sent
+        if number == signal.SIGTERM:
+            assert code != 0 and "\nsaved; add --resume" in text, text
+            assert step <= step_of(tmp_path / "parts" / "latest.pt") < 22
+    assert code == 0 and len(re.findall("^resuming", text, re.M)) == 2, text
+    assert_same_run(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
+    assert step_losses(tmp_path / "whole") == step_losses(tmp_path / "parts")
+
+# ---- Signals and streams -------------------------------------------------------------------------
+STOPPING = [(name, code) for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129))
+            if hasattr(signal, name)]
+
+def before_step(monkeypatch, number, action):
+    """Calls action just before the step of that number is computed."""
+    steps = itertools.count(1)
+    original = minigpt.train_step
+
+    def disturbed(*arguments):
+        if next(steps) == number:
+            action()
+        return original(*arguments)
+
+    monkeypatch.setattr(minigpt, "train_step", disturbed)
+
+@pytest.fixture
+def guarded():
+    """Installs handlers that only count, so that a signal which the program does not catch does not
+    end the tests. Returns their counter, and puts the old handlers back."""
+    counter = collections.Counter()
+    previous = {}
+
+    def count(number, frame):
+        counter[number] += 1
+
+    for name, _ in STOPPING:
+        number = getattr(signal, name)
+        previous[number] = signal.signal(number, count)
+    counter.handler = count
+    yield counter
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+@pytest.mark.parametrize("name, expected", STOPPING)
+def test_a_signal_ends_the_run_after_its_step(tmp_path, tiny_run, monkeypatch, guarded, capfd, name,
+                                              expected):
+    """The step is completed and saved, the exit code tells the signal, and the run that continues
+    is the run that was never stopped. Fails if the step is lost, or saved and taken again. The
+    handlers of the program that called main are back afterwards."""
+    number = getattr(signal, name)
+    before_step(monkeypatch, 4, lambda: signal.raise_signal(number))
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
+    assert code == expected
+    assert last_line(err) == "saved; add --resume to the same command to continue"
+    assert "once more to stop at once" in capfd.readouterr().err
+    assert step_of(tmp_path / "latest.pt") == 4
+    assert guarded[number] == 0
+    assert signal.getsignal(number) is guarded.handler
+    resume_tiny(tmp_path)
+    assert_same_run(tmp_path / "latest.pt", tiny_run[0] / "latest.pt")
+    assert step_losses(tmp_path) == step_losses(tiny_run[0])
+
+def test_a_signal_in_the_last_step_leaves_only_the_score_to_do(tmp_path, monkeypatch, guarded):
+    """The weights of the last step are saved, and --resume trains no further."""
+    before_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run_main(*TRAIN, "--out_dir", tmp_path)[0] == 143
+    weights = load_checkpoint(tmp_path / "latest.pt")
+    assert weights["step"] == 6
+    err = resume_tiny(tmp_path)
+    assert score(err) and "step 7" not in err
+    assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+@pytest.mark.parametrize("name, expected", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_the_final_evaluation_stops_it(tmp_path, tiny_run, monkeypatch, guarded,
+                                                       name, expected):
+    """On a large text, that evaluation takes minutes, and all is saved by then: it need not be
+    waited for. It can be repeated, with the same result."""
+    original = minigpt.evaluate
+
+    def disturbed(*arguments, **named):
+        signal.raise_signal(getattr(signal, name))
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minigpt, "evaluate", disturbed)
+        code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
+    assert code == expected
+    assert "full validation split" not in err and "repeat the evaluation" in last_line(err)
+    assert step_of(tmp_path / "latest.pt") == 6
+    assert score(resume_tiny(tmp_path)) == score(tiny_run[1])
+    assert_same_run(tmp_path / "best.pt", tiny_run[0] / "best.pt")
+
+def test_handlers_are_restored_when_a_run_fails(tmp_path, guarded):
+    """A program that calls main goes on with its own handlers, whatever became of the run."""
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--learning_rate",
+                            "1e30")
+    assert code == 2 and "diverged" in err
+    for name, _ in STOPPING:
+        assert signal.getsignal(getattr(signal, name)) is guarded.handler
+
+def test_main_trains_in_a_thread(tmp_path, tiny_run):
+    """Python allows signal handlers in the main thread only. Elsewhere, as in a notebook's
+    background thread, the run goes on without them instead of failing."""
+    results = []
+    arguments = [*TRAIN, "--out_dir", tmp_path]
+    thread = threading.Thread(target=lambda: results.append(run_main(*arguments)))
+    thread.start()
+    thread.join(60)
+    assert [code for code, _, _ in results] == [0], results
+    assert_same_run(tmp_path / "latest.pt", tiny_run[0] / "latest.pt")
+
+@POSIX
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
+    """nohup starts a program with SIGHUP ignored, so that it survives the end of the terminal. A
+    handler of our own would end the run just then."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
+        train_tiny(tmp_path)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert step_of(tmp_path / "latest.pt") == 6
+
 def last_step(log):
     """The latest step in a status line of a log."""
     steps = re.findall(r"^step (\d+)/", log.read_text() if log.exists() else "", re.M)
@@ -1562,26 +3130,32 @@ def wait_for_step(process, log, step):
         time.sleep(0.01)
 
 @POSIX
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_leaves(tmp_path, start_main, number, code):
-    """Ctrl-C or SIGTERM in mid-run: latest.pt is of the last completed step, and resumes. In the
-    midst of an evaluation that goes on for hours, the second one ends the process at once."""
-    log, out_dir = tmp_path / "log", tmp_path / "out"
+@pytest.mark.parametrize("number, code", [
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number, code):
+    """In a process of its own. The first signal, in the middle of the run, saves the last completed
+    step. In a step that takes hours (here an evaluation of so many batches), a second one must
+    not have to wait."""
+    log = tmp_path / "log"
+    out_dir = tmp_path / "out"
     process = start_main([*TRAIN, "--max_steps", "1000000", "--eval_interval", "1000000",
                           "--out_dir", out_dir], log)
     wait_for_step(process, log, 20)
     os.kill(process.pid, number)
     process.join(60)
     lines = log.read_text(encoding="utf-8").splitlines()
-    assert process.exitcode == code and lines[-1] == "saved; go on with --resume"
+    assert process.exitcode == code
+    assert lines[-1] == "saved; add --resume to the same command to continue"
     assert "stopping after this step; once more to stop at once" in lines
     step = step_of(out_dir / "latest.pt")
     assert step == last_step(log) >= 20
     resume_tiny(out_dir, "--max_steps", step + 1)
     assert [n for n, *_ in step_losses(out_dir)] == [*range(1, step + 2)]
+    log = tmp_path / "log_b"
     process = start_main([*TRAIN, "--eval_batches", "100000000", "--out_dir", tmp_path / "b"], log)
-    for said in ("\nmodel ", "stopping after"):
-        while not (tmp_path / "b" / "config.json").exists() or log.read_text().count(said) < 2:
+    for said in ("\nmodel gpt", "stopping after"):
+        while said not in (log.read_text(encoding="utf-8") if log.exists() else ""):
+            assert process.is_alive()
             time.sleep(0.02)
         time.sleep(0.1)
         assert process.is_alive()
@@ -1598,15 +3172,16 @@ OFTEN = [*TRAIN, "--eval_interval", "1", "--checkpoint_interval", "20", "--sampl
 def test_a_signal_at_any_moment_costs_no_completed_save(tmp_path, start_main, number, rounds):
     """At random moments of a run that saves two files after each step. Whenever it is killed,
     latest.pt is whole and of the last step whose save was complete; SIGTERM even completes the
-    step; and the run that goes on is the run that was never stopped. Fails if a checkpoint is
-    written in place, or latest.pt is absent for a moment between its old and its new content."""
+    step; and the run that continues is the run that was never stopped. Fails if a checkpoint is
+    written in place, or if latest.pt is missing for a moment between its old and its new content.
+    metrics.jsonl has each step once, and none is missing."""
     stopped, spared, log, log2 = (tmp_path / name for name in ("stopped", "spared", "log", "log2"))
-    dice = random.Random(2)
+    moments = random.Random(2)
     for _ in range(rounds):
         begun = last_step(log)
         process = start_main([*OFTEN, "--out_dir", stopped], log)
         wait_for_step(process, log, begun + 2)  # until it trains
-        time.sleep(dice.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.5))
         os.kill(process.pid, number)
         process.join(20)
         assert process.exitcode == (143 if number == signal.SIGTERM else -number)
@@ -1615,45 +3190,133 @@ def test_a_signal_at_any_moment_costs_no_completed_save(tmp_path, start_main, nu
         assert step >= last_step(log) - (number == signal.SIGKILL)
         minigpt.read_checkpoint(stopped / "best.pt")
     snapshot = sorted(stopped.glob("step_*.pt"))[-1].name
+    upto = int(snapshot[5:-3])
+    recorded = [r["step"] for r in raw_records(stopped) if "loss" in r and r["step"] <= upto]
+    assert recorded == [*range(1, upto + 1)]
     process = start_main([*OFTEN, "--out_dir", spared], log2)
-    wait_for_step(process, log2, (upto := int(snapshot[5:-3])) + 1)
-    process.kill(), process.join()
+    wait_for_step(process, log2, upto + 1)
+    process.kill()
+    process.join()
     assert_same_run(stopped / snapshot, spared / snapshot)
     assert step_losses(stopped)[:upto] == step_losses(spared)[:upto]
 
 @POSIX
-def test_closed_streams_are_no_error(tiny_run):
-    """As a daemon may start it. What is printed goes nowhere."""
+def test_a_run_whose_reader_has_left_saves_and_ends(tmp_path, monkeypatch):
+    """As in `train 2>&1 | head`. Nobody sees any more that it trains, so it stops as it does for a
+    signal (exit code 128 + 13, for SIGPIPE), but not before the step is saved."""
+    reader, writer = os.pipe()
+    before_step(monkeypatch, 3, lambda: os.close(reader))
+    stream = open(writer, "w", encoding="utf-8")
+    try:
+        with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(io.StringIO()):
+            code = minigpt.main([*TRAIN, "--out_dir", str(tmp_path)])
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+    assert code == 141
+    assert step_of(tmp_path / "latest.pt") == 3
+    resume_tiny(tmp_path)
+    assert step_of(tmp_path / "latest.pt") == 6
+
+@pytest.mark.slow
+@POSIX
+def test_a_process_whose_reader_has_left_saves_and_ends(tmp_path):
+    """The same for the real command. Its exit code is 141 and not that of a crash at its end."""
+    process = subprocess.Popen([sys.executable, "minigpt.py", *TRAIN, "--max_steps", "100000",
+                                "--eval_interval", "100000", "--out_dir", tmp_path], cwd=HERE,
+                               stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    for line in process.stderr:
+        if line.startswith("step 9/"):
+            break
+    process.stderr.close()
+    assert process.wait(60) == 141
+    assert step_of(tmp_path / "latest.pt") >= 9
+
+class FullLog(io.StringIO):
+    """A log on a disk that fills up when the second step is reported."""
+    full = False
+
+    def write(self, text):
+        self.full = self.full or text.startswith("step 2/")
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path):
+    """The disk of the log may be full while that of the checkpoints is not. The work is worth more
+    than the lines."""
+    with contextlib.redirect_stderr(log := FullLog()):
+        code = minigpt.main([*TRAIN, "--out_dir", str(tmp_path)])
+    assert log.full and code == 0
+    assert step_of(tmp_path / "latest.pt") == 6
+    assert "full_val_loss" in metrics_of(tmp_path)[-1]
+
+def test_closed_streams_are_no_error(tiny_run, tmp_path, monkeypatch):
+    """A daemon may be started with stdout and stderr closed; Python then has None in their place.
+    What is printed goes nowhere."""
+    for argv in (["--mode", "generate", "--max_tokens", "3", "--out_dir", str(tiny_run[0]),
+                  "--device", "cpu", "--prompt", "THE"],
+                 [*TRAIN, "--max_steps", "1", "--out_dir", str(tmp_path)]):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            patch.setattr(sys, "stderr", None)
+            code = minigpt.main(argv)
+        assert code == 0
+    assert step_of(tmp_path / "latest.pt") == 1
+
+@pytest.mark.slow
+@POSIX
+def test_a_process_with_closed_streams_works(tiny_run):
+    """The same for the real command, whose first files get the numbers of the closed streams."""
     command = (f"'{sys.executable}' '{HERE / 'minigpt.py'}' --mode generate --max_tokens 3 "
                f"--out_dir '{tiny_run[0]}' --device cpu --prompt THE ")
-    started = {end: subprocess.Popen(["sh", "-c", command + end], stdout=subprocess.PIPE, text=True,
-                                     stderr=subprocess.PIPE) for end in (">&- 2>&-", "2>&-")}
-    for end, process in started.items():
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and err == "" and out.startswith("THE") == (end == "2>&-")
+    for end, expected in ((">&- 2>&-", ""), ("2>&-", "THE")):
+        done = subprocess.run(["sh", "-c", command + end], capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0 and done.stderr == ""
+        assert done.stdout[:3] == expected
 
-# ---- Checkpoints that are not what they should be ------------------------------------------------
+# ---- Checkpoints that may be damaged -------------------------------------------------------------
 def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
-    """A bit of every fourth byte, and that which says in the zip's directory that a member is a
-    folder (no checksum covers it): a flip is refused, or changes nothing of what is read."""
-    path, refused = tmp_path / "a.pt", 0
+    """A bit of every fifth byte of the archive's members, one at a time. Each flip is refused, or
+    it is in a place that is not read, such as a date, and changes nothing. Fails if a member is
+    read without its checksum."""
+    path = tmp_path / "a.pt"
     state = {"format": minigpt.FORMAT, "w": torch.randn(20), "step": 12345}
     minigpt.save_checkpoint(path, state)
     whole = path.read_bytes()
-    folders = [(found.start() + 38, 16) for found in re.finditer(b"PK\x01\x02", whole)]
-    for i, bit in [*folders, *((i, 1 << i % 8) for i in range(0, len(whole), 4))]:
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :])
+    content = whole.index(b"PK\x01\x02")  # here begins the archive's list of its members
+    places = range(0, content, 5)
+    bits = random.Random(1)
+    refused = 0
+    for i in places:
+        flipped = bytes([whole[i] ^ (1 << bits.randrange(8))])
+        path.write_bytes(whole[:i] + flipped + whole[i + 1 :])
         try:
             assert_same(minigpt.read_checkpoint(path), state)
         except UserError as problem:
             assert "a.pt: " in str(problem)
             refused += 1
-    assert refused > len(whole) / 8
+    # Most of so small a file is padding, which nothing reads; the numbers of w are 80 bytes.
+    assert refused > 60
+
+def test_a_flipped_bit_in_a_weight_is_always_found(tmp_path):
+    """Every bit of one number. Without the checksum, each flip would give another model."""
+    path = tmp_path / "a.pt"
+    number = torch.tensor([3.25, -1.5])
+    minigpt.save_checkpoint(path, {"format": minigpt.FORMAT, "w": number})
+    whole = path.read_bytes()
+    at = whole.index(bytes(number.untyped_storage()))
+    for i, bit in itertools.product(range(at, at + 8), range(8)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << bit)]) + whole[i + 1 :])
+        with pytest.raises(UserError, match=r"a\.pt: .*damaged"):
+            minigpt.read_checkpoint(path)
 
 def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
-    """Cut short at any length, or of another program or version: an error that names the file,
-    never a crash. A pickle may hold calls; weights_only=True refuses to make them."""
-    path, marker = tmp_path / "a.pt", tmp_path / "was_here"
+    """Cut short at any length, or written by another program or version: an error that names the
+    file, never a crash. A pickle may hold calls, and weights_only=True refuses to make them."""
+    path = tmp_path / "a.pt"
+    marker = tmp_path / "was_here"
 
     class Malice:
         def __reduce__(self):
@@ -1665,7 +3328,8 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
     files += [b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": minigpt.FORMAT}),
               b"PK\x03\x04", b"\0" * 1000, pickle.dumps(Malice())]
     for state in ({"format": "minigpt-1"}, [1, 2], {}, {"format": Malice()}, Malice()):
-        torch.save(state, file := io.BytesIO())
+        file = io.BytesIO()
+        torch.save(state, file)
         files.append(file.getvalue())
     for content in files:
         path.write_bytes(content)
@@ -1674,34 +3338,46 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
     assert not marker.exists()
 
 def test_a_damaged_checkpoint_is_one_error_that_names_the_cure(tmp_path):
-    """And the cure works: another checkpoint of the run, copied over it. That includes best.pt at
-    the end of a run that found no better one."""
+    """Nothing is changed, and the cure works: copy another checkpoint of the run over it. At the
+    end of a run that found no better one, best.pt is checked too, before its score is taken."""
     train_tiny(tmp_path, "--checkpoint_interval", "2")
-    latest, best = tmp_path / "latest.pt", tmp_path / "best.pt"
-    end, whole = load_checkpoint(latest), latest.read_bytes()
+    latest = tmp_path / "latest.pt"
+    end = load_checkpoint(latest)
+    whole = latest.read_bytes()
     middle = len(whole) // 2
     flipped = bytes([whole[middle] ^ 4])
     for damaged in (whole[:-1000], whole[:middle] + flipped + whole[middle + 1 :]):
         latest.write_bytes(damaged)
         before = contents(tmp_path)
         code, _, err = run_main(*RESUME, tmp_path)
-        assert code == 2 and err.count("\n") == 1 and f"{latest}: damaged" in err
-        assert "best.pt" in err and "step_*.pt" in err and contents(tmp_path) == before
+        assert code == 2 and err.count("\n") == 1
+        assert f"{latest}: this file is damaged" in err
+        assert "best.pt" in err and "step_*.pt" in err
+        assert contents(tmp_path) == before
     shutil.copy(tmp_path / "step_000002.pt", latest)
     resume_tiny(tmp_path)
     assert_same(load_checkpoint(latest)["model"], end["model"])
+
+def test_a_damaged_best_model_is_refused_before_anything_is_written(tmp_path):
+    """--resume reads what best.pt holds. If it cannot be read, the run does not begin, and the
+    records of later steps, which a run that continues would take again, are still there."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    best = tmp_path / "best.pt"
+    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
     best.write_bytes(best.read_bytes()[:-1000])
+    before = contents(tmp_path)
     code, _, err = run_main(*RESUME, tmp_path)
-    assert code == 2 and f"{best}: damaged" in last_line(err)
+    assert code == 2 and f"{best}: this file is damaged" in last_line(err)
+    assert contents(tmp_path) == before  # needs fix 2
 
 @POSIX
 def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
-    """Here: a limit on the size of a file. Not even a byte of the checkpoints that were complete
-    changes; one error line, which says why; and when there is some again, the run
-    goes on. Fails if a checkpoint is written in place, or if a partial file stays."""
+    """A limit on the size of a file stands for the full disk. Not a byte of the checkpoints that
+    were complete changes; one error line says why; and when there is space again, the run
+    continues. Fails if a checkpoint is written in place, or if a partial file stays."""
     import resource
 
-    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "600")
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
     checkpoints = [tmp_path / "best.pt", tmp_path / "latest.pt"]
     before = [path.read_bytes() for path in checkpoints]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -1711,114 +3387,258 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
             code, _, err = run_main(*RESUME, tmp_path, "--max_steps", "9")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert code == 2 and err.count("error: ") == 1 and "too large; mend" in last_line(err), err
+        assert code == 2 and err.count("error: ") == 1
+        assert "too large; correct that" in last_line(err), err
         assert [path.read_bytes() for path in checkpoints] == before
         assert not list(tmp_path.glob("*.partial"))
     (tmp_path / "latest.pt.partial").write_bytes(b"as a crash would leave it")
     resume_tiny(tmp_path, "--max_steps", 9)
-    assert step_of(tmp_path / "latest.pt") == 9 and not list(tmp_path.glob("*.partial"))
+    assert step_of(tmp_path / "latest.pt") == 9
+    assert not list(tmp_path.glob("*.partial"))
 
-# ---- The machine room ----------------------------------------------------------------------------
-def test_device_format_and_preset_are_found(capsys, monkeypatch):
-    """auto takes what is there; the CPU is always there. A GPU gets the reference model, a CPU the
-    one that it can train; and auto becomes a format, so that another machine goes on with it."""
-    cpu = minigpt.find_device("cpu")
-    assert cpu.type == "cpu" and minigpt.find_device("auto").type in ("cuda", "mps", "cpu")
-    assert minigpt.find_dtype("bfloat16", cpu) == "bfloat16"
-    for name in ("nonsense", "cuda:99", "cpu:1", "meta", ""):
-        with pytest.raises(UserError, match=f"--device {name}: not here.* auto, .*cpu"):
-            minigpt.find_device(name)
-    for device, preset in (("cuda", "gpt"), ("cpu", "laptop")):
-        config = minigpt.find_settings({"dtype": "float32"}, torch.device(device))[1]
-        assert config.preset == preset
-        assert f"preset {preset} (chosen for {device})" in capsys.readouterr().err
-    for able, name in (({"avx512": True}, "float32"), ({"avx512_bf16": True}, "bfloat16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert minigpt.find_settings({}, cpu)[1].dtype == name
+@POSIX
+def test_a_disk_that_is_full_costs_no_records(tmp_path):
+    """--resume writes metrics.jsonl again, without the steps that it will repeat. If that cannot be
+    written, the old file must still be there. Fails if it is written in place."""
+    import resource
 
-def test_the_typed_number_format_is_used_for_the_matrix_products(tiny_run, tmp_path):
-    """Which lose digits; weights, loss and gradients are float32. A run in 16 bits is another one
-    than in float32, and nearly the same."""
-    model, x, kinds = minigpt.new_model(small_config(), 0), torch.arange(16).view(2, 8) % 11, []
-    model.h[0].mlp.c_fc.register_forward_hook(lambda *args: kinds.append(args[2].dtype))
-    loss = minigpt.MixedPrecision(model)(x, x)[1]
-    loss.backward()
-    assert kinds == [torch.bfloat16] and loss.dtype == torch.float32
-    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    exact = [loss for _, loss, _ in step_losses(tiny_run[0])]
-    train_tiny(tmp_path, "--dtype", "bfloat16")
-    losses = [loss for _, loss, _ in step_losses(tmp_path)]
-    assert losses != exact and losses == pytest.approx(exact, rel=1e-2)
+    train_tiny(tmp_path)
+    before = metrics_of(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code, _, err = run_main(*RESUME, tmp_path, "--max_steps", "9")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "too large" in last_line(err), err
+    assert metrics_of(tmp_path) == before  # needs fix 3
+
+# ---- What is recorded of a run -------------------------------------------------------------------
+def raw_records(out_dir):
+    """Every line of metrics.jsonl, in its order."""
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+def kinds_and_steps(out_dir):
+    """What each line of metrics.jsonl is about: the names in it, and the step."""
+    return [(*record, record["step"]) for record in raw_records(out_dir)]
+
+class Killed(BaseException):
+    """Ends a run without giving it a chance to save, as a power cut would."""
+
+def kill():
+    raise Killed
+
+def test_metrics_have_each_step_once_after_a_crash(tmp_path, tiny_run, monkeypatch):
+    """The run is killed in step 6, after steps 4 (saved) and 5 (recorded, not saved). The one that
+    continues takes step 5 again, and must not record it twice. What it records is what the run
+    without a crash recorded."""
+    with monkeypatch.context() as patch:
+        before_step(patch, 6, kill)
+        with pytest.raises(Killed):
+            run_main(*TRAIN, "--checkpoint_interval", "2", "--out_dir", tmp_path)
+    assert [r["step"] for r in raw_records(tmp_path) if "loss" in r] == [1, 2, 3, 4, 5]
+    assert step_of(tmp_path / "latest.pt") == 4
+    resume_tiny(tmp_path)
+    assert kinds_and_steps(tmp_path) == kinds_and_steps(tiny_run[0])
+    assert step_losses(tmp_path) == step_losses(tiny_run[0])
+
+def test_metrics_have_each_step_once_when_the_first_save_failed(tmp_path, tiny_run, monkeypatch):
+    """The run ends before it has saved anything, but its first evaluation is recorded. With
+    --resume, a new run begins in that folder, and evaluates again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(minigpt, "save_checkpoint", lambda path, state: kill())
+        with pytest.raises(Killed):
+            run_main(*TRAIN, "--out_dir", tmp_path)
+    assert (tmp_path / "metrics.jsonl").exists()
+    train_tiny(tmp_path, "--resume", "--checkpoint_interval", "2")
+    assert kinds_and_steps(tmp_path) == kinds_and_steps(tiny_run[0])  # needs fix 4
+
+@pytest.mark.parametrize("garbage", [
+    b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
+    b'{"step": 1, "loss": "high", "val_loss": {}}\n{"step": 2, "val_loss": NaN, "new": 1}\n'])
+def test_damaged_or_unknown_metrics_stop_neither_a_resume_nor_the_plot(tmp_path, garbage, pictures):
+    """A crash may leave half a line, and another version may have written other names. They are
+    passed over. Of two records of a step, the later one counts."""
+    train_tiny(tmp_path, "--max_steps", "3", "--checkpoint_interval", "2")
+    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(garbage)
+    (tmp_path / "loss.png").unlink(missing_ok=True)
+    resume_tiny(tmp_path, "--max_steps", 4)
+    assert list(minigpt.read_curve(tmp_path, "grad_norm")) == [1, 2, 3, 4]
+    if importable("matplotlib"):
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "grad_norm": 7}\n')
+    assert minigpt.read_curve(tmp_path, "grad_norm")[2] == 7
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, pictures, monkeypatch):
+    """The curves are a convenience. A run must not fail at its end because of them."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    said = train_tiny(tmp_path, "--max_steps", "1")
+    assert "no loss.png: pip install matplotlib" in said
+    assert "trained to step 1" in last_line(said)
+
+def test_metrics_are_strict_json(tmp_path):
+    """JSON has no infinity and no NaN, and strict readers refuse a file that has them. An infinite
+    gradient norm becomes null. A loss that is no number ends the run and is not recorded."""
+    run = tiny_full_run(tmp_path)
+    run.journal.record(step=1, grad_norm=math.inf)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(minigpt.Diverged, match="diverged at step 0"):
+            run.journal.report_evaluation(run, {"train": 1.0, "val": bad}, better=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
+
+@pytest.fixture
+def no_wandb_account(monkeypatch, tmp_path):
+    """A user who is not logged in to Weights & Biases, whatever this machine knows."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+class FakeWandb(types.ModuleType):
+    """Stands for the package: it notes what is called, and fails where it is told to."""
+    Settings = dict
+
+    def __init__(self, failing=""):
+        super().__init__("wandb")
+        self.failing = failing
+        self.calls = []
+
+    def note(self, name, value=None):
+        self.calls.append((name, value))
+        if name == self.failing:
+            raise RuntimeError("no network")
+
+    def init(self, **settings):
+        self.note("init", settings)
+        return self
+
+    def log(self, numbers, step):
+        assert numbers["step"] == step
+        self.note("log", numbers)
+
+    def finish(self):
+        self.note("finish")
+
+@pytest.mark.parametrize("variables, flags, wanted", [
+    ({}, [], False), ({"WANDB_API_KEY": "x"}, ["--no_wandb"], False),
+    ({"WANDB_MODE": "disabled"}, [], False), ({"WANDB_API_KEY": "x"}, [], True),
+    ({"WANDB_MODE": "offline"}, [], True)])
+def test_wandb_gets_the_records_of_a_run_where_it_is_wanted(tmp_path, no_wandb_account, monkeypatch,
+                                                            variables, flags, wanted):
+    """Without an account the package would ask a question and wait, so it is not even started. It
+    gets the same numbers as metrics.jsonl, and is told the end, which completes its log."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    train_tiny(tmp_path / "out", "--max_steps", "2", *flags)
+    if not wanted:
+        assert fake.calls == []
+        return
+    assert fake.calls[0][0] == "init" and fake.calls[0][1]["config"]["max_steps"] == 2
+    logged = [value for name, value in fake.calls if name == "log"]
+    assert logged == raw_records(tmp_path / "out")
+    assert [name for name, _ in fake.calls].count("finish") == 1
+    assert fake.calls[-1][0] == "finish"
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_a_failure_of_wandb_costs_no_training(tmp_path, tiny_run, no_wandb_account, monkeypatch,
+                                              failing):
+    """It depends on a network and on a server. The run goes on without it."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(failing))
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    said = train_tiny(tmp_path / "out")
+    assert failing in [name for name, _ in fake.calls]
+    assert ("no Weights & Biases (RuntimeError)" in said) == (failing == "init")
+    assert_same_run(tmp_path / "out" / "latest.pt", tiny_run[0] / "latest.pt")
+
+def test_wandb_is_closed_when_a_run_fails(tmp_path, no_wandb_account, monkeypatch):
+    """Otherwise its process stays, and its log is incomplete."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    code, _, _ = run_main(*TRAIN, "--out_dir", tmp_path / "out", "--grad_clip", "0",
+                          "--learning_rate", "1e30")
+    assert code == 2
+    assert fake.calls[-1][0] == "finish"
 
 @pytest.mark.slow
-def test_compilation_that_fails_is_one_error(tmp_path):
-    """Without a C++ compiler torch.compile cannot work on a CPU."""
-    env = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": "",
-           "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = run_command(*TRAIN, "--max_steps", "2", "--out_dir", tmp_path / "a", "--compile", **env)
-    check_mistake(done.returncode, done.stdout, done.stderr, ["--compile", "--no_compile"])
+def test_the_real_wandb_logs_offline(tmp_path, no_wandb_account, monkeypatch):
+    """With the real package, offline, the records of a run are on disk when it ends. Without an
+    account, or with --no_wandb, there is nothing. The training is the same."""
+    pytest.importorskip("wandb")
+    for name, flags in (("quiet", []), ("off", ["--no_wandb"]), ("on", [])):
+        if name != "quiet":
+            monkeypatch.setenv("WANDB_MODE", "offline")
+        train_tiny(tmp_path / name, "--max_steps", "2", *flags)
+        files = list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == (1 if name == "on" else 0)
+    assert b"tokens_per_second" in files[0].read_bytes()
+    assert_same_run(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
 
+# ---- The corpus ----------------------------------------------------------------------------------
 def test_a_corpus_is_its_text(tmp_path):
-    """Without the mark of Windows and its line ends; cut at nine tenths of the characters; two
-    bytes a token; BPE learns nothing from the last tenth."""
-    (tmp_path / "a.txt").write_bytes("\ufeffà\r\nb".encode())
-    assert minigpt.read_corpus(tmp_path / "a.txt")[1] == "à\nb"
-    _, text, sha256 = minigpt.read_corpus(SHORT)
-    assert sha256 == hashlib.sha256(text.encode()).hexdigest()
+    """Without the mark that Windows adds, and with line breaks of one kind, so that the same text
+    has the same checksum everywhere. A file in another encoding is refused."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffà\r\nb".encode())
+    source = minigpt.read_corpus(path)
+    assert (source.path, source.text) == (path, "à\nb")
+    assert source.sha256 == hashlib.sha256("à\nb".encode()).hexdigest()
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="--data .*a.txt: this is not UTF-8"):
+        minigpt.read_corpus(path)
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
+    """For every tokenizer, so that their scores are on the same text. A token takes two bytes. BPE
+    learns nothing from the last tenth, which would be cheating."""
+    text = SHORT.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
-    for kind in ("char", "bpe"):
-        tokenizer = minigpt.make_tokenizer(kind, text, 300)
-        corpus = minigpt.encode_corpus(text, tokenizer, 16)
-        assert corpus.train.tolist() == tokenizer.encode(text[:cut])
-        assert corpus.val.tolist() == tokenizer.encode(text[cut:])
-        assert corpus.val_characters == len(text) - cut and corpus.train.element_size() == 2
-    minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 16)  # a window is 16 and a target
+    config = RunConfig(tokenizer=kind, vocab_size=300)
+    tokenizer = minigpt.make_tokenizer(config, text)
+    corpus = minigpt.encode_corpus(text, tokenizer, 16)
+    assert corpus.train.tolist() == tokenizer.encode(text[:cut])
+    assert corpus.val.tolist() == tokenizer.encode(text[cut:])
+    assert corpus.val_characters == len(text) - cut
+    assert corpus.train.element_size() == 2
+    if kind == "bpe":
+        other_end = text[:cut] + "qxqx" * 300
+        again = minigpt.make_tokenizer(config, text[:cut] + other_end[cut : len(text)])
+        assert tokenizer.state == again.state == BPETokenizer.train(text[:cut], 300).state
+
+def test_a_text_must_be_longer_than_a_window():
+    """A window of 16 tokens needs 17, with the last target, in both parts. Of 170 characters, 17
+    are for validation."""
+    minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 16)
     with pytest.raises(UserError, match="--block_size 17: must be below .* 17;"):
         minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 17)
-    assert tokenizer.merges == BPETokenizer.train(text[:cut], 300).merges
 
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
-def test_freed_memory_is_kept():
-    """240 MB in six blocks, asked for again and again, as a training step does: mapped once."""
-    script = """
-import resource, sys, torch, minigpt
-if sys.argv[1] == "kept":
-    minigpt.keep_memory()
-for i in range(20):
-    blocks = [torch.ones(10_000_000) for _ in range(6)]
-    if i == 9:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    del blocks
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {name: int(subprocess.check_output([sys.executable, "-c", script, name], text=True))
-              for name in ("kept", "given back")}
-    assert faults["kept"] < 0.01 * faults["given back"]
-
-# ---- The downloader, against a local server ------------------------------------------------------
+# ---- The downloader, against a server on this machine --------------------------------------------
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers by path: good, truncated, altered, html, long, missing, slow, flaky or drip."""
+    """Answers by path: good, truncated, altered, html, long, missing, slow or flaky."""
 
     hits = collections.Counter()
 
     def do_GET(self):
         kind = self.path.strip("/")
         self.hits[kind] += 1
-        if kind == "missing" or (kind == "flaky" and self.hits[kind] == 1):
-            return self.send_error(404 if kind == "missing" else 503)
-        time.sleep(2 * (kind == "slow"))
-        body = {"altered": BODY[:-1] + b"!", "html": b"<html>sign in</html>", "long": BODY * 2}
-        body = body.get(kind, BODY)
+        if kind == "missing":
+            return self.send_error(404)
+        if kind == "flaky" and self.hits[kind] == 1:
+            return self.send_error(503)
+        if kind == "slow":
+            time.sleep(1)
+        bodies = {"altered": BODY[:-1] + b"!", "html": b"<html>sign in</html>", "long": BODY * 2}
+        body = bodies.get(kind, BODY)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client may have left
-            for i in range(60 * (kind == "drip")):
-                self.wfile.write(body[i : i + 1])
-                time.sleep(0.1)
             self.wfile.write(body[: len(body) // 2] if kind == "truncated" else body)
 
     def log_message(self, *args):
@@ -1826,7 +3646,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A real HTTP server on this machine; the checksum is that of the body it serves."""
+    """A real HTTP server on this machine. The checksum is replaced by that of the body it
+    serves."""
     monkeypatch.setattr(download_data, "SIZE", len(BODY))
     monkeypatch.setattr(download_data, "SHA256", hashlib.sha256(BODY).hexdigest())
     for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
@@ -1834,522 +3655,1489 @@ def server(monkeypatch):
     Handler.hits.clear()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
-    threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown(), httpd.server_close()
+    httpd.shutdown()
+    httpd.server_close()
 
 @pytest.mark.parametrize("kind, why, hits", [
     ("truncated", "broke off", 2), ("altered", "altered", 1), ("html", "a web page", 1),
-    ("long", "more than", 1), ("missing", "HTTP status 404", 1), ("slow", "no answer in time", 1),
-    ("drip", "no answer in time", 1)])
+    ("long", "more than", 1), ("missing", "HTTP status 404", 1), ("slow", "no answer in time", 1)])
 def test_a_bad_answer_leaves_the_file_alone(server, tmp_path, kind, why, hits):
-    """Each ends in an error that says why, tries again only what may pass and has not timed out,
-    and leaves the old file byte for byte. Fails if the file is written before a check."""
+    """Each ends in an error that says why. Only what may pass is tried again, and the old file
+    stays byte for byte. Fails if the file is written before it is checked."""
     target = tmp_path / "input.txt"
     target.write_bytes(b"old")
     with pytest.raises(download_data.DownloadError, match=why):
-        download_data.download(target, [f"{server}/{kind}"], 1.0 if kind == "drip" else 30, 0.01,
-                               (5.0, 0.7))
-    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["input.txt"]
+        download_data.download(target, [f"{server}/{kind}"], 30, 0.01, (5.0, 0.3))
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["input.txt"]
     assert Handler.hits[kind] == hits
 
-def test_mirrors_are_tried_in_turn_within_one_deadline(server, tmp_path, capsys):
-    """A dead one, a missing one, one that recovers: the corpus arrives from the third, also into a
-    folder that does not exist yet."""
-    target, dead = tmp_path / "data" / "input.txt", "http://127.0.0.1:9/dead"
+def test_a_download_ends_at_its_deadline(server, tmp_path):
+    """A server that sends slowly, but never pauses, would otherwise hold the program for hours."""
+    with pytest.raises(download_data.DownloadError, match="no answer in time"):
+        download_data.download(tmp_path / "input.txt", [f"{server}/good"], seconds=0.0)
+    assert os.listdir(tmp_path) == [] and Handler.hits["good"] == 1
+
+def test_mirrors_are_tried_in_turn(server, tmp_path, capsys):
+    """A dead one, a missing one, one that recovers: the corpus arrives from the third, also in a
+    folder that does not exist yet. If none delivers, the error says why for each of them."""
+    target = tmp_path / "data" / "input.txt"
+    dead = "http://127.0.0.1:9/dead"
     download_data.download(target, [dead, f"{server}/missing", f"{server}/flaky"], pause=0.01)
-    assert target.read_bytes() == BODY and os.listdir(target.parent) == ["input.txt"]
+    assert target.read_bytes() == BODY
+    assert os.listdir(target.parent) == ["input.txt"]
     assert "no connection" in capsys.readouterr().err
     assert Handler.hits == {"missing": 1, "flaky": 2}
     with pytest.raises(download_data.DownloadError, match="no connection.*404"):
         download_data.download(target, [dead, f"{server}/missing"], pause=0.01)
+    assert target.read_bytes() == BODY
 
-def test_the_corpus_is_known_by_its_checksum_and_a_failed_write_leaves_nothing(tmp_path):
-    """The first stated here a second time, so that a slip in either place shows. The destination
-    cannot be replaced, since a folder stands there: no partial file stays."""
+def test_the_corpus_is_known_by_its_size_and_checksum():
+    """Stated here a second time, so that a slip in either place shows."""
     assert download_data.SIZE == 1_115_394
     assert download_data.SHA256 == \
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    """A folder stands where the file should go, so it cannot be put there. No partial file
+    stays."""
     (tmp_path / "input.txt" / "old").mkdir(parents=True)
     with pytest.raises(OSError):
         download_data.put_in_place(b"new", tmp_path / "input.txt")
     assert os.listdir(tmp_path) == ["input.txt"]
 
-def test_import_of_a_copy_has_the_same_checks(server, tmp_path):
-    """From a file or an address; a wrong one, or one without an end, is refused."""
-    copy, target = tmp_path / "copy.txt", tmp_path / "input.txt"
+def test_the_import_of_a_copy_has_the_same_checks(server, tmp_path, monkeypatch):
+    """From a file or an address. A wrong copy, a missing one, a folder, an address that is none and
+    a file without an end are refused, and each error names its source."""
+    monkeypatch.setattr(download_data.time, "sleep", lambda seconds: None)
+    copy = tmp_path / "copy.txt"
+    target = tmp_path / "input.txt"
     copy.write_bytes(BODY)
     for source in (str(copy), f"{server}/good"):
         download_data.import_copy(source, target)
         assert target.read_bytes() == BODY
+        target.write_bytes(b"old")
     copy.write_bytes(BODY[:-1])
-    endless = ["/dev/zero"] if os.path.exists("/dev/zero") else []
-    for source in (str(copy), str(tmp_path / "none.txt"), str(tmp_path), "http://[::1", *endless):
+    wrong = [str(copy), str(tmp_path / "none.txt"), str(tmp_path), "http://[::1"]
+    if os.path.exists("/dev/zero"):
+        wrong.append("/dev/zero")
+    for source in wrong:
         with pytest.raises(download_data.DownloadError, match=re.escape(source[-4:])):
             download_data.import_copy(source, target)
-    assert target.read_bytes() == BODY
+    assert target.read_bytes() == b"old"
 
 def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monkeypatch):
-    """The same function, the same place; the second time the file is simply used."""
-    monkeypatch.setattr(minigpt, "__file__", str(tmp_path / "minigpt.py"))
+    """If that fails, it takes the sample, with a warning that cannot be overlooked. If the corpus
+    is there, it is used without asking again."""
+    monkeypatch.setattr(minigpt, "PROGRAM", tmp_path / "minigpt.py")
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/missing"])
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "sample.txt").write_text("THE")
-    assert minigpt.read_corpus("")[:2] == (tmp_path / "data" / "sample.txt", "THE")
+    sample = tmp_path / "data" / "sample.txt"
+    sample.parent.mkdir()
+    sample.write_text("THE")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        source = minigpt.read_corpus("")
+    assert (source.path, source.text) == (sample, "THE")
+    assert "could not be downloaded" in said.getvalue() and "--data" in said.getvalue()
     monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
     for _ in range(2):
-        path, _, _ = minigpt.read_corpus("")
-        assert path == tmp_path / "data" / "input.txt" and path.read_bytes() == BODY
+        source = minigpt.read_corpus("")
+        assert source.path == tmp_path / "data" / "input.txt"
+        assert source.path.read_bytes() == BODY
     assert Handler.hits["good"] == 1
 
-# ---- Weights & Biases ----------------------------------------------------------------------------
-@pytest.fixture
-def no_wandb_account(monkeypatch, tmp_path):
-    """A user who is not logged in, whatever this machine knows."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
+# ---- Whole runs, through the real entry point ----------------------------------------------------
+@pytest.mark.parametrize("name", minigpt.PRESETS)
+def test_every_preset_trains_and_writes(tmp_path, name):
+    """One real step of each. Those that are too large for a test are made smaller; their other
+    settings must arrive in the run. Fails if two settings of a preset do not fit together."""
+    small = {"max_steps": 1, "eval_batches": 1, "batch_size": 2}
+    if name in ("gpt", "gpt2", "modern"):
+        small |= {"n_layer": 1, "n_embd": 96, "block_size": 64}
+    flags = [f"--{setting}={value}" for setting, value in small.items()]
+    err = succeed("--mode", "train", "--preset", name, "--data", SHORT, "--out_dir", tmp_path,
+                  "--sample_tokens", "3", *flags)
+    assert f"preset {name} (as asked)" in err
+    state = load_checkpoint(tmp_path / "latest.pt")
+    preset = minigpt.PRESETS[name]
+    for stored, wanted in ((state["model_config"], preset.model),
+                           (state["train_config"], preset.training)):
+        for setting, value in wanted.items():
+            assert stored[setting] == small.get(setting, value)
+    code, out, err = run_main("--mode", "generate", "--out_dir", tmp_path, "--max_tokens", "5",
+                              "--prompt", "THE")
+    assert code == 0 and out.startswith("THE"), err
+
+SMALL_TEXT = ["--mode", "train", "--preset", "bigram", "--data", str(SHORT), "--batch_size", "4",
+              "--eval_batches", "1", "--sample_tokens", "0", "--no_wandb"]
+
+@pytest.mark.parametrize("typed, steps", [
+    ([], 253), (["--max_steps", "254"], 254)])
+def test_a_run_on_a_small_text_ends_with_its_schedule_complete(tmp_path, typed, steps):
+    """After six passes over the text, so that the model does not memorize it: 6 * 10,800 // (4 *
+    64) = 253 steps. The learning rate ends at its floor. Steps that were typed are not changed.
+    Fails if the run is cut off in the middle of its schedule."""
+    assert int(0.9 * len(SHORT.read_text(encoding="utf-8"))) == 10_800
+    succeed(*SMALL_TEXT, "--out_dir", tmp_path, *typed)
+    state = load_checkpoint(tmp_path / "latest.pt")
+    assert state["train_config"]["max_steps"] == state["step"] == steps
+    config = RunConfig(**state["train_config"])
+    last = [r["lr"] for r in metrics_of(tmp_path) if "lr" in r][-1]
+    assert last == get_lr(steps - 1, config) < 1.01 * config.min_lr
+
+def limited(typed=None, dropout=0.0, **settings):
+    """The settings of a run on 1,000 tokens, with 80 tokens in a step: 75 steps are six passes."""
+    config = RunConfig(batch_size=2, grad_accum=5, **settings)
+    corpus = Corpus(torch.zeros(1000), torch.zeros(100), 100)
+    sizes = small_config(dropout=dropout)
+    return minigpt.limit_steps(config, sizes, corpus, settings if typed is None else typed)
+
+def test_a_warm_up_that_is_longer_than_a_small_text_allows_is_shortened():
+    """100 steps of warm-up, as by default, would not end in 75 steps, and the rate would never
+    reach its peak nor its floor. A warm-up that was typed is left alone, and so are the steps
+    with dropout, which keeps a model from memorizing."""
+    config = limited(typed={})
+    assert (config.max_steps, config.warmup_steps) == (75, 18)
+    rates = [get_lr(step, config) for step in range(76)]
+    assert max(rates) == pytest.approx(config.learning_rate)
+    assert rates[-1] == config.min_lr
+    assert limited(typed={}, warmup_steps=7).warmup_steps == 7
+    assert limited(warmup_steps=70).warmup_steps == 70
+    assert limited(max_steps=2000).max_steps == 2000
+    assert limited(typed={}, dropout=0.1).max_steps == RunConfig.max_steps
+    assert limited(typed={}, max_steps=74, warmup_steps=60).warmup_steps == 60
+
+def test_bpe_run_evaluates_and_writes(tmp_path):
+    """The tokenizer travels in the checkpoint, and was learned from the training part alone. Bits
+    per character count characters, not tokens, and the prompt may hold characters that the corpus
+    does not have."""
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
+    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
+    tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
+                          for unit in ("tokens", "nats", "bits"))
+    text = SHORT.read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    assert tokens < 0.8 * (len(text) - cut)
+    assert bits == pytest.approx(nats / math.log(2) * (tokens + 1) / (len(text) - cut), rel=1e-3)
+    code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--prompt", "Ünïcødé")
+    assert code == 0 and out.startswith("Ünïcødé")
+    _, tokenizer = model_of(tmp_path / "best.pt")
+    assert tokenizer.state == BPETokenizer.train(text[:cut], 300).state
+
+def test_a_run_writes_what_it_promises(tiny_run):
+    """Checkpoints that are named after completed steps, metrics, and the settings. Nothing else."""
+    folder, err = tiny_run
+    assert {path.name for path in folder.iterdir()} - {"loss.png"} == {
+        "best.pt", "latest.pt", "step_000002.pt", "step_000004.pt", "step_000006.pt",
+        "metrics.jsonl", "config.json"}
+    for name, step in (("latest", 6), ("step_000002", 2), ("step_000004", 4)):
+        assert step_of(folder / f"{name}.pt") == step
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["training"]["max_steps"] == 6 and config["model"]["n_embd"] == 16
+    assert [step for step, *_ in step_losses(folder)] == [1, 2, 3, 4, 5, 6]
+    assert evaluated(folder) == [0, 3, 6]
+    assert "full_val_loss" in metrics_of(folder)[-1]
+    assert err.count("    | ") >= 3  # a sample at each evaluation
+    assert set(load_checkpoint(folder / "best.pt")) == {
+        "format", "model", "optimizer", "step", "best_val", "best_step", "tokenizer",
+        "model_config", "train_config", "seconds", "corpus", "torch"}
+
+def test_what_a_run_says_of_itself_is_right(tiny_run):
+    """The number of tokens and of parameters, the best step, and the units of the score."""
+    folder, err = tiny_run
+    text = SHORT.read_text(encoding="utf-8")
+    state = load_checkpoint(folder / "best.pt")
+    cut = int(0.9 * len(text))
+    assert f"{cut:,} training and {len(text) - cut:,} validation tokens" in err
+    model, tokenizer = model_of(folder / "latest.pt")
+    n = sum(p.numel() for p in model.parameters())
+    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads, processes: 1" in err
+    assert f"vocabulary {tokenizer.vocab_size}\n" in err
+    assert tokenizer.vocab_size == len(set(text))
+    said = f"best model, of step {state['step']}: {folder / 'best.pt'}"
+    assert last_line(err).startswith("trained to step 6 in ") and said in last_line(err)
+    assert metrics_of(folder)[-1]["best_step"] == state["step"] == state["best_step"]
+    nats, perplexity, bits = map(float, re.search(
+        r": ([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits", score(err)).groups())
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-3)  # a token is a character here
+
+def clock_of_steps(monkeypatch):
+    """A clock that moves only half a second in each step, and 100 seconds in each evaluation."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def slow(*arguments):
+            result = function(*arguments)
+            now[0] += seconds
+            return result
+        return slow
+
+    monkeypatch.setattr(minigpt.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(minigpt, "train_step", taking(0.5, minigpt.train_step))
+    monkeypatch.setattr(minigpt, "estimate_loss", taking(100.0, minigpt.estimate_loss))
+
+def test_rates_and_times_are_those_of_the_clock(tmp_path, monkeypatch):
+    """The rate is that of training alone, also where a report spans several steps or comes after an
+    evaluation. The time is that of everything, also over a resume. The time that is left follows
+    from what the run took so far."""
+    clock_of_steps(monkeypatch)
+    err = train_tiny(tmp_path, "--log_interval", "2", "--max_steps", "4", "--eval_interval", "1")
+    rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
+    assert rates == [4 * 2 * 16 * 2] * 2  # 4 * 2 windows of 16 tokens a step, two steps a second
+    # After two steps and the evaluations of steps 0 and 1, half of the run is done.
+    assert "step 2/4" in err and "| 256 tokens/s | 0:03:21 left" in err
+    assert "to step 4 in 0:08:22;" in err
+    assert metrics_of(tmp_path)[-1]["seconds"] == 502.0
+    err = resume_tiny(tmp_path, "--max_steps", "6", "--eval_interval", "6")
+    assert "to step 6 in 0:10:03;" in err and "| 256 tokens/s | 0:00:00 left" in err
+
+def test_the_rate_counts_the_tokens_of_short_windows(tmp_path, monkeypatch):
+    """In the first half of these steps, 3 windows of 5 tokens stand for one of 16, so a step has
+    2 * 4 * 3 * 5 = 120 tokens and not 128."""
+    clock_of_steps(monkeypatch)
+    train_tiny(tmp_path, "--short_block", "5", "--short_share", "0.5")
+    rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
+    assert rates == [240, 240, 240, 256, 256, 256]
+
+def test_the_score_is_that_of_the_best_model(tiny_run):
+    """The same from the run, from --mode eval and from evaluate, and it is recorded."""
+    folder, err = tiny_run
+    code, out, _ = run_main("--mode", "eval", "--out_dir", folder)
+    assert code == 0 and out.strip() == score(err)
+    model, tokenizer = model_of(folder / "best.pt")
+    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
+    nats = minigpt.evaluate(model, corpus.val)
+    assert f"{nats:.4f} nats" in out
+    assert metrics_of(folder)[-1]["full_val_loss"] == pytest.approx(nats, rel=1e-6)
+
+def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
+    """It was named by a relative path, and is found from another folder. Another text is scored
+    with a note, since its figure cannot be compared."""
+    text = SHORT.read_text(encoding="utf-8").upper()
+    (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    err = train_tiny("out", "--data", "mine.txt")
+    monkeypatch.chdir(HERE)
+    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out")
+    assert code == 0 and out.strip() == score(err) and "note" not in said
+    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out", "--data",
+                               tmp_path / "other.txt")
+    assert code == 0 and "note: " in said and "other.txt is not the text" in said
+
+def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
+    """Computed again from the seeds alone, with dropout: the loss of the third step is the mean
+    over both micro-batches, not that of the last one. Fails if the typed dropout does not reach the
+    model, or if the seeds or the windows are others."""
+    model, tokenizer = model_of(tiny_run[0] / "step_000002.pt")
+    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
+    torch.manual_seed(random.Random("1337 2").getrandbits(32))
+    offset = random.Random("1337 -1 True").getrandbits(32) / 2**32  # of the short windows
+    numbers = torch.arange(16, 24).double()  # of the windows: each step has 8
+    shares = (numbers * (5**0.5 - 1) / 2 + offset) % 1
+    losses = []
+    for starts in (shares * (len(corpus.train) - 16)).long().split(4):
+        windows = torch.stack([corpus.train[i : i + 17].long() for i in starts.tolist()])
+        losses.append(model.train()(*pair(windows))[1].item())
+    third = step_losses(tiny_run[0])[2][1]
+    assert model.drop.p == 0.1
+    assert third == pytest.approx(sum(losses) / 2, abs=1e-6)
+    assert third != pytest.approx(losses[1], abs=1e-6)
+
+def test_typed_settings_reach_the_optimizer_and_the_schedule(tmp_path):
+    """What the optimizer used, as saved and logged: step n is taken with get_lr(n - 1). Fails if
+    the rate is set late, early or never, or if a setting stops on its way."""
+    train_tiny(tmp_path, "--optimizer", "muon", "--beta1", "0.71", "--beta2", "0.83", "--momentum",
+               "0.6", "--weight_decay", "0.37", "--learning_rate", "0.01", "--min_lr", "0.002",
+               "--schedule", "cosine", "--warmup_steps", "1", "--grad_clip", "1e-3")
+    assert all(norm > 0.01 for *_, norm in step_losses(tmp_path))  # as it was before clipping
+    state = load_checkpoint(tmp_path / "latest.pt")
+    config = RunConfig(**state["train_config"])
+    groups = state["optimizer"]["param_groups"]
+    assert {tuple(group["betas"]) for group in groups} == {(0.71, 0.83)}
+    assert {group["momentum"] for group in groups if "parts" in group} == {0.6}
+    assert {group["weight_decay"] for group in groups} == {0.37, 0.0}
+    assert {group["lr"] for group in groups} == {get_lr(5, config)}
+    used = [r["lr"] for r in metrics_of(tmp_path) if "lr" in r]
+    assert used == [get_lr(step, config) for step in range(6)]
+    assert used[0] == pytest.approx(0.005) and used[1] == 0.01  # one step of warm-up
+
+def test_watching_changes_nothing(tiny_run, tmp_path):
+    """Evaluating, sampling, logging and saving more or less often give the same weights. Fails if
+    one of them draws from the random numbers of training, or leaves the model in another mode."""
+    train_tiny(tmp_path, "--eval_interval", "1", "--eval_batches", "1", "--sample_tokens", "5",
+               "--log_interval", "4", "--checkpoint_interval", "0")
+    assert_same_run(tiny_run[0] / "latest.pt", tmp_path / "latest.pt")
+
+@pytest.mark.parametrize("flag, value, at", [("--checkpoint_interval", 2, 2),
+                                             ("--log_interval", 1, 2), ("--eval_interval", 1, 1)])
+def test_a_run_that_diverges_ends_and_spares_its_checkpoints(tmp_path, flag, value, at):
+    """A learning rate of 1e30 blows up at once, whether a save, a report or an evaluation meets it
+    first. There is one error line, and the files are those of step 0, whose weights are numbers."""
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
+                            "100", "--learning_rate", "1e30", flag, value)
+    assert code == 2 and f"error: the run has diverged at step {at};" in last_line(err)
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["best.pt", "latest.pt"]
+    for name in ("best.pt", "latest.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert state["step"] == 0
+        assert all(v.isfinite().all() for v in state["model"].values())
+
+def test_a_signal_after_divergence_saves_no_useless_weights(tmp_path, monkeypatch, guarded):
+    """The save that a signal asks for must not put weights that are no numbers in place of good
+    ones."""
+    before_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--grad_clip", "0", "--log_interval",
+                            "100", "--learning_rate", "1e30", "--eval_interval", "100")
+    assert code == 2 and "diverged at step 3" in last_line(err)
+    assert step_of(tmp_path / "latest.pt") == 0
+
+def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatch):
+    """On a terminal, in training and in --mode eval. In a file, there would be heaps of it."""
+    commands = (TRAIN + ["--out_dir", tmp_path], ["--mode", "eval", "--out_dir", tiny_run[0]])
+    for command in commands:
+        assert "evaluating" not in run_main(*command)[2]
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    monkeypatch.setattr(io, "StringIO", terminal)
+    shutil.rmtree(tmp_path)
+    for command in commands:
+        shares = re.findall(r"\revaluating: (\d+)%(\n?)", run_main(*command)[2])
+        assert len(shares) > 3 and shares[-1] == ("100", "\n") and ("43", "") in shares
 
 @pytest.mark.slow
-def test_wandb_logs_offline_and_not_without_an_account(tmp_path, no_wandb_account, monkeypatch):
-    """The real package, offline: a run's records are on disk. Without an account, or with
-    --no_wandb, it is not even started; and there is never a question."""
-    wandb = pytest.importorskip("wandb")
-    for name, flags in (("quiet", []), ("off", ["--no_wandb"]), ("on", [])):
-        if name != "quiet":
-            monkeypatch.setenv("WANDB_MODE", "offline")
-        train_tiny(tmp_path / name, "--max_steps", "2", *flags)
-        files = list((tmp_path / name).glob("wandb/offline-run-*/*.wandb"))
-        assert len(files) == (name == "on")
-    wandb.teardown()  # and its process, so that all is on disk
-    assert b"tokens_per_second" in files[0].read_bytes()
-    assert_same_run(tmp_path / "on" / "latest.pt", tmp_path / "off" / "latest.pt")
+def test_a_real_run_learns(tmp_path):
+    """2.33 to 2.35 nats with three seeds; with a tenth of the learning rate 2.56, and with ten
+    times as much 2.78. Fails if anything on the way from the text to the weights is only nearly
+    right."""
+    err = succeed("--mode", "train", "--preset", "plain", "--max_steps", "150", "--warmup_steps",
+                  "10", "--data", SAMPLE, "--dtype", "float32", "--eval_interval", "150",
+                  "--eval_batches", "2", "--checkpoint_interval", "0", "--out_dir", tmp_path)
+    assert 2.0 < float(re.search(r"([\d.]+) nats", score(err))[1]) < 2.4
 
-# ---- Several processes ---------------------------------------------------------------------------
-def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
-    """n processes on this machine; one thread each, so that sums are added up in one order."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", *options,
-               script, *argv]
-    process = subprocess.Popen([str(a) for a in command], stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", stdout=subprocess.PIPE,
-                               env={**os.environ, "OMP_NUM_THREADS": "1",
-                                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    watchdog = threading.Timer(100, process.terminate)  # should they wait for each other for ever
-    watchdog.daemon = True
-    watchdog.start()
-    if not wait:
-        return process
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+# ---- Resuming a run ------------------------------------------------------------------------------
+@pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
+def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
+    """k steps, --resume and the rest give bit-identical weights, optimizer and losses, with dropout
+    and accumulation. k = 3 is right after an evaluation. Fails if a random number depends on more
+    than seed and step, if the optimizer, the step or the best is not restored, or if an evaluation
+    is repeated. The folder has only what was there after k steps."""
+    whole = tmp_path / "whole"
+    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
+               tokenizer, *size)
+    for k, best in ((2, None), (3, 3)):
+        parts = tmp_path / f"parts{k}"
+        parts.mkdir()
+        shutil.copy(whole / "metrics.jsonl", parts / "metrics.jsonl")
+        shutil.copy(whole / f"step_{k:06d}.pt", parts / "latest.pt")
+        if best is None:  # the best model after two steps is that of step 0
+            best_of_start(tmp_path, optimizer, tokenizer, size, parts / "best.pt")
+        else:
+            shutil.copy(whole / f"step_{best:06d}.pt", parts / "best.pt")
+        assert re.search(rf"^resuming.* at step {k}$", resume_tiny(parts), re.M)
+        assert step_losses(whole) == step_losses(parts) and len(step_losses(parts)) == 6
+        assert_same_run(whole / "latest.pt", parts / "latest.pt",
+                        "model", "optimizer", "step", "best_val", "best_step", "tokenizer")
+        assert_same_run(whole / "best.pt", parts / "best.pt")
+        assert evaluated(parts) == [0, 3, 6]
+        assert kinds_and_steps(parts) == kinds_and_steps(whole)
 
-def workers_of(torchrun):
-    """The process ids of the processes that it started, in the order of their ranks."""
-    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid)], text=True, capture_output=True)
-    return sorted(map(int, listed.stdout.split()))
+def best_of_start(folder, optimizer, tokenizer, size, target):
+    """Writes the best.pt that a run has after its evaluation of step 0."""
+    start = folder / "start"
+    code, _, err = run_main(*TRAIN, "--out_dir", start, "--optimizer", optimizer, "--tokenizer",
+                            tokenizer, *size, "--grad_clip", "0", "--learning_rate", "1e30")
+    assert code == 2 and "diverged" in err  # no later evaluation could replace it
+    shutil.copy(start / "best.pt", target)
 
-TWO_STEPS = """
-import itertools
-import sys
-import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from minigpt import *
-config = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
-model, tokens = new_model(config, 0).double(), torch.arange(500) % 11
-settings = TrainConfig(batch_size=4, grad_accum=3, grad_clip=0.0, dtype="float32")
-run = FullRun(model, None, Corpus(tokens, tokens, 500), settings, ".", torch.device("cpu"), {})
-calls, grads, dice, losses = [], [], [], []
-if run.processes > 1:
-    run.runner.register_comm_hook(None, lambda state, bucket: (calls.append(1), allreduce_hook(
-        torch.distributed.group.WORLD, bucket))[1])
-run.optimizer.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone()
-                                                             for p in model.parameters()))
-for run.step in range(2):
-    batches = run.batches()
-    first = next(batches)
-    dice.append(torch.initial_seed())
-    loss, norm = train_step(run.runner, run.optimizer, itertools.chain([first], batches), settings)
-    losses += [sum(gather(loss.item())) / run.processes, norm.item()]
-torch.save({"grads": grads, "losses": losses, "calls": len(calls), "dice": dice,
-            "weights": model.state_dict()}, f"{sys.argv[1]}.{run.rank}")
-os._exit(0)  # PyTorch's own threads may abort a plain exit
-"""
+def test_a_resumed_run_with_a_later_best_model_is_the_run_it_would_have_been(tmp_path):
+    """An older snapshot is copied to latest.pt, and best.pt is of a later step. The run comes to
+    that step again, and what it says of its best model is what best.pt holds."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    end = load_checkpoint(tmp_path / "latest.pt")
+    best = (tmp_path / "best.pt").read_bytes()
+    assert end["best_step"] == 6
+    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
+    err = resume_tiny(tmp_path)
+    again = load_checkpoint(tmp_path / "latest.pt")
+    assert_same(again["model"], end["model"])
+    assert (tmp_path / "best.pt").read_bytes() == best
+    assert again["best_val"] == end["best_val"]
+    assert "the best model, of step 6: " in last_line(err)  # needs fix 1
+    assert again["best_step"] == metrics_of(tmp_path)[-1]["best_step"] == 6
 
-@pytest.mark.slow
-def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    """In float64 (but for the loss), over two steps of three micro-steps: the second step shows
-    that the weights stayed alike. Gradients travel once in a step, not once in each micro-step.
-    Fails if rows are shared wrongly, or sums are taken for means. The dice of dropout are others in
-    each process and step."""
-    (script := tmp_path / "two_steps.py").write_text(TWO_STEPS, encoding="utf-8")
-    done = run_command(tmp_path / "1", script=script, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    code, _, err = run_torchrun(2, tmp_path / "2", script=script)
-    assert code == 0, err
-    one, *two = (torch.load(tmp_path / name) for name in ("1.0", "2.0", "2.1"))
-    for of_rank in two:
-        for name, tolerance in (("grads", 1e-7), ("losses", 1e-6), ("weights", 1e-7)):
-            torch.testing.assert_close(of_rank[name], one[name], rtol=tolerance, atol=tolerance)
-        assert of_rank["calls"] == 2
-    assert two[0]["dice"] == one["dice"] and len({*two[0]["dice"], *two[1]["dice"]}) == 4
+def test_best_is_only_replaced_by_a_better_model(tmp_path):
+    """An older snapshot is copied to latest.pt, whose best model so far is that of step 0. Step 3
+    is better than that, but worse than what best.pt holds, so best.pt stays as it is, and the final
+    score is its. Fails if the snapshot's own record decides."""
+    train_tiny(tmp_path, "--checkpoint_interval", "2")
+    best = (tmp_path / "best.pt").read_bytes()
+    first = {r["step"]: r["val_loss"] for r in metrics_of(tmp_path) if "val_loss" in r}
+    assert load_checkpoint(tmp_path / "step_000002.pt")["best_step"] == 0
+    assert first[6] < first[3] < first[0]
+    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
+    err = resume_tiny(tmp_path, "--max_steps", "3")
+    assert (tmp_path / "best.pt").read_bytes() == best
+    assert "(best so far)" not in err
+    _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
+    assert out.strip() == score(err)
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_is_the_run_of_one(tmp_path):
-    """The same losses, up to rounding; one of them prints and writes."""
-    exact = [*TRAIN, "--dropout", "0", "--max_steps", "40"]
-    code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
-    assert code == 0 and out == "" and err.count("full validation split") == 1, err
-    assert "processes: 2" in err and "Traceback" not in err and "warning" not in err.lower()
-    train_tiny(tmp_path / "one", *exact)
-    one, two = (set(os.listdir(tmp_path / name)) for name in ("one", "two"))
-    assert one == two - {"loss.png"}
-    for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
-        for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-2)
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_crash_between_latest_and_best_costs_nothing(tmp_path, tiny_run, monkeypatch, step):
+    """The evaluation of that step found the best model so far. latest.pt was written, and the run
+    was killed before best.pt was. On --resume, best.pt is written again from latest.pt, without
+    another evaluation, and the run ends like one that was not killed."""
+    original = minigpt.save_checkpoint
 
-@pytest.mark.slow
-def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
-    """Of all processes, which torchrun ends as soon as the first one fails: at least one line says
-    what it is."""
-    for argv, named in ((["--batch_size", "3"], "--batch_size 3: not for 2 processes"),
-                        (["--mode", "eval"], "--mode eval: runs in one process")):
-        code, out, err = run_torchrun(2, *TRAIN, *argv, "--out_dir", tmp_path / "out")
-        assert code != 0 and re.search(f"^error: .*{named}", err, re.M) and out == "", err
-        assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+    def killed(path, state):
+        if path.name == "best.pt" and state["step"] == step:
+            raise Killed
+        original(path, state)
 
-@pytest.mark.slow
-@POSIX
-def test_processes_that_are_stopped_go_on_exactly(tmp_path):
-    """With dropout, whose dice differ between the processes. The signal goes to the second process
-    alone: they agree on the step after which they stop. And a killed one is started again by
-    torchrun --max_restarts, with --resume from the beginning. The result is that of peace."""
-    argv = [*TRAIN, "--max_steps", "40", "--eval_interval", "5", "--dropout", "0.2", "--resume"]
-    assert run_torchrun(2, *argv, "--out_dir", tmp_path / "whole")[0] == 0
-    for step, number in ((5, signal.SIGTERM), (22, signal.SIGKILL)):
-        process = run_torchrun(2, *argv, "--out_dir", tmp_path / "parts", wait=False,
-                               options=["--max_restarts=1"] * (number == signal.SIGKILL))
-        lines, sent = [], False
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(f"step {step}/") and not sent:
-                os.kill(workers_of(process)[1], number)
-                sent = True
-        code, text = process.wait(60), "".join(lines)
-        if number == signal.SIGTERM:
-            assert code != 0 and "saved; go on with --resume\n" in lines, text
-            assert step <= step_of(tmp_path / "parts" / "latest.pt") < 22
-    assert sent and code == 0 and len(re.findall("^resuming", text, re.M)) == 2, text
-    assert_same_run(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
-    assert step_losses(tmp_path / "whole") == step_losses(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(minigpt, "save_checkpoint", killed)
+        with pytest.raises(Killed):
+            run_main(*TRAIN, "--out_dir", tmp_path, "--checkpoint_interval", "2")
+    assert step_of(tmp_path / "latest.pt") == step
+    before_step(monkeypatch, 1, kill)
+    if step < 6:
+        with pytest.raises(Killed):  # as soon as it trains, the run is killed once more
+            run_main(*RESUME, tmp_path)
+    else:
+        assert score(resume_tiny(tmp_path)) == score(tiny_run[1])
+    assert step_of(tmp_path / "best.pt") == step
+    assert_same_run(tmp_path / "latest.pt", tmp_path / "best.pt")
+    resume_tiny(tmp_path)
+    assert_same_run(tmp_path / "latest.pt", tiny_run[0] / "latest.pt",
+                    "model", "optimizer", "step", "best_val", "best_step")
+    assert_same_run(tmp_path / "best.pt", tiny_run[0] / "best.pt")
+    assert evaluated(tmp_path) == [0, 3, 6]
 
-# ---- The laboratory ------------------------------------------------------------------------------
+def test_a_copied_checkpoint_continues_in_another_folder(tmp_path, tiny_run):
+    """A step_*.pt, copied to be the latest.pt of a folder that has no best.pt. If the snapshot is
+    the best model itself, it becomes best.pt. Otherwise the search for the best begins anew, with
+    the snapshot. The weights become what they would have been."""
+    folder = tiny_run[0]
+    end = load_checkpoint(folder / "latest.pt")
+    for name, step in (("b", 6), ("c", 2)):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / f"step_{step:06d}.pt", tmp_path / name / "latest.pt")
+        resume_tiny(tmp_path / name)
+        assert_same(load_checkpoint(tmp_path / name / "latest.pt")["model"], end["model"])
+        assert step_of(tmp_path / name / "best.pt") == end["best_step"]
+    assert evaluated(tmp_path / "c") == [2, 3, 6]
+
+def test_resume_where_nothing_was_saved_begins_a_new_run(tmp_path, tiny_run):
+    """So that one command line serves for both, as under torchrun --max_restarts."""
+    latest = tmp_path / "a" / "latest.pt"
+    err = train_tiny(tmp_path / "a", "--resume")
+    assert f"--resume: there is no {latest} yet, so a new run begins" in err
+    assert_same_run(latest, tiny_run[0] / "latest.pt")
+    assert "a new run" not in train_tiny(tmp_path / "a", "--resume", "--max_steps", "7")
+    assert step_of(latest) == 7
+
+@pytest.mark.parametrize("name", ["best.pt", "step_000002.pt"])
+def test_resume_without_latest_is_refused_where_another_checkpoint_is(tmp_path, tiny_run, name):
+    """latest.pt was lost or renamed. A new run would overwrite what is left of the old one, so
+    nothing is written. The cure in the message works."""
+    shutil.copy(tiny_run[0] / name, tmp_path / name)
+    shutil.copy(tiny_run[0] / "metrics.jsonl", tmp_path / "metrics.jsonl")
+    before = contents(tmp_path)
+    for argv in ([*TRAIN, "--resume", "--out_dir", tmp_path], [*RESUME, tmp_path]):
+        code, _, err = run_main(*argv)
+        assert code == 2 and "has no latest.pt to resume from" in last_line(err)
+        assert name in last_line(err)
+        assert contents(tmp_path) == before
+    shutil.copy(tmp_path / name, tmp_path / "latest.pt")
+    resume_tiny(tmp_path)
+    assert_same(load_checkpoint(tmp_path / "latest.pt")["model"],
+                load_checkpoint(tiny_run[0] / "latest.pt")["model"])
+
+def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
+    """max_steps may change. What gives the earlier steps their meaning may not: the refusal names
+    both values and leaves the files alone. A value that is typed again is no change."""
+    train_tiny(tmp_path)
+    before = contents(tmp_path)
+    for flag, new, old in (("n_embd", 32, 16), ("batch_size", 8, 4), ("grad_accum", 4, 2),
+                           ("preset", "mini", "laptop"), ("seed", 3, 1337), ("dropout", 0.2, 0.1),
+                           ("sampling", "random", "even"), ("learning_rate", 0.5, 0.007)):
+        code, _, err = run_main(*RESUME, tmp_path, f"--{flag}", new)
+        assert code == 2 and last_line(err).startswith(f"error: --{flag} {new}: cannot change")
+        assert f"the run has {old};" in last_line(err)
+    assert contents(tmp_path) == before
+    resume_tiny(tmp_path, "--max_steps", "8", "--preset", "auto", "--n_embd", "16")
+    assert step_of(tmp_path / "latest.pt") == 8
+    assert evaluated(tmp_path) == [0, 3, 6, 8]
+    assert "full_val_loss" in metrics_of(tmp_path)[-1]
+
+def test_another_corpus_is_refused_on_resume(tmp_path):
+    """Typed, or changed in its place: the same characters in another order are another text."""
+    mine = tmp_path / "mine.txt"
+    text = SHORT.read_text(encoding="utf-8")
+    mine.write_text(text, encoding="utf-8")
+    train_tiny(tmp_path / "out", "--data", mine, "--max_steps", "1")
+    mine.write_text(text[::-1], encoding="utf-8")
+    before = contents(tmp_path)
+    for argv in ([], ["--data", mine], ["--data", SAMPLE]):
+        code, _, err = run_main(*RESUME, tmp_path / "out", *argv)
+        assert code == 2 and re.match("error: --data .*: this is not the text", last_line(err))
+    assert contents(tmp_path) == before
+    mine.rename(tmp_path / "moved.txt").write_text(text, encoding="utf-8")
+    resume_tiny(tmp_path / "out", "--data", tmp_path / "moved.txt", "--max_steps", "2")
+    assert step_of(tmp_path / "out" / "latest.pt") == 2
+
+def test_what_may_change_on_resume_does(tmp_path):
+    """The format, the reports and the patience are those that were typed last. The README lists
+    all that may change."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"`--resume` may change\*\*(.*?), the device", readme, re.S)[1]
+    assert set(re.findall(r"`(\w+)`", listed)) == minigpt.MAY_CHANGE
+    train_tiny(tmp_path, "--max_steps", "2")
+    err = resume_tiny(tmp_path, "--dtype", "bfloat16", "--max_steps", "7", "--eval_interval", "1",
+                      "--sample_tokens", "0", "--log_interval", "3", "--checkpoint_interval", "3",
+                      "--patience", "4", "--no_wandb")
+    assert "cpu, bfloat16" in err and "    | " not in err
+    assert (tmp_path / "step_000003.pt").exists()
+    assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 6, 7]
+    config = load_checkpoint(tmp_path / "latest.pt")["train_config"]
+    assert (config["dtype"], config["patience"], config["wandb"]) == ("bfloat16", 4, False)
+
+@pytest.mark.parametrize("name", ["best.pt", "latest.pt", "step_1000000.pt", "config.json",
+                                  "metrics.jsonl"])
+def test_a_new_run_overwrites_nothing(tmp_path, name):
+    """A forgotten --resume must not cost a night's work, nor a file of that name that is not
+    ours."""
+    (tmp_path / name).write_text("mine")
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
+    assert code == 2 and f"has a {name} already; add --resume" in last_line(err)
+    assert (tmp_path / name).read_text() == "mine"
+    assert len(os.listdir(tmp_path)) == 1
+
+def test_training_leaves_the_users_files_alone(tmp_path):
+    """Files in out_dir that are not a run's are neither deleted nor moved nor changed, by a new run
+    or one that continues: not the corpus, and not files with names like ours."""
+    corpus = tmp_path / "corpus.txt"
+    shutil.copy(SHORT, corpus)
+    for name in ("tokens_train.bin", "tokens_val_0123456789ab.bin", "notes.txt", "best_000003.pt",
+                 "my_best.pt", "step_2.pt", "latest.pt.bak", "x.partial", "sub/best.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    mine = {path: (data, path.stat().st_mtime_ns) for path, data in contents(tmp_path).items()}
+    train_tiny(tmp_path, "--data", corpus, "--max_steps", "1")
+    resume_tiny(tmp_path, "--max_steps", "2")
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in mine} == mine
+
+# ---- Part IV: comparing variations ---------------------------------------------------------------
+# Reading the comments of the settings from the source takes 0.7 s, and every command does it.
+minigpt.comments = functools.cache(minigpt.comments)
+
 def ablate_tiny(out_dir, *argv):
-    """The table's cells, and what was printed beside."""
+    """The cells of the table that an ablation prints, and what it wrote to stderr."""
     code, out, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", out_dir, *argv)
     assert code == 0, err
-    return [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in out.splitlines()[2:]], err
+    lines = out.splitlines()
+    assert lines[0] == "| variant | nats/token | bits/character | seconds | seeds |"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return rows, err
 
-def test_an_ablation_is_the_runs_it_stands_for(tmp_path, pictures):
-    """The table's figures are those of plain training runs with the same flags and seeds, in the
-    units that it names; the curves are drawn."""
+def test_an_ablation_is_the_runs_that_it_stands_for(tmp_path):
+    """Each figure of the table is the mean and the standard deviation of plain training runs with
+    the same flags and seeds, in the unit of its column. Would fail if a variant lost a flag, if
+    seeds were counted from another start, or if nats and bits changed places."""
     bpe = ["--tokenizer", "bpe", "--vocab_size", "300"]
-    (first, second), _ = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", *bpe, "--seed", "5")
-    assert first[0] == "pos=learned" and second[0] == "pos=rope" and first[4] == "2 of 2"
+    rows, _ = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", *bpe, "--seed", "5")
+    assert [row[0] for row in rows] == ["pos=learned", "pos=rope"]
+    assert [row[4] for row in rows] == ["2 of 2", "2 of 2"]
     figures = []
     for seed in ("5", "6"):
-        err, folder = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed, *bpe), \
-            tmp_path / "ablate_pos" / f"pos=rope_seed={seed}"
+        err = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed, *bpe)
+        folder = tmp_path / "ablate_pos" / f"pos=rope_seed={seed}"
         assert_same_run(folder / "latest.pt", tmp_path / seed / "latest.pt")
-        figures.append([*map(float, re.search(r"([\d.]+) nats.* ([\d.]+) bits", err).groups()),
-                        metrics_of(folder)[-1]["seconds"]])
-    for cell, a, b in zip(second[1:4], *figures):
+        found = re.search(r"([\d.]+) nats.* ([\d.]+) bits", score(err))
+        figures.append([float(found[1]), float(found[2]), metrics_of(folder)[-1]["seconds"]])
+    for cell, a, b, near in zip(rows[1][1:4], *figures, (2e-4, 2e-4, 0.05), strict=True):
         mean, deviation = (float(x) for x in cell.split(" ± "))
-        assert mean == pytest.approx((a + b) / 2, abs=2e-4)
-        assert deviation == pytest.approx(abs(a - b) / math.sqrt(2), abs=2e-4)
-    if importable("matplotlib"):
-        assert (tmp_path / "ablate_pos" / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert mean == pytest.approx((a + b) / 2, abs=near)
+        assert deviation == pytest.approx(abs(a - b) / math.sqrt(2), abs=near)
 
-def test_an_interrupted_ablation_goes_on_where_it_stopped(tmp_path, pictures):
+def test_an_ablation_draws_its_curves_and_does_not_count_the_time_for_it(tmp_path, pictures):
+    """The seconds of the table are those that the run itself has recorded. Drawing a picture is no
+    part of training, and it would make a short run look slow."""
+    rows, _ = ablate_tiny(tmp_path, "--vary", "pos=learned", "--seeds", "1")
+    folder = tmp_path / "ablate_pos"
+    recorded = metrics_of(folder / "pos=learned_seed=1337")[-1]["seconds"]
+    assert float(rows[0][3]) == pytest.approx(recorded, abs=0.05)  # needs fix 6
+    if importable("matplotlib"):
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+def test_an_interrupted_ablation_continues_where_it_stopped(tmp_path):
     """A finished run is only evaluated again, an unfinished one is resumed, and the table is the
-    same. Other settings are refused: nothing old is taken for the result of something else."""
+    same. Another setting is refused, so that an old run is never taken for the result of something
+    else."""
     command = ["--vary", "n_layer=1,2", "--seeds", "1", "--checkpoint_interval", "2"]
     complete, _ = ablate_tiny(tmp_path, *command)
-    finished, unfinished = (tmp_path / "ablate_n_layer" / f"n_layer={n}_seed=1337" for n in (1, 2))
-    end, before = load_checkpoint(unfinished / "latest.pt"), (finished / "latest.pt").read_bytes()
+    finished = tmp_path / "ablate_n_layer" / "n_layer=1_seed=1337"
+    unfinished = tmp_path / "ablate_n_layer" / "n_layer=2_seed=1337"
+    end = load_checkpoint(unfinished / "latest.pt")
+    before = (finished / "latest.pt").read_bytes()
     shutil.copy(unfinished / "step_000004.pt", unfinished / "latest.pt")
     rows, err = ablate_tiny(tmp_path, *command)
     assert [row[:3] for row in rows] == [row[:3] for row in complete]
     assert (finished / "latest.pt").read_bytes() == before
-    assert "step 5/6" not in err.split("----")[1] and "step 4/6" not in err
+    assert "resuming" in err and "step 4 " not in err.split("at step 4")[1]
     assert_same(load_checkpoint(unfinished / "latest.pt")["model"], end["model"])
-    code, _, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command,
-                            "--batch_size", "2")
-    assert code == 2 and "--batch_size 2: cannot change on --resume" in last_line(err)
+    other = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command,
+                     "--batch_size", "2")
+    check_mistake(*other, ["--batch_size 4", "needs 2", "--out_dir"])
+
+def test_an_ablation_never_reports_the_run_of_another_command(tmp_path):
+    """A folder that holds a run with another max_steps, learning rate or size is refused, in both
+    directions, and nothing in it changes. Otherwise its loss would stand in the table as the result
+    of this command."""
+    command = ["--vary", "activation=gelu", "--seeds", "1"]
+    ablate_tiny(tmp_path, *command)
+    before = contents(tmp_path)
+    for flag, value in (("--max_steps", "3"), ("--max_steps", "9"), ("--learning_rate", "0.01"),
+                        ("--n_embd", "32"), ("--preset", "plain")):
+        argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, flag, value]
+        check_mistake(*run_main(*argv), ["--out_dir", "this command needs"])
+    assert contents(tmp_path) == before
 
 def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
-    """Patience, as in training; a switch is varied by true and false. And a learning rate of 1e30
-    has no score and is a row, not the end."""
-    frozen = ["--learning_rate", "1e-30", "--weight_decay", "0", "--eval_interval", "1"]
-    _, err = ablate_tiny(tmp_path, "--vary", "bias=true,false", "--seeds", "1", *frozen,
-                         "--patience", "2")
+    """Patience works as in training, and a switch is varied by true and false."""
+    _, err = ablate_tiny(tmp_path, "--vary", "bias=true,false", "--seeds", "1", "--learning_rate",
+                         "1e-30", "--weight_decay", "0", "--eval_interval", "1", "--patience", "2")
     assert err.count("trained to step 2 in ") == 2
     for value in (True, False):
         folder = tmp_path / "ablate_bias" / f"bias={str(value).lower()}_seed=1337"
         state = load_checkpoint(folder / "latest.pt")
         assert state["step"] == 2 and state["model_config"]["bias"] == value
-    (bad, good), _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
-                                 "--grad_clip", "0")
+
+def test_a_variant_that_diverges_is_a_row_of_the_table(tmp_path):
+    """One bad learning rate must not end the comparison and lose the others."""
+    rows, _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
+                          "--grad_clip", "0")
+    bad, good = rows
     assert bad == ["learning_rate=1e30", "diverged", "diverged", "diverged", "0 of 1"]
     assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
 
-def test_bench_measures_what_it_prints(tmp_path, monkeypatch):
-    """Parameters and rates are what they say. And nothing is written."""
+def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
+    """On a small text, a run without --max_steps is shortened by its size of batch. In a comparison
+    this would make variants unequal, so the preset's number is used for all."""
+    argv = ["--mode", "ablate", *TRAIN[2:], "--vary", "batch_size=4,16", "--seeds", "1"]
+    at = argv.index("--max_steps")
+    request = minigpt.parse([str(a) for a in argv[:at] + argv[at + 2 :]])
+    seen = {}
+
+    def run_train(request):
+        seen[request.training["batch_size"]] = request.training["max_steps"]
+        return minigpt.Outcome(1.0, 1.0, 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(minigpt, "run_train", run_train)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            minigpt.run_ablate(request)
+    assert seen == dict.fromkeys((4, 16), minigpt.PRESETS["laptop"].training["max_steps"])
+
+# ---- Benchmark -----------------------------------------------------------------------------------
+BENCH = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "32",
+         "--block_size", "16", "--batch_size", "2", "--max_tokens", "5", "--dtype", "float32",
+         "--device", "cpu"]
+
+def bench_rows(out):
+    found = re.findall(r"^\| ([^|]*) \| ([\d,]+) \|$", out, re.M)
+    return {name: float(value.replace(",", "")) for name, value in found}
+
+def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
+    """A measurement must not leave a run behind, which a later --mode train would refuse."""
     monkeypatch.chdir(tmp_path)
-    bench = ["--mode", "bench", "--preset", "laptop", "--n_layer", "1", "--n_embd", "32",
-             "--block_size", "16", "--batch_size", "2", "--max_tokens", "5", "--dtype", "float32"]
-    code, out, err = run_main(*bench, "--bench_seconds=0.01")
+    code, out, err = run_main(*BENCH, "--bench_seconds=0.01")
     assert code == 0 and out.startswith("| laptop: cpu, float32, 1 threads, PyTorch 2"), err
-    rows = {name: float(value.replace(",", "")) for name, value in
-            re.findall(r"^\| ([^|]*) \| ([\d,.e+-]+) \|$", out, re.M)}
-    faults = rows.pop("page faults per step")
-    assert len(rows) == out.count("\n") - 3 == 4 and min(rows.values()) > 0 <= faults < 1000
-    sizes, _ = minigpt.find_settings({"preset": "laptop", "n_layer": 1, "n_embd": 32,
-                                      "block_size": 16, "dtype": "float32"}, torch.device("cpu"))
-    model = GPT(GPTConfig(**{**sizes, "vocab_size": 65}))
-    assert rows["parameters"] == minigpt.count_parameters(model)
+    rows = bench_rows(out)
+    if sys.platform == "linux":
+        assert 0 <= rows.pop("page faults per step") < 1000
+    assert set(rows) == {"parameters", "training, tokens/s", "writing, tokens/s",
+                         "writing, without the cache"}
+    sizes = {**minigpt.PRESETS["laptop"].model, "n_layer": 1, "n_embd": 32, "block_size": 16}
+    model = GPT(ModelConfig(65, **sizes))
+    assert rows.pop("parameters") == minigpt.count_parameters(model)
+    assert min(rows.values()) > 0
+    assert os.listdir(tmp_path) == []
+
+def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
+    """If each call took half a second, 2 windows of 16 tokens would be 64 tokens per second, and 5
+    written tokens would be 10 per second. Would fail for a time that is not divided by."""
     timer = types.SimpleNamespace(blocked_autorange=lambda **_: types.SimpleNamespace(median=0.5))
     monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
-    _, out, _ = run_main(*bench)  # were each call half a second: two calls a second
-    assert "training, tokens/s | 64 |" in out and "writing, tokens/s | 10 |" in out
-    assert not os.listdir(tmp_path)
+    rows = bench_rows(run_main(*BENCH)[1])
+    assert rows["training, tokens/s"] == 64
+    assert rows["writing, tokens/s"] == rows["writing, without the cache"] == 10
 
-# ---- Out, and in: against the library itself -----------------------------------------------------
-ROPE = dict(pos="rope", qk_norm=True, bias=False)
+def test_the_benchmark_trains_on_whole_windows():
+    """`laptop` has short windows at first, which are faster: the figure would be too good."""
+    request = minigpt.parse([*BENCH, "--short_block", "4"])
+    with contextlib.redirect_stderr(io.StringIO()):
+        batches = list(minigpt.Bench(request).run.batches())
+    assert [x.shape for x, _ in batches] == [(2, 16)]
+
+def test_the_benchmark_compares_the_reader_of_the_model_with_the_plain_one(monkeypatch):
+    """Explicit attention has no cache, so there is nothing to compare."""
+    seen = []
+    monkeypatch.setattr(minigpt.Bench, "rate", lambda self, work, function: function() or 1.0)
+    monkeypatch.setattr(minigpt.Bench, "write", lambda self, reader: seen.append(reader))
+    run_main(*BENCH)
+    assert seen == [CachedReader, PlainReader]
+    seen.clear()
+    out = run_main(*BENCH, "--attention", "explicit", "--pos", "learned", "--no_qk_norm")[1]
+    assert seen == [PlainReader] and "without the cache" not in out
+
+# ---- Exchange: the two forms ---------------------------------------------------------------------
+ROPE = dict(pos="rope", qk_norm=True, bias=False, attention="extended")
+QWEN3 = dict(ROPE, norm="rmsnorm", activation="swiglu")
+LAPTOP = dict(ROPE, norm="fused_layernorm", activation="relu2", attention="fused")
 EXPORTED = [
-    ("gpt2", {}), ("gpt2", dict(pos="sinusoidal", activation="relu2", bias=False)),
-    ("gpt2", dict(tie_weights=False, activation="relu", mlp_ratio=3.0)),
-    ("persimmon", dict(pos="rope", tie_weights=False)),
-    ("persimmon", dict(ROPE, activation="relu2", attention="fused")),
-    ("qwen3", dict(ROPE, norm="rmsnorm", activation="swiglu", n_head=4)),
-    ("apertus", dict(ROPE, norm="rmsnorm", activation="relu", tie_weights=False))]
+    ("GPT-2", {}),
+    ("GPT-2", dict(bias=False, pos="sinusoidal", mlp_ratio=2.0, attention="extended")),
+    ("GPT-2", dict(tie_weights=False, mlp_ratio=3.0, n_head=1, norm="fused_layernorm")),
+    ("GPT-2", dict(mlp_ratio=5.0, n_head=4, attention="fused")),
+    ("GPT-2", dict(bias=False, tie_weights=False, n_layer=1, mlp_ratio=2.3)),
+    ("Qwen3", QWEN3),
+    ("Qwen3", dict(QWEN3, n_head=4, tie_weights=False, mlp_ratio=2.0)),
+    ("Qwen3", LAPTOP),
+    ("Qwen3", dict(LAPTOP, n_head=1, tie_weights=False)),
+    ("Qwen3", dict(QWEN3, activation="relu2", n_head=1, attention="fused")),
+    ("Qwen3", dict(LAPTOP, activation="swiglu", norm="layernorm", n_head=4, n_layer=3))]
+LETTERS = "to be, or not\né😀"
+AWKWARD = ["", " ", "  to  be ", "\n\n o\n", "é😀é", "not to be, or", "be" * 200]
 
-@pytest.fixture(scope="module")
-def transformers():
-    """The library, without its bars of progress."""
-    library = pytest.importorskip("transformers")
-    library.utils.logging.disable_progress_bar()
-    return library
+def largest_difference(a, b):
+    """Relative to the largest number of b."""
+    return ((a.double() - b.double()).abs().max() / b.abs().max()).item()
 
 def save_model(folder, tokenizer, **changes):
-    """A best.pt whose weights are far from their start."""
-    changes = dict(vocab_size=tokenizer.vocab_size, n_embd=24, block_size=16) | changes
-    model = small_model(**changes).float()
+    """Writes a best.pt whose weights are far from their start. Returns the model."""
+    changes = {"vocab_size": tokenizer.vocab_size, "n_embd": 24, "block_size": 16, **changes}
+    model = small_model(**changes).float().eval()
     minigpt.save_checkpoint(folder / "best.pt", {
         "format": minigpt.FORMAT, "step": 1, "tokenizer": (tokenizer.kind, tokenizer.state),
-        "model": model.state_dict(), "model_config": minigpt.asdict(model.config)})
-    return model.eval()
+        "model": model.state_dict(), "model_config": minigpt.asdict(model.config),
+        "corpus": {"data": "", "sha256": ""}})
+    return model
 
-@pytest.mark.parametrize("kind, changes", EXPORTED)
-def test_what_goes_out_computes_the_same_and_comes_back(transformers, tmp_path, kind, changes):
-    """In transformers, which needs no code of ours: the logits to 1e-4, the greedy text, the ids,
-    an error for a character that is not there. Back here: the same bits; out again: the same file.
-    Fails for a matrix that is not transposed, heads that are mixed up, an eps, theta or activation
-    of another model, an id for the end where there is none."""
-    tokenizer, hf = CharTokenizer.train("to be, or not\né😀"), tmp_path / "hf"
-    model = save_model(tmp_path, tokenizer, **changes)
-    code, out, err = run_main("--mode", "export", "--out_dir", tmp_path)
-    assert code == 0 and out.startswith(f"{hf}: {kind};") and float(out.split()[-1]) < 1e-5, err
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf)
-    idx = random_ids(2, 16, vocab_size=tokenizer.vocab_size)
-    assert_close(theirs(idx).logits, model(idx)[0], 1e-4)
-    assert torch.equal(theirs.generate(idx[:1, :5], max_new_tokens=9, do_sample=False),
-                       model.generate(idx[:1, :5], 9, temperature=0))
-    assert theirs.config.eos_token_id is theirs.config.bos_token_id is None
-    assert theirs.generation_config.max_length == 16
-    characters, text = transformers.AutoTokenizer.from_pretrained(hf), "be not é\n😀, "
-    assert dict(characters(text)).keys() == {"input_ids", "attention_mask"}
-    assert characters(text)["input_ids"] == tokenizer.encode(text)
-    assert characters.decode(tokenizer.encode(text)) == text
-    with pytest.raises(Exception, match="WordLevel"):
-        characters("x")
-    again, back = minigpt.model_from_checkpoint(minigpt.read_checkpoint(hf))
-    assert_same(again.state_dict(), model.state_dict())
-    assert again.config == model.config and back.itos == tokenizer.itos
-    code, _, err = run_main("--mode", "export", "--checkpoint", hf, "--export_dir", tmp_path / "b")
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (hf, tmp_path / "b")]
-    assert code == 0 and weights[0] == weights[1], err
-    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), ["--export_dir", "empty"])
-
-def test_byte_pairs_go_out_and_come_back(transformers, tmp_path, bpe):
-    """Every text has the same ids there, with the end of text; and a pipeline writes."""
-    save_model(tmp_path, bpe)
-    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path)
+def export(folder, *argv):
+    """Exports folder/best.pt. Returns the folder that was written."""
+    pytest.importorskip("safetensors")
+    code, out, err = run_main("--mode", "export", "--out_dir", folder, *argv)
     assert code == 0, err
-    theirs, rng = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), random.Random(0)
-    characters = assigned_characters()
-    for text in ("I'll  go<|endoftext|> now \n", SAMPLE.read_text(encoding="utf-8"), *(
-            random_text(rng, 40) + "".join(rng.choices(characters, k=10)) for _ in range(1000))):
-        assert theirs(text)["input_ids"] == bpe.encode(text)
-    assert theirs.decode(bpe.encode("café , 'tis ")) == "café , 'tis "
-    assert theirs.eos_token_id == bpe.end
-    (tmp_path / "hf" / "merges.txt").unlink()  # the library's own file has them, too
-    assert minigpt.read_tokenizer(tmp_path / "hf").merges == bpe.merges
-    whole = (file := tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8")
-    file.write_text(whole.replace('prefix_space": false', 'prefix_space": true'), encoding="utf-8")
-    with pytest.raises(UserError, match="as GPT-2 does"):
-        minigpt.read_tokenizer(tmp_path / "hf")
-    write = transformers.pipeline("text-generation", str(tmp_path / "hf"))
-    assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
+    assert str(folder / "hf") in out
+    return folder / "hf"
+
+def rms(x, gain, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+
+def turn(x, theta):
+    """RoPE of (B, nh, T, hs) in float64, in the form of the paper of Llama: halves make pairs."""
+    T, hs = x.shape[2:]
+    speeds = theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), speeds)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+def shares(q, k):
+    """softmax(q k^T / sqrt(hs)), where no query sees a later key."""
+    T = q.shape[2]
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
+
+def split_heads(x, n_head):
+    B, T, C = x.shape
+    return x.view(B, T, n_head, C // n_head).transpose(1, 2)
+
+def qwen3_formula(config, tensors, idx):
+    """The logits of a Qwen3 in float64, from config.json and its tensors."""
+    w = {name.removeprefix("model."): tensor.double() for name, tensor in tensors.items()}
+    n_head, eps = config["num_attention_heads"], config["rms_norm_eps"]
+    x = w["embed_tokens.weight"][idx]
+    for i in range(config["num_hidden_layers"]):
+        attn, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
+        y = rms(x, w[f"layers.{i}.input_layernorm.weight"], eps)
+        q, k, v = (split_heads(y @ w[f"{attn}{n}_proj.weight"].T, n_head) for n in "qkv")
+        q = turn(rms(q, w[f"{attn}q_norm.weight"], eps), config["rope_theta"])
+        k = turn(rms(k, w[f"{attn}k_norm.weight"], eps), config["rope_theta"])
+        y = (shares(q, k) @ v).transpose(1, 2).flatten(2)
+        x = x + y @ w[f"{attn}o_proj.weight"].T
+        y = rms(x, w[f"layers.{i}.post_attention_layernorm.weight"], eps)
+        gate, up = y @ w[f"{mlp}gate_proj.weight"].T, y @ w[f"{mlp}up_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[f"{mlp}down_proj.weight"].T
+    head = "embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return rms(x, w["norm.weight"], eps) @ w[head].T
+
+def gpt2_formula(config, tensors, idx):
+    """The logits of a GPT-2 in float64, from config.json and its tensors."""
+    w = {name.removeprefix("transformer."): tensor.double() for name, tensor in tensors.items()}
+
+    def norm(x, name):
+        size = (config["n_embd"],)
+        return F.layer_norm(x, size, w[f"{name}.weight"], w[f"{name}.bias"],
+                            config["layer_norm_epsilon"])
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][: idx.shape[1]]
+    for i in range(config["n_layer"]):
+        q, k, v = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, -1)
+        q, k, v = (split_heads(y, config["n_head"]) for y in (q, k, v))
+        y = (shares(q, k) @ v).transpose(1, 2).flatten(2)
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    head = "wte.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return norm(x, "ln_f") @ w[head].T
+
+@pytest.mark.parametrize("form, changes", EXPORTED)
+def test_the_converted_tensors_compute_the_same_by_the_formulas_of_the_form(form, changes):
+    """GPT-2 and Qwen3 are written out above, in float64, and know nothing of LayerNorm without a
+    bias or of squared ReLU. Would fail for a matrix that is not transposed, for heads that are
+    mixed up, for a term of the residual stream that is not centred, for a head that is, and for
+    gate and up in each other's place."""
+    model = small_model(n_embd=24, block_size=16, **changes).float().double().eval()
+    idx = random_ids(2, 16)
+    convert = minigpt.to_gpt2 if form == "GPT-2" else minigpt.to_qwen3
+    formula = gpt2_formula if form == "GPT-2" else qwen3_formula
+    logits = formula(*convert(model), idx)
+    assert largest_difference(logits, model(idx)[0]) < 1e-5  # the tensors are in float32
+
+def test_no_layer_norm_notices_that_the_residual_stream_is_centred():
+    """Every LayerNorm subtracts the mean, so it may as well be taken from the weights that write to
+    the stream: the rows of the token table and the columns of each c_proj; and from queries and
+    keys within each head. The head must keep its table, since it does not subtract a mean."""
+    config = dict(bias=False, qk_norm=True, attention="extended", tie_weights=False, n_layer=3)
+    model = small_model(**config, pos="rope")
+    idx = random_ids(2, 8)
+    before = model(idx)[0]
+    n_head = model.config.n_head
+    with torch.no_grad():
+        model.wte.weight.copy_(minigpt.centre(model.wte.weight.t()).t())
+        for block in model.h:
+            block.attn.c_proj.weight.copy_(minigpt.centre(block.attn.c_proj.weight))
+            block.mlp.c_proj.weight.copy_(minigpt.centre(block.mlp.c_proj.weight))
+            q, k, v = block.attn.c_attn.weight.chunk(3)
+            q, k = minigpt.centre(q, groups=n_head), minigpt.centre(k, groups=n_head)
+            block.attn.c_attn.weight.copy_(torch.cat([q, k, v]))
+    assert_close(model(idx)[0], before)
+    with minigpt.recorded_inputs([*model.h, model.ln_f]) as streams:
+        model(idx)
+    assert max(x.mean(-1).abs().max() for x in streams) < 1e-12
+    with torch.no_grad():
+        model.lm_head.weight.copy_(minigpt.centre(model.lm_head.weight.t()).t())
+    assert (model(idx)[0] - before).abs().max() > 1e-3
+
+def test_centring_takes_the_mean_of_each_column_within_each_group_of_rows():
+    """By hand: the columns of two groups of two rows."""
+    w = torch.tensor([[1.0, 5.0], [3.0, 5.0], [10.0, 0.0], [20.0, 4.0]])
+    assert minigpt.centre(w, groups=2).tolist() == [[-1, 0], [1, 0], [-5, -2], [5, 2]]
+    assert minigpt.centre(w).tolist() == [[-7.5, 1.5], [-5.5, 1.5], [1.5, -3.5], [11.5, 0.5]]
+
+@pytest.mark.parametrize("name", minigpt.PRESETS)
+def test_every_preset_but_the_bigram_has_a_form(tmp_path, name):
+    """A preset that nothing else can run would have to be trained again for another program."""
+    pytest.importorskip("safetensors")
+    smaller = {"n_layer": 1, "n_head": 2, "n_embd": 24, "block_size": 16, "dropout": 0.0}
+    model = {**minigpt.PRESETS[name].model, **smaller}
+    save_model(tmp_path, CharTokenizer.train("abc"), **model)
+    code, out, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    if name == "bigram":
+        check_mistake(code, out, err, ["bigram"])
+        assert not (tmp_path / "hf").exists()
+        return
+    form = {"laptop": "qwen3", "modern": "qwen3"}.get(name, "gpt2")
+    assert code == 0, err
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == form
 
 @pytest.mark.parametrize("named, changes", [
-    ("norm_position=post", dict(ROPE, norm="rmsnorm", activation="swiglu", norm_position="post")),
-    ("qk_norm=True", dict(qk_norm=True)), ("token_shift=True", dict(ROPE, token_shift=True)),
-    ("norm=none", dict(norm="none")),
-    ("bias=True", dict(ROPE, norm="rmsnorm", activation="swiglu", bias=True)),
-    ("model=bigram", dict(model="bigram"))])
-def test_what_no_architecture_holds_is_refused(tmp_path, named, changes):
-    """In one line, with the setting that stands in the way; nothing is written."""
+    ("block=post", dict(block="post")), ("block=post", dict(QWEN3, block="post")),
+    ("block=shift", dict(LAPTOP, block="shift")), ("block=shift", dict(block="shift")),
+    ("norm=none", dict(norm="none")), ("norm=none", dict(QWEN3, norm="none")),
+    ("norm=rmsnorm", dict(norm="rmsnorm")),
+    ("qk_norm=True", dict(qk_norm=True, attention="extended")),
+    ("activation=relu2", dict(activation="relu2")),
+    ("activation=swiglu", dict(activation="swiglu", bias=False)),
+    ("activation=gelu", dict(QWEN3, activation="gelu")), ("bias=True", dict(QWEN3, bias=True)),
+    ("qk_norm=False", dict(QWEN3, qk_norm=False))])
+def test_a_setting_that_no_form_holds_is_refused(tmp_path, named, changes):
+    """Otherwise another program would compute something else without a word. The line names the
+    setting that stands in the way, and nothing is written."""
+    pytest.importorskip("safetensors")
     save_model(tmp_path, CharTokenizer.train("abc"), **changes)
-    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), [named])
-    assert not (tmp_path / "hf").exists()
+    form = "Qwen3" if changes.get("pos") == "rope" else "GPT-2"
+    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path), [named, form])
+    assert os.listdir(tmp_path) == ["best.pt"]
 
-def test_every_preset_but_the_bigram_has_an_architecture():
-    sizes = {name: {"vocab_size": 9, **preset.settings} for name, preset in minigpt.PRESETS.items()}
-    kinds = {name: minigpt.find_architecture(minigpt.pick(GPTConfig, settings))
-             for name, settings in sizes.items() if name != "bigram"}
-    assert kinds == {**dict.fromkeys(kinds, "gpt2"), "laptop": "persimmon", "modern": "qwen3"}
+# ---- Exchange: against the library itself --------------------------------------------------------
+@pytest.fixture(scope="module")
+def transformers():
+    """The library, without its bars of progress and without the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        library = pytest.importorskip("transformers")
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+        yield library
 
-def save_gpt2(transformers, folder, **changes):
-    """As the library writes it, in several files, with GPT-2's own two files for the tokenizer."""
+@pytest.mark.parametrize("form, changes", EXPORTED)
+def test_transformers_computes_the_same_from_an_exported_folder(transformers, tmp_path, form,
+                                                                changes):
+    """The library loads the folder without any code of ours: every tensor finds its place, the
+    logits and the greedy text are equal, and an end is only where there is one. Would fail for an
+    eps, an angle or an activation of another model."""
+    tokenizer = CharTokenizer.train(LETTERS)
+    model = save_model(tmp_path, tokenizer, **changes)
+    folder = export(tmp_path)
+    theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert type(theirs).__name__ == {"GPT-2": "GPT2LMHeadModel", "Qwen3": "Qwen3ForCausalLM"}[form]
+    assert all(p.dtype == torch.float32 for p in theirs.parameters())
+    idx = random_ids(2, 16, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        assert largest_difference(theirs(idx).logits, model(idx)[0]) < 1e-4
+    text = theirs.generate(idx[:1, :5], max_new_tokens=9, do_sample=False)
+    assert torch.equal(text, model.generate(idx[:1, :5], 9, temperature=0))
+    settings = theirs.generation_config
+    assert settings.eos_token_id is settings.bos_token_id is settings.pad_token_id is None
+    assert settings.max_length == 16 and settings.do_sample
+    assert settings.temperature == 0.8 and settings.top_k == 0
+
+def test_characters_have_the_same_ids_in_transformers(transformers, tmp_path):
+    """Would fail if the library added a token, split a text, or cleaned up spaces."""
+    tokenizer = CharTokenizer.train(LETTERS)
+    save_model(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tmp_path))
+    assert set(theirs("to be")) == {"input_ids", "attention_mask"}
+    for text in AWKWARD:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 16
+
+def test_byte_pairs_have_the_same_ids_in_transformers(transformers, tmp_path, bpe):
+    """For every text, and with the token that ends one, which a pipeline then uses."""
+    save_model(tmp_path, bpe)
+    folder = export(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    rng = random.Random(0)
+    characters = [c for c in map(chr, range(sys.maxunicode + 1))
+                  if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
+    mixtures = ["".join(rng.choices("ab \n\t'sdtelv3é,.", k=20)) +
+                "".join(rng.choices(characters, k=10)) for _ in range(500)]
+    texts = [*AWKWARD, "I'll  go<|endoftext|> now \n", "'tis we'RE\r\n 's", *mixtures,
+             SAMPLE.read_text(encoding="utf-8")[:20_000]]
+    for text in texts:
+        assert theirs(text)["input_ids"] == bpe.encode(text)
+    assert theirs.decode(bpe.encode("café , 'tis ")) == "café , 'tis "
+    assert theirs.eos_token_id == theirs.bos_token_id == bpe.end_id
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == bpe.end_id
+    write = transformers.pipeline("text-generation", str(folder))
+    assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
+
+# ---- Exchange: writing the folder ----------------------------------------------------------------
+@pytest.mark.parametrize("problem", [OSError(28, "No space left on device", "x"),
+                                     KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch, problem, exists):
+    """Another program would load half a folder, or stop at it. An empty folder stays empty."""
+    pytest.importorskip("safetensors")
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    if exists:
+        (tmp_path / "hf").mkdir()
+
+    def fail(self, data):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail)
+        code, out, err = run_main("--mode", "export", "--out_dir", tmp_path)
+    if isinstance(problem, OSError):
+        check_mistake(code, out, err, ["No space left on device"])
+    assert code == (2 if isinstance(problem, OSError) else 130) and out == ""
+    assert sorted(os.listdir(tmp_path)) == (["best.pt", "hf"] if exists else ["best.pt"])
+    assert not exists or os.listdir(tmp_path / "hf") == []
+    assert len(os.listdir(export(tmp_path))) >= 5  # and the next try succeeds
+
+def test_an_export_never_overwrites(tmp_path):
+    """A folder with anything in it is refused and stays as it is; an empty one is used."""
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    (tmp_path / "hf").mkdir()
+    folder = export(tmp_path)
+    (folder / "mine.txt").write_text("mine")
+    before = contents(folder)
+    refused = run_main("--mode", "export", "--out_dir", tmp_path)
+    check_mistake(*refused, [f"--export_dir {folder}", "not empty"])
+    assert contents(folder) == before
+    code, out, err = run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir",
+                              tmp_path / "a" / "b")
+    assert code == 0 and str(tmp_path / "a" / "b") in out, err
+    assert "config.json" in os.listdir(tmp_path / "a" / "b")
+
+def test_the_current_folder_can_be_exported_to(tmp_path, monkeypatch):
+    """`--export_dir .` in an empty folder has no name of its own to add .partial to. It may be
+    refused, but in one line."""
+    pytest.importorskip("safetensors")
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", ".")
+    assert code == 0 or last_line(err).startswith("error: ")  # needs fix 3
+
+@POSIX
+def test_exported_files_follow_the_umask(tmp_path):
+    """A group that may read the user's files may read these, too. Would fail for a folder made by
+    tempfile, which is private."""
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    old = os.umask(0o027)
+    try:
+        folder = export(tmp_path)
+    finally:
+        os.umask(old)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+class WithoutSafetensors:
+    """Stands before Python's own finders of modules and hides one package."""
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "safetensors":
+            raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+
+@pytest.mark.parametrize("mode", ["export", "eval"])
+def test_without_safetensors_there_is_one_line(tmp_path, monkeypatch, mode):
+    """The package is needed for the exchange alone, so many users do not have it."""
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    argv = ["--mode", mode, "--out_dir", tmp_path]
+    if mode == "eval":
+        argv += ["--checkpoint", export(tmp_path), "--data", SHORT]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [WithoutSafetensors(), *sys.meta_path])
+    line = "safetensors is not installed, but it is needed: pip install safetensors"
+    check_mistake(*run_main(*argv), [line])
+    assert mode == "eval" or not (tmp_path / "hf").exists()
+
+# ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_weights=False, mlp_ratio=5.0, n_head=4), dict(pos="sinusoidal")])
+def test_an_exported_folder_comes_back_bit_for_bit(tmp_path, bpe, kind, changes):
+    """Where nothing had to be filled up, reading is the exact opposite of writing. Written once
+    more, the files are the same."""
+    tokenizer = bpe if kind == "bpe" else CharTokenizer.train(LETTERS)
+    model = save_model(tmp_path, tokenizer, **changes)
+    folder = export(tmp_path)
+    again, back = minigpt.model_from_checkpoint(minigpt.read_model(folder), ModelConfig)
+    assert_same(again.state_dict(), model.state_dict())
+    assert back.state == tokenizer.state and back.kind == kind
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "dropout",
+                 "tie_weights"):
+        assert getattr(again.config, name) == getattr(model.config, name)
+    second = tmp_path / "second"
+    code, _, err = run_main("--mode", "export", "--checkpoint", folder, "--export_dir", second)
+    assert code == 0, err
+    files = {path.name: data for path, data in contents(folder).items()}
+    assert {path.name: data for path, data in contents(second).items()} == files
+
+def test_what_was_filled_up_comes_back_as_the_same_function(tmp_path):
+    """Zeros for missing biases and hidden units change nothing: GELU(0) = 0."""
+    model = save_model(tmp_path, CharTokenizer.train(LETTERS), bias=False, mlp_ratio=2.3)
+    again, _ = minigpt.model_from_checkpoint(minigpt.read_model(export(tmp_path)), ModelConfig)
+    idx = random_ids(2, 16)
+    assert again.config.mlp_ratio == 4 and again.config.bias
+    assert largest_difference(again.eval()(idx)[0], model(idx)[0]) < 1e-5
+
+def test_byte_pairs_are_read_from_the_librarys_own_file_as_well(tmp_path, bpe):
+    """Newer folders have tokenizer.json only, in which a merge is a str or a pair."""
+    save_model(tmp_path, bpe)
+    folder = export(tmp_path)
+    (folder / "merges.txt").unlink()
+    assert minigpt.read_tokenizer(folder).merges == bpe.merges
+    theirs = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    theirs["model"]["merges"] = [merge.split(" ") for merge in theirs["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(theirs), encoding="utf-8")
+    assert minigpt.read_tokenizer(folder).merges == bpe.merges
+
+@pytest.mark.parametrize("changes", [
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+    {"pre_tokenizer": {"type": "Whitespace"}}, {"pre_tokenizer": None},
+    {"model": "another order"},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
+    {"normalizer": {"type": "Lowercase"}},
+    {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}])  # the last three need fix 2
+def test_a_tokenizer_with_other_rules_is_refused(tmp_path, bpe, changes):
+    """It would give other ids for the same text, and the model would read nonsense."""
+    save_model(tmp_path, bpe)
+    folder = export(tmp_path)
+    (folder / "merges.txt").unlink()
+    theirs = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if changes == {"model": "another order"}:
+        vocab = theirs["model"]["vocab"]
+        vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+    else:
+        theirs |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(theirs), encoding="utf-8")
+    refused = run_main("--mode", "eval", "--checkpoint", folder, "--data", SHORT)
+    check_mistake(*refused, [str(folder), "tokenizer.json", "as GPT-2 does"])
+
+def save_gpt2(transformers, folder, base=False, shards="500KB", dtype=None, **changes):
+    """A GPT-2 as the library writes it, with GPT-2's own two files for the tokenizer."""
     tokenizer = BPETokenizer.train(SHORT.read_text(encoding="utf-8"), 300)
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**dict(
+    config = transformers.GPT2Config(**{**dict(
         vocab_size=300, n_positions=32, n_embd=96, n_layer=3, n_head=3, initializer_range=0.2,
-        bos_token_id=tokenizer.end, eos_token_id=tokenizer.end), **changes})).eval()
-    model.save_pretrained(folder, max_shard_size="500KB")
+        bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id), **changes})
+    model = transformers.GPT2LMHeadModel(config).eval()
+    if dtype is not None:
+        model.to(dtype)
+    saved = model.transformer if base else model  # without the head, names have no prefix
+    saved.save_pretrained(folder, max_shard_size=shards)
     tokenizer.save(folder)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return model, tokenizer
+    return model.float(), tokenizer
 
-@pytest.mark.parametrize("runs, changes", [
-    (True, {}), (True, dict(tie_word_embeddings=False, n_inner=60, resid_pdrop=0.3)),
-    (False, dict(vocab_size=310)), (False, dict(layer_norm_epsilon=1e-3)),
-    (False, dict(activation_function="gelu")), (False, dict(scale_attn_by_inverse_layer_idx=True))])
-def test_a_gpt2_runs_here_if_it_computes_what_ours_do(transformers, tmp_path, runs, changes):
-    """Fails if a size, or the tying, is not read, or if logits and vocabulary are not compared."""
-    theirs, tokenizer = save_gpt2(transformers, tmp_path, **changes)
-    if not runs:
-        return check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path), ["can run"])
-    model, ours = minigpt.model_from_checkpoint(minigpt.read_checkpoint(tmp_path))
+def check_same_gpt2(theirs, folder):
+    """Our model from the folder, which must have the logits of the library's."""
+    ours, _ = minigpt.model_from_checkpoint(minigpt.read_model(folder), ModelConfig)
     idx = random_ids(2, 32, vocab_size=300)
-    assert_close(model.eval()(idx)[0], theirs(idx).logits, 1e-4)
-    assert ours.merges == tokenizer.merges and model.config.attention == "fused"
-    assert model.config.dropout == theirs.config.resid_pdrop
+    with torch.no_grad():
+        assert largest_difference(ours.eval()(idx)[0], theirs(idx).logits[..., :300]) < 1e-4
+    return ours
 
-def test_a_model_of_the_library_is_used_as_ours_are(transformers, tmp_path):
-    """It writes, is scored, looked into, and trained on, with its tokenizer and its sizes, which
-    are not to be changed; dropout may be."""
-    folder, out_dir = tmp_path / "gpt2", tmp_path / "out"
-    save_gpt2(transformers, folder)
-    for mode in ("generate", "eval", "inspect"):
-        code, out, err = run_main("--mode", mode, "--checkpoint", folder, "--prompt", "The tide",
-                                  "--data", SHORT, "--out_dir", tmp_path, "--max_tokens", "5")
-        assert code == 0 and out and "note" not in err, err
-    argv = ["--mode", "train", "--init_from", folder, "--data", SHORT, "--learning_rate", "3e-3",
-            "--max_steps", "12", "--sample_tokens", "0", "--dropout", "0.3", "--out_dir", out_dir]
-    succeed(*argv)
-    losses = [r["val_loss"] for r in metrics_of(out_dir) if "val_loss" in r]
-    assert losses[-1] < losses[0] - 0.3 and losses[0] > 6
-    state = load_checkpoint(out_dir / "best.pt")
-    assert state["model_config"]["dropout"] == 0.3 and state["train_config"]["tokenizer"] == "bpe"
-    argv[2:4] = ["--init_from", out_dir / "best.pt"]  # ours serves as well
-    first = metrics_of(succeed(*argv[:-1], tmp_path / "more") and tmp_path / "more")[0]
-    assert first["val_loss"] == pytest.approx(min(losses), rel=1e-6) and first["step"] == 0
-    argv[-1] = tmp_path / "other"
-    for flag, value in (("--n_layer", "2"), ("--tokenizer", "char"), ("--vocab_size", "400")):
-        check_mistake(*run_main(*argv, flag, value), [f"{flag} {value}", "--init_from has"])
+@pytest.mark.parametrize("changes", [
+    {}, dict(tie_word_embeddings=False, n_inner=60, resid_pdrop=0.3), dict(n_inner=500, n_head=1),
+    dict(n_inner=29, n_embd=100, n_head=2),
+    dict(n_inner=49, n_embd=98, n_head=1), dict(activation_function="gelu_pytorch_tanh"),
+    dict(n_inner=15, n_embd=44, n_head=2, n_positions=64), dict(base=True), dict(shards="5GB"),
+    dict(dtype=torch.float16), dict(dtype=torch.bfloat16, base=True)])
+def test_a_gpt2_of_the_library_computes_the_same_here(transformers, tmp_path, changes):
+    """In several files or one, with the prefix of its names or without, in 16 bits, with a head of
+    its own, with an MLP of any width. Would fail if a size or the tying were not read."""
+    theirs, tokenizer = save_gpt2(transformers, tmp_path, **changes)
+    if not changes:
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = check_same_gpt2(theirs, tmp_path)
+    assert ours.config.dropout == theirs.config.resid_pdrop
+    assert ours.config.block_size == theirs.config.n_positions
+    assert ours.config.attention == "fused"
+    assert all(p.dtype == torch.float32 for p in ours.parameters())
+    assert minigpt.read_tokenizer(tmp_path).merges == tokenizer.merges
 
-@pytest.mark.parametrize("why, damage", [
-    ("LlamaConfig", "architecture"), ("(ValueError: ['transformer.ln_f.weight']", "tensor"),
-    ("SafetensorError", "cut"), ("config.json", "config"), ("tokenizer.json", "tokenizer"),
-    ("(ValueError: [('transformer.ln_f.weight'", "shape")])
-def test_a_folder_that_is_not_ours_is_one_line(transformers, tmp_path, why, damage):
-    """Another architecture, a missing or misshapen tensor, half a file, no config or tokenizer."""
-    safetensors, hf = pytest.importorskip("safetensors.torch"), tmp_path / "hf"
-    save_model(tmp_path, CharTokenizer.train("abc"), bias=False)
-    assert run_main("--mode", "export", "--out_dir", tmp_path)[0] == 0
-    weights, name = hf / "model.safetensors", "transformer.ln_f.weight"
-    tensors = safetensors.load_file(weights)
-    if damage == "architecture":
-        (hf / "config.json").write_text(json.dumps({
-            "model_type": "llama", "vocab_size": 3, "hidden_size": 8, "intermediate_size": 8,
-            "num_hidden_layers": 1, "num_attention_heads": 1}))
-    elif damage == "cut":
+def test_every_width_of_an_mlp_can_be_read():
+    """The width is stored as a multiple of n_embd. int(29 / 1600 * 1600) is 28, one unit too few,
+    because the quotient is rounded. Such a folder would be refused as damaged."""
+    wrong = []
+    for n_embd in (22, 26, 100):
+        for hidden in range(1, 2 * n_embd):
+            config = ModelConfig(3, n_head=1, n_embd=n_embd, mlp_ratio=hidden / n_embd)
+            with torch.device("meta"):
+                width = minigpt.MLP(config).c_fc.weight.shape[0]
+            if width != hidden:
+                wrong.append((hidden, n_embd))
+    assert wrong == []  # needs fix 1
+
+def test_rows_beyond_the_tokenizer_are_ignored_and_missing_ones_refused(transformers, tmp_path,
+                                                                        capsys):
+    """Tables are often made larger, to a multiple of 64. Such rows stand for no token, and a model
+    that kept them could write them."""
+    theirs, tokenizer = save_gpt2(transformers, tmp_path / "exact")
+    theirs.resize_token_embeddings(320)
+    theirs.save_pretrained(tmp_path / "more")
+    tokenizer.save(tmp_path / "more")
+    capsys.readouterr()
+    ours = check_same_gpt2(theirs, tmp_path / "more")
+    assert ours.config.vocab_size == 300
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "320" in said and "300" in said and "ignored" in said
+    save_gpt2(transformers, tmp_path / "fewer", vocab_size=290)
+    refused = run_main("--mode", "eval", "--checkpoint", tmp_path / "fewer", "--data", SHORT)
+    check_mistake(*refused, ["300 tokens", "290"])
+
+@pytest.fixture
+def gpt2_folder(tmp_path, bpe):
+    """A folder with a GPT-2, written without the library."""
+    save_model(tmp_path, bpe, block_size=32)
+    return export(tmp_path)
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+@pytest.mark.parametrize("named, changes", [
+    ("activation_function is gelu,", dict(activation_function="gelu")),
+    ("layer_norm_epsilon is 0.001", dict(layer_norm_epsilon=1e-3)),
+    ("scale_attn_by_inverse_layer_idx", dict(scale_attn_by_inverse_layer_idx=True)),
+    ("scale_attn_weights", dict(scale_attn_weights=False)),
+    ("add_cross_attention", dict(add_cross_attention=True)),
+    ("model_type is llama", dict(model_type="llama")), ("model_type", dict(model_type=None))])
+def test_a_gpt2_that_computes_something_else_is_refused(gpt2_folder, named, changes):
+    """It would run here, with the same tensors and wrong results. The line says which setting."""
+    change_config(gpt2_folder, **changes)
+    refused = run_main("--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT)
+    check_mistake(*refused, [str(gpt2_folder), named])
+
+def test_our_own_qwen3_is_refused_in_words(tmp_path):
+    """Reading is for GPT-2's form only; a Qwen3 of ours still has its best.pt."""
+    save_model(tmp_path, CharTokenizer.train("abc"), **QWEN3)
+    check_mistake(*run_main("--mode", "eval", "--checkpoint", export(tmp_path)), ["qwen3", "gpt2"])
+
+def damage_folder(folder, damage):
+    """Damages a folder with a GPT-2 in one of several ways."""
+    from safetensors.torch import load_file, save_file
+
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    if damage == "missing tensor":
+        del tensors["ln_f.weight"]
+    elif damage == "misshapen tensor":
+        tensors["ln_f.weight"] = torch.ones(5)
+    elif damage == "unknown tensor":
+        tensors["h.9.ln_1.weight"] = torch.ones(24)
+    elif damage == "too few rows":
+        tensors["wte.weight"] = tensors["wte.weight"][:-1].clone()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    if damage == "half a file":
         weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage in ("config", "tokenizer"):
-        (hf / f"{damage}.json").unlink()
-        (hf / "chars.json").unlink()
-    else:
-        tensors.pop(name)
-        tensors |= {"shape": {name: torch.ones(5)}, "tensor": {}}[damage]
-        safetensors.save_file(tensors, weights, metadata={"format": "pt"})
-    check_mistake(*run_main("--mode", "eval", "--checkpoint", hf), [str(hf), why])
+    elif damage == "no weights":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"weights")
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "half a config":
+        (folder / "config.json").write_text('{"model_type":')
+    elif damage == "empty config":
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    elif damage == "config of another kind":
+        (folder / "config.json").write_text("[]")
+    elif damage == "no tokenizer":
+        (folder / "merges.txt").unlink()
+        (folder / "tokenizer.json").unlink()
+    elif damage == "empty tokenizer":
+        (folder / "merges.txt").unlink()
+        (folder / "tokenizer.json").write_text("{}")
+    elif damage == "half a vocabulary":
+        (folder / "vocab.json").write_text('{"a":')
+    elif damage == "strange merges":
+        (folder / "merges.txt").write_text("#version: 0.2\na b c\n")
+    elif damage == "missing shard":
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif damage == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
 
-def test_nothing_of_a_folder_is_executed(transformers, tmp_path, monkeypatch):
-    """Not even if someone who is asked would say yes."""
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {
-        "AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}))
+@pytest.mark.parametrize("damage, named", [
+    ("missing tensor", "ln_f.weight"), ("misshapen tensor", "ln_f.weight"),
+    ("unknown tensor", "h.9.ln_1.weight"), ("too few rows", "wte.weight"),
+    ("half a file", "damaged"), ("no weights", "safetensors"), ("no config", "config.json"),
+    ("half a config", "config.json"), ("no tokenizer", "tokenizer.json"),
+    ("missing shard", "model-00001-of-00002.safetensors"), ("adapter", "adapter"),
+    # These need fix 2.
+    ("empty config", "config.json"), ("config of another kind", "config.json"),
+    ("empty tokenizer", ""), ("half a vocabulary", ""), ("strange merges", "")])
+def test_a_damaged_folder_is_one_line(gpt2_folder, damage, named):
+    """Folders come from elsewhere and may be anything. The line names the folder and what is wrong
+    with it."""
+    damage_folder(gpt2_folder, damage)
+    refused = run_main("--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT)
+    check_mistake(*refused, [str(gpt2_folder), named])
+
+class Evil:
+    """Creates a file when it is unpickled."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+def test_nothing_in_a_folder_is_executed(gpt2_folder, tmp_path, monkeypatch):
+    """Neither code that config.json names nor a pickle, and not even if someone who is asked would
+    say yes. The rest of the folder is used as ever."""
+    was_here = tmp_path / "was_here"
+    (gpt2_folder / "evil.py").write_text(f"open({str(was_here)!r}, 'w')")
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (gpt2_folder / name).write_bytes(pickle.dumps(Evil(was_here)))
+    change_config(gpt2_folder, auto_map={"AutoConfig": "evil.Evil",
+                                         "AutoModelForCausalLM": "evil.Evil"})
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path), ["can run here"])
-    assert not (tmp_path / "was_here").exists()
+    evaluate = ["--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT]
+    assert run_main(*evaluate)[0] == 0
+    (gpt2_folder / "model.safetensors").unlink()
+    check_mistake(*run_main(*evaluate), ["safetensors"])
+    (tmp_path / "hf.pt").write_bytes(pickle.dumps(Evil(was_here)))
+    check_mistake(*run_main("--mode", "eval", "--checkpoint", tmp_path / "hf.pt"), ["hf.pt"])
+    assert not was_here.exists()
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
+    """It writes, is scored and looked into with the results of the model that was exported, and a
+    training run can begin with it. Its sizes and tokenizer cannot be changed; dropout may be."""
+    monkeypatch.setattr(minigpt, "draw_attention", lambda *_: None)
+    text = SHORT.read_text(encoding="utf-8")
+    tokenizer = bpe if kind == "bpe" else CharTokenizer.train(text)
+    save_model(tmp_path, tokenizer, block_size=32)
+    folder = export(tmp_path)
+    for argv in (["generate", "--prompt", "The", "--max_tokens", "9"], ["eval", "--data", SHORT],
+                 ["inspect", "--prompt", "The tide", "--json"]):
+        ours = run_main("--mode", *argv, "--out_dir", tmp_path)
+        theirs = run_main("--mode", *argv, "--checkpoint", folder, "--out_dir", tmp_path)
+        assert ours[0] == theirs[0] == 0, theirs[2]
+        if argv[-1] == "--json":
+            ours, theirs = ([json.loads(line)["likeliest"][0][1] for line in out.splitlines()]
+                            for _, out, _ in (ours, theirs))
+            assert ours == pytest.approx(theirs, abs=1e-5)
+        else:
+            assert ours[1] == theirs[1] != "" and "note" not in theirs[2]
+    train = ["--mode", "train", "--init_from", folder, "--data", SHORT, "--learning_rate", "3e-3",
+             "--max_steps", "6", "--sample_tokens", "0", "--preset", "laptop", "--batch_size", "2",
+             "--eval_batches", "2", "--eval_interval", "3", "--dropout", "0.3", "--min_lr", "0"]
+    succeed(*train, "--out_dir", tmp_path / "out")
+    records = [r["val_loss"] for r in metrics_of(tmp_path / "out") if "val_loss" in r]
+    assert records[-1] < records[0]
+    state = load_checkpoint(tmp_path / "out" / "best.pt")
+    assert state["model_config"]["dropout"] == 0.3 and state["train_config"]["tokenizer"] == kind
+    for flag, value in (("--n_layer", "1"), ("--tokenizer", "gpt2"), ("--block_size", "16"),
+                        ("--norm", "rmsnorm"), ("--no_bias", None)):
+        typed = [flag] if value is None else [flag, value]
+        check_mistake(*run_main(*train, "--out_dir", tmp_path / "x", *typed), ["--init_from has"])
+    train[3] = tmp_path / "out" / "best.pt"  # a checkpoint of ours serves as well
+    succeed(*train, "--out_dir", tmp_path / "more")
+    first = metrics_of(tmp_path / "more")[0]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(min(records), rel=1e-5)
 
 # ---- A look inside -------------------------------------------------------------------------------
-def test_inspect_shows_the_models_own_probabilities_and_attention(tiny_run, tmp_path, pictures):
-    """The logs of what it prints sum to the loss; the likeliest come in order; the shares are those
-    of the equation, whatever kernel the model has: rows sum to 1, nothing above the diagonal."""
+def rotated_heads(attention, x):
+    """Queries and keys of a layer in float64, by the equations."""
+    C, nh = x.shape[-1], attention.n_head
+    w = attention.c_attn.weight
+    b = 0 if attention.c_attn.bias is None else attention.c_attn.bias
+    q, k, _ = (split_heads(y, nh) for y in (x @ w.T + b).split(C, dim=-1))
+    if isinstance(getattr(attention, "rotary", None), minigpt.Rotary):
+        q = turn(rms(q, attention.q_norm.weight, 1e-5), 10000.0)
+        k = turn(rms(k, attention.k_norm.weight, 1e-5), 10000.0)
+    return q, k
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(attention="extended"), dict(attention="fused", tie_weights=False), QWEN3,
+    dict(QWEN3, attention="fused")])
+def test_a_look_inside_shows_the_models_own_attention_and_predictions(changes):
+    """The weights are those of the equation, whatever kernel the model has, in every layer: a fused
+    kernel never stores them. Would fail if a layer's weights were computed from another layer's
+    input, before its norm, without the rotation, or without the mask."""
+    model = small_model(n_layer=3, **changes)
+    idx = random_ids(1, 7)
+    model.train()  # looking must switch it to eval
+    inside = minigpt.look_inside(model, idx)
+    assert not model.training
+    with torch.no_grad():
+        logits, _ = model(idx)
+        assert_close(inside.probabilities.double(), logits[0].softmax(-1), 1e-5)
+        x = model.embed(idx, torch.arange(7))
+        for layer, block in enumerate(model.h):
+            q, k = rotated_heads(block.attn, block.ln_1(x))
+            assert_close(inside.weights[layer].double(), shares(q, k)[0], 1e-5)
+            lens = model.lm_head(model.ln_f(x[0, -1])).softmax(-1)
+            assert_close(inside.lens[layer].double(), lens, 1e-5)
+            x = block(x)
+    assert len(inside.weights) == 3 and len(inside.lens) == 4
+    assert_close(inside.lens[-1], inside.probabilities[-1], 1e-6)
+    table = model.wte.weight[idx[0, -1]]
+    if changes.get("pos") != "rope":
+        table = table + model.wpe.weight[6]
+    first = model.lm_head(model.ln_f(table)).softmax(-1)
+    assert_close(inside.lens[0].double(), first.detach(), 1e-5)
+
+def test_a_bigram_model_has_predictions_and_nothing_else_inside():
+    """It has no layers. Would fail if a look inside relied on them."""
+    model = small_model(model="bigram")
+    idx = random_ids(1, 5)
+    inside = minigpt.look_inside(model, idx)
+    assert inside.lens == inside.weights == []
+    assert_close(inside.probabilities.double(), model.wte.weight[idx[0]].softmax(-1).detach(), 1e-6)
+
+def hooks_of(model):
+    return [hook for module in model.modules()
+            for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+def test_no_hook_stays_behind():
+    """A hook that stayed would keep the inputs of every later call, until the memory is full. It
+    must be gone even if the model raises an error."""
+    model = small_model()
+    minigpt.look_inside(model, random_ids(1, 5))
+    assert hooks_of(model) == []
+    with pytest.raises(ValueError, match="block_size"):
+        minigpt.look_inside(model, random_ids(1, 9))
+    assert hooks_of(model) == []
+    with pytest.raises(ZeroDivisionError):
+        with minigpt.recorded_inputs(model.h) as inputs:
+            model(random_ids(1, 5))
+            assert len(inputs) == 2 and len(hooks_of(model)) == 2
+            raise ZeroDivisionError
+    assert hooks_of(model) == []
+
+def test_inspect_prints_what_is_inside(tiny_run, tmp_path, pictures):
+    """The logarithms of the probabilities that it prints sum to the loss, the likeliest tokens come
+    in order, and --json says the same as the table for people."""
     text = "THE TIDE: me\nO"
     shutil.copy(tiny_run[0] / "best.pt", tmp_path)
     argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
     code, out, err = run_main(*argv, "--json")
+    assert code == 0, err
     records = [json.loads(line) for line in out.splitlines()]
-    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(tmp_path / "best.pt"))
+    tokens = [r for r in records if "token" in r]
+    lens = [r for r in records if "layer" in r]
+    model, tokenizer = model_of(tmp_path / "best.pt")
     idx = torch.tensor([tokenizer.encode(text)])
-    loss, T = model.eval()(*pair(idx))[1].item(), idx.shape[1]
-    assert -sum(math.log(r["p"]) for r in records) / len(records) == pytest.approx(loss, abs=1e-4)
-    assert "".join(r["token"] for r in records) == text[1:]
-    p, maps = minigpt.look_inside(model, idx)
+    loss = model.eval()(*pair(idx))[1].item()
+    mean = -sum(math.log(r["p"]) for r in tokens) / len(tokens)
+    assert mean == pytest.approx(loss, abs=1e-4)
+    assert "".join(r["token"] for r in tokens) == text[1:]
+    assert [r["layer"] for r in lens] == [-1, 0]
+    inside = minigpt.look_inside(model, idx)
+    expected = [*inside.probabilities[:-1], *inside.lens]
     lines = run_main(*argv)[1].splitlines()
-    for line, r, row in zip(lines, records, p[:-1], strict=True):
-        likeliest = [[tokenizer.decode([i]), row[i].item()] for i in row.topk(5).indices.tolist()]
+    for line, r, p in zip(lines, records, expected, strict=True):
+        likeliest = [[tokenizer.decode([i]), p[i].item()] for i in p.topk(5).indices.tolist()]
         assert r["likeliest"] == likeliest and len(line) <= 80
-        others = "".join(f"  {token!r} {q:.2f}" for token, q in likeliest)
-        assert line == f"{r['token']!r:>10} {r['p']:.3f} {'#' * round(10 * r['p']):10}{others}"
-    q, k, _ = model.h[0].attn.heads(model.h[0].ln_1(model.wte(idx)))
-    scores = (q @ k.mT / q.shape[-1] ** 0.5)[0]
-    scores[:, torch.ones(T, T).triu(1).bool()] = -math.inf
-    assert_close(maps[0], scores.softmax(-1).detach(), 1e-5)
-    assert all(m.shape == (2, T, T) and m.triu(1).abs().sum() == 0 for m in maps)
+        assert line.endswith("".join(f"  {token!r} {q:.2f}" for token, q in likeliest))
+        if "token" in r:
+            bar = "#" * round(10 * r["p"])
+            assert line.startswith(f"{r['token']!r:>10} {r['p']:.3f} {bar:10}")
+        else:
+            place = "embedding" if r["layer"] < 0 else f"layer {r['layer']}"
+            assert line.startswith(f"next, after {place}:")
     assert (tmp_path / "attention.png").stat().st_size > 10_000 or not importable("matplotlib")
-    for prompt, why in (("ï", "'ï'"), ("T", "1 tokens")):
+    for prompt, why in (("ï", "'ï'"), ("T", "tokens is 1"), ("T" * 17, "tokens is 17")):
         check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
 
 def test_each_head_is_drawn_in_its_place(tmp_path, monkeypatch):
-    """A column for each layer. Fails if layers and heads, or queries and keys, change places."""
-    figure, seen = pytest.importorskip("matplotlib.figure").Figure, []
+    """There is a column for each layer and a row for each head. Would fail if they, or queries and
+    keys, changed places. A dollar is a dollar, not the beginning of a formula."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    seen = []
     monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: seen.append(self))
-    weights, labels = [torch.rand(3, 4, 4) for _ in range(2)], ["'a'", "'b'", "'c'", "'d'"]
-    minigpt.draw_attention(tmp_path / "a.png", weights, labels)
+    weights = [torch.rand(3, 4, 4) for _ in range(2)]
+    minigpt.draw_attention(tmp_path / "a.png", weights, ["'a'", "'$'", "'c'", "'$'"])
     for axes in seen[0].axes:
         place, image = axes.get_subplotspec(), axes.get_images()[0]
         layer, head = place.colspan.start, place.rowspan.start
-        assert axes.get_title() == f"layer {layer}, head {head}" and image.get_clim() == (0, 1)
+        assert axes.get_title() == f"layer {layer}, head {head}"
+        assert image.get_clim() == (0, 1)
         assert_close(torch.tensor(image.get_array().tolist()), weights[layer][head], 1e-6)
-        assert [tick.get_text() for tick in axes.get_yticklabels()] == labels
+        labels = [tick.get_text() for tick in axes.get_yticklabels()]
+        assert labels == ["'a'", r"'\$'", "'c'", r"'\$'"]
     assert len(seen[0].axes) == 6 and seen[0].get_figwidth() < seen[0].get_figheight()
 
-# ---- The command line, as a user types it --------------------------------------------------------
+# ---- Part V: the command line, as a user types it ------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
  => --mode is missing & generate
 --mode dance => --mode & dance & eval
@@ -2358,19 +5146,34 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --max_steps => --max_steps
 --mode train --max_steps many => --max_steps & 'many' & whole number
 --mode train --bias maybe => maybe
+--mode train --prompt a => --prompt & --mode train & generate & inspect
+--mode train --vary pos=rope => --vary & --mode train & ablate
+--mode train --json => --json & --mode train & inspect
+--mode generate --max_steps 5 => --max_steps & --mode generate & train & ablate & bench
+--mode generate --no_bias => --bias & --mode generate & train
+--mode eval --prompt a => --prompt & --mode eval & generate
+--mode eval --resume => --resume & --mode eval & train
+--mode ablate --vary n_layer=1 --resume => --resume & --mode ablate & train
+--mode bench --out_dir x => --out_dir & --mode bench & train
+--mode bench --prompt x => --prompt & --mode bench & generate
+--mode inspect --temperature 1 => --temperature & --mode inspect & generate
+--mode export --seed 1 => --seed & --mode export & train
 --mode bench --preset bigram => --preset bigram & GPT
 --mode ablate => --vary
 --mode ablate --vary luck=1,2 => --vary luck=1,2
 --mode ablate --vary seed=1,2 => --vary seed=1,2
---mode ablate --vary n_layer => --n_layer
+--mode ablate --vary prompt=a,b => --vary prompt=a,b
+--mode ablate --vary n_layer => --vary n_layer & FIELD
+--mode ablate --vary n_layer=1,,2 => --n_layer & ''
 --mode ablate --vary n_layer=a,b => --n_layer & 'a'
+--mode ablate --vary bias=maybe => --bias
 --mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
 --mode train --n_embd 2000000000 => memory & --n_embd
---mode train --data nowhere.txt => nowhere.txt: No such file
+--mode train --data nowhere.txt => nowhere.txt & No such file
 --mode train --data {tmp}/empty.txt => --block_size 512 & a longer --data
---mode train --data {tmp} => {tmp}: Is a directory & name another
---mode train --data {tmp}/latin.txt => latin.txt: not UTF-8
---mode train --data {tmp}/few.txt => --block_size 512 & tenth, 1; & --data
+--mode train --data {tmp} => {tmp} & name another
+--mode train --data {tmp}/latin.txt => latin.txt & not UTF-8
+--mode train --data {tmp}/few.txt => --block_size 512 & part, 1; & --data
 --mode train --n_layer 0 => --n_layer & '0'
 --mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
 --mode train --n_head 3 => --n_embd 128 & --n_head 3
@@ -2378,21 +5181,29 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --learning_rate nan => --learning_rate & nan
 --mode train --min_lr 9 => --min_lr 9 & --learning_rate
 --mode train --preset huge => --preset & huge & laptop
+--mode train --preset plain --pos rope => --pos rope & --attention & extended & fused
+--mode train --preset plain --qk_norm => --qk_norm & --attention & extended & fused
+--mode train --attention explicit => --pos rope & --attention
+--mode train --preset plain --short_share 0.5 => --short_share 0.5 & --sampling even
 --mode train --device tpu => --device tpu & cpu
 --mode train --tokenizer bpe --vocab_size 100 => --vocab_size & '100'
 --mode train --tokenizer bpe --vocab_size 65537 => --vocab_size & 65536
---mode train --vocab_size 300 => --tokenizer bpe
---mode train --n_embd 12 --n_head 4 => --pos
---mode train --out_dir {tmp}/empty.txt/out => {tmp}/empty.txt
+--mode train --vocab_size 300 => --vocab_size 300 & --tokenizer bpe
+--mode train --n_embd 12 --n_head 4 => --pos & --n_embd & --n_head
+--mode train --out_dir {tmp}/empty.txt/out => {tmp}
 --mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & --init_from & --resume
+--mode train --init_from {run}/best.pt --n_layer 3 => --n_layer 3 & --init_from & 1
+--mode train --init_from {tmp} => {tmp} & config.json
 --mode generate --out_dir {tmp}/none => best.pt & train first
---mode eval --checkpoint {tmp} => {tmp}: not a model that can run here & GPT-2
---mode generate --checkpoint {tmp}/cut.pt => cut.pt: damaged
---mode eval --checkpoint {tmp}/latin.txt => latin.txt: damaged
+--mode eval --checkpoint {tmp} => {tmp} & config.json & GPT-2
+--mode generate --checkpoint {tmp}/cut.pt => cut.pt & damaged
+--mode eval --checkpoint {tmp}/latin.txt => latin.txt & damaged
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
 --mode train --out_dir {run} => --out_dir {run} & has a & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
+--mode generate --out_dir {run} --top_k 0 => --top_k & '0'
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
+--mode inspect --out_dir {run} => --prompt & tokens is 1
 --mode eval --out_dir {run} --data {tmp}/greek.txt => (U+03""".split("\n")]
 
 @pytest.fixture(scope="module")
@@ -2406,121 +5217,222 @@ def mistaken(tiny_run, tmp_path_factory):
 
     def fill(command, named):
         argv = [word.format(tmp=tmp, run=run) for word in command.split()]
-        extra = {"--device": "cpu", "--out_dir": tmp / "out"} if argv else {}
+        extra = {}
+        if argv:
+            extra["--device"] = "cpu"
+        if argv and "bench" not in argv:
+            extra["--out_dir"] = str(tmp / "out")
         if "train" in argv or "ablate" in argv:
-            extra |= {"--data": SHORT, "--preset": "laptop"}
-        argv += [str(x) for flag in extra if flag not in argv for x in (flag, extra[flag])]
+            extra |= {"--data": str(SHORT), "--preset": "laptop"}
+        for flag, value in extra.items():
+            if flag not in argv:
+                argv += [flag, value]
         return argv, named.format(tmp=tmp, run=run).split(" & ")
 
     return fill
 
-def check_mistake(code, out, err, named):
-    lines = err.strip().split("\n")
-    assert code == 2 and out == "" and "Traceback" not in err, err
-    assert [line.startswith("error: ") for line in lines].count(True) == 1, err
-    assert lines[-1].startswith("error: ") and all(word in lines[-1] for word in named), lines[-1]
-
 @pytest.mark.parametrize("command, named", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(mistaken, command, named):
-    """The last line begins with `error: ` and names the flag or file and the value; there is no
-    traceback, and nothing on stdout."""
+    """The last line begins with `error: ` and names the flag or the file, and the value. There is
+    no traceback, and nothing goes to stdout, where another program may be reading."""
     argv, named = mistaken(command, named)
     check_mistake(*run_main(*argv), named)
 
-def flags_with_values():
-    return [action.option_strings[0] for action in minigpt.build_parser()._actions
-            if action.nargs is None]
+def all_flags():
+    """Each setting of the four groups, with its kind."""
+    return {name: minigpt.kind_of(config_class, name) for config_class in minigpt.GROUPS.values()
+            for name in minigpt.field_names(config_class)}
+
+def test_every_flag_belongs_to_some_mode_and_every_mode_has_its_flags():
+    """A flag that no mode takes could never be typed; a name in `takes` that is no flag is a
+    misspelling. The flags that a mode refuses are exactly the others, and the message sends the
+    user to the modes that have them."""
+    flags = set(all_flags())
+    takes = {mode: minigpt.MODES[mode].takes for mode in minigpt.MODES}
+    assert set().union(*takes.values()) == flags
+    values = {str: "x", int: "300", float: "0.5"}
+    for mode in minigpt.MODES:
+        for name, kind in all_flags().items():
+            if name == "mode":
+                continue
+            argv = ["--mode", mode, f"--{name}"]
+            if kind is not bool:
+                argv.append(next(iter(minigpt.CHOICES.get(name, [values[kind]]))))
+            if name in takes[mode]:
+                minigpt.parse(argv)
+                continue
+            with pytest.raises(UserError) as refused:
+                minigpt.parse(argv)
+            message = str(refused.value)
+            assert message.startswith(f"--{name}: ") and f"--mode {mode}" in message
+            homes = message.split("a flag of --mode ")[1]
+            assert homes.split(" and ") == [m for m in minigpt.MODES if name in takes[m]]
+
+def test_a_setting_comes_from_the_default_then_the_preset_then_what_was_typed():
+    """Would fail if a preset overruled the user, or if a default overruled a preset."""
+    argv = ["--mode", "train", "--n_layer", "9", "--momentum", "0.5", "--no_qk_norm"]
+    request = minigpt.parse(argv)
+    assert request.model == {"n_layer": 9, "qk_norm": False}
+    assert request.training == {"momentum": 0.5}
+    model = minigpt.model_settings("laptop", request, 65)
+    training = minigpt.training_settings("laptop", request)
+    assert (model.n_layer, model.qk_norm, training.momentum) == (9, False, 0.5)  # typed
+    assert (model.n_embd, model.pos, training.optimizer) == (128, "rope", "muon")  # the preset
+    assert (model.mlp_ratio, training.beta2) == (4.0, 0.99)  # the defaults
+    assert training.preset == "laptop" and model.vocab_size == 65
+    assert minigpt.parse(["--mode", "eval"]).options == minigpt.Options(mode="eval")
+
+def mode_of(name):
+    """A mode that takes a flag."""
+    return next(mode for mode in minigpt.MODES if name in minigpt.MODES[mode].takes)
+
+def test_dashes_in_flags_and_in_values_are_kept_apart():
+    """--max-steps is --max_steps, as in most programs; a prompt, a stop text and a path keep their
+    dashes. Would fail if the whole command line were rewritten."""
+    request = minigpt.parse(["--mode=train", "--warmup-steps=0", "--out-dir", "my-folder",
+                             "--no-wandb", "--no-tie-weights", "--n_layer", "2"])
+    assert request.training == {"warmup_steps": 0, "wandb": False}
+    assert request.options.out_dir == "my-folder"
+    assert request.model == {"tie_weights": False, "n_layer": 2}
+    generate = ["--mode", "generate"]
+    assert minigpt.parse([*generate, "--prompt=a--no_b"]).writing.prompt == "a--no_b"
+    for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
+        writing = minigpt.parse([*generate, "--prompt", text, "--stop", text]).writing
+        assert writing.prompt == writing.stop == text
+    for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b", "--no_cache"):
+        request = minigpt.parse([*generate, f"--prompt={text}", f"--out_dir={text}"])
+        assert request.writing.prompt == request.options.out_dir == text
+        assert request.writing.cache
+
+def test_two_dashes_as_a_value_are_a_mistake_and_no_crash(tmp_path, monkeypatch):
+    """For argparse, a bare -- is no value but an empty list, which a setting must never become.
+    This holds whichever flag it is."""  # needs fix 5
+    monkeypatch.chdir(tmp_path)
+    for name, kind in all_flags().items():
+        if kind is bool:
+            continue
+        flag = f"--{name}"
+        mode = [] if name == "mode" else ["--mode", mode_of(name)]
+        for argv in ([f"{flag}=--"], [flag.replace("_", "-") + "=--"], [flag, "--"]):
+            code, out, err = run_main(*mode, *argv)
+            check_mistake(code, out, err.replace("-", "_"), [flag.replace("-", "_")])
+
+def test_only_a_users_mistake_is_explained():
+    """An error in the program must show its traceback, or nobody could find it."""
+    assert "out of memory" in minigpt.explain(MemoryError())
+    assert "out of memory" in minigpt.explain(RuntimeError("can't allocate memory: 9 bytes"))
+    assert minigpt.explain(NotImplementedError()) is None
+    assert minigpt.explain(ValueError("no number")) is None
+    assert "wandb" in minigpt.explain(ModuleNotFoundError(name="wandb"))
+    assert "x.txt: gone" in minigpt.explain(FileNotFoundError(2, "gone", "x.txt"))
+
+def test_help_lists_every_flag_in_80_columns():
+    """--help is the reference. Each flag has the comment beside its field, and its default."""
+    code, out, err = run_main("--help")
+    text, lines = re.sub(r"\s+", " ", out), out.splitlines()
+    assert code == 0 and err == "" and max(map(len, lines)) <= 80
+    for name, kind in all_flags().items():
+        pattern = rf"  --{name}, --no-{name}\b" if kind is bool else rf"  --{name} \S"
+        assert any(re.match(pattern, line) for line in lines), name
+    for word in (*minigpt.PRESETS, *minigpt.MODES, "(0.9)", "(4.0)", "(out)", "(True)"):
+        assert word in text
+    for config_class in minigpt.GROUPS.values():
+        beside = minigpt.comments(config_class)
+        for name in minigpt.field_names(config_class):
+            assert len(beside[name]) > 5
+            # A word with a dash or a slash may be broken at the end of a line.
+            assert beside[name].replace(" ", "") in text.replace(" ", ""), name
 
 @pytest.mark.slow
-def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path):
-    """Flags of every kind with values of every kind: exit code 0, or 2 with a single `error:` line,
-    the last one; never a traceback. What is huge here is too huge for any memory."""
+def test_the_program_helps_when_its_source_cannot_be_read():
+    """`python - --help < minigpt.py`: the comments are then out of reach, but the flags are not."""
+    done = subprocess.run([sys.executable, "-", "--help"], input=SOURCE, capture_output=True,
+                          text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    for name in all_flags():
+        assert f"--{name}" in done.stdout
+
+@pytest.mark.slow
+def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path, monkeypatch):
+    """Flags of every kind, mostly those of the mode, with values of every kind: the exit code is 0,
+    or 2 with a single line that begins with `error:`, the last one. There is never a traceback."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies as st
 
     run, seen = tiny_run[0], collections.Counter()
+    monkeypatch.chdir(tmp_path)  # some values name new folders
     odd = ["", " ", "-", "--", "é", "nan", "inf", "1e400", "1e300", "None", "1_0", "2.0", "-1",
-           "9" * 30, "\udcff"]
-    files = [str(path) for path in (tmp_path, run / "best.pt", run / "latest.pt", SHORT)]
-    values = {int: ["0", "1", "2", "3", "4", "8", "400"], str: ["a", "ROMEO:", *files],
+           "9" * 30, "\udcff", ".", "a b"]
+    files = [str(path) for path in (run / "best.pt", run / "latest.pt", SHORT, tmp_path / "new")]
+    values = {int: ["0", "1", "2", "3", "4", "8", "100"], str: ["a", "ROMEO:", *files],
               float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
+    special = {"device": ["cpu", "cpu:9", "tpu", "meta"], "seeds": ["0", "1", "2"],
+               "bench_seconds": ["0", "0.01"], "vary": ["pos=rope", "bias=true,false", "x=1", "="],
+               "num_samples": ["1", "2"]}
+    kinds = {name: kind for name, kind in all_flags().items()
+             if name not in ("mode", "compile", "wandb")}
+    flags = {"nonsense": st.just(["--nonsense"])}
+    for name, kind in kinds.items():
+        if kind is bool:
+            flags[name] = st.sampled_from([[f"--{name}"], [f"--no_{name}"],
+                                           [f"--no-{name.replace('_', '-')}"]])
+            continue
+        sound = st.sampled_from(special.get(name) or [*minigpt.CHOICES.get(name, values[kind])])
+        strange = sound if name == "bench_seconds" else st.sampled_from(odd)
+        value = st.one_of(*[sound] * 9, strange)
+        flags[name] = value.map(lambda value, name=name: [f"--{name}", value])
+    base = {"train": [*TRAIN[2:], "--max_steps", "2", "--sample_tokens", "3", "--no_wandb"],
+            "ablate": [*TRAIN[2:], "--max_steps", "2", "--no_wandb", "--seeds", "1", "--vary",
+                       "tie_weights=true"],
+            "bench": [*BENCH[2:], "--bench_seconds", "0.01"], "generate": ["--max_tokens", "4"],
+            "eval": [], "inspect": ["--prompt", "ROMEO:"], "export": []}
 
-    def value(kind, choices=None):
-        sound = st.sampled_from([*(choices or values[kind])])
-        return st.one_of(*[sound] * 9, st.sampled_from(odd)).map(lambda value: [value])
+    @st.composite
+    def command(draw):
+        mode = draw(st.sampled_from(["train", *minigpt.MODES]))
+        own = sorted(name for name in flags if name in minigpt.MODES[mode].takes)
+        name = st.one_of(*[st.sampled_from(own)] * 19, st.sampled_from(sorted(flags)))
+        typed = draw(st.lists(name.flatmap(flags.get), max_size=4))
+        return mode, [word for words in typed for word in words]
 
-    flags = {"resume": st.just([]), "nonsense": st.just([]), "checkpoint": value(str),
-             "data": value(str), "device": value(str, ["cpu", "cpu:9", "tpu", "cuda:9", "meta"])}
-    for f in itertools.chain(*map(fields, (GPTConfig, TrainConfig, minigpt.GenerateConfig))):
-        kind = f.type if isinstance(f.type, type) else f.type.__args__[0]
-        if kind is bool and f.name not in ("compile", "wandb"):
-            flags |= {f.name: st.just([]), f"no_{f.name}": st.just([])}
-        elif kind is not bool:
-            flags[f.name] = value(kind, minigpt.CHOICES.get(f.name))
-    typed = st.lists(st.sampled_from(sorted(flags)).flatmap(
-        lambda name: flags[name].map(lambda value: [f"--{name}", *value])), max_size=4)
-
-    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True,
+    @hypothesis.settings(max_examples=600, deadline=None, database=None, derandomize=True,
                          suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(st.sampled_from(["train", "train", "generate", "eval", "ablate"]), typed)
-    def law(mode, typed):
-        folder = run if mode in ("generate", "eval") else tmp_path / "out"
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        argv = ["--mode", mode, *TRAIN[2:], "--max_steps", "2", "--sample_tokens", "3",
-                "--max_tokens", "4", "--no_wandb", "--out_dir", folder]
-        argv += ["--vary", "tie_weights=true", "--seeds", "1"] if mode == "ablate" else []
-        code, _, err = run_main(*argv, *itertools.chain.from_iterable(typed))
+    @hypothesis.given(command())
+    def law(drawn):
+        mode, typed = drawn
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        argv = ["--mode", mode, *base[mode]]
+        if mode == "export":
+            argv += ["--export_dir", str(tmp_path / "hf")]
+        if mode != "bench":
+            argv += ["--out_dir", str(tmp_path / "out" if mode in ("train", "ablate") else run)]
+        code, _, err = run_main(*argv, *typed)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code in (0, 2) and len(lines) == (code == 2) and "Traceback" not in err, err
         assert code == 0 or err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, err
         seen[mode, code] += 1
 
+    before = contents(run)
     law()
-    assert all(seen[mode, code] for mode in ("train", "generate", "eval") for code in (0, 2)), seen
-
-def test_dashes_in_flags_and_in_values_are_kept_apart():
-    """--max-steps is --max_steps; a prompt, a stop text and a path keep their dashes."""
-    assert minigpt.parse(["--warmup-steps=0", "--out-dir", "my-folder", "--no-wandb"]) == {
-        "warmup_steps": 0, "out_dir": "my-folder", "wandb": False}
-    assert minigpt.parse(["--prompt=a--no_b"]) == {"prompt": "a--no_b"}
-    for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
-        assert minigpt.parse(["--prompt", text, "--stop", text]) == {"prompt": text, "stop": text}
-    for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b"):
-        assert minigpt.parse([f"--prompt={text}", f"--out_dir={text}"]) == {
-            "prompt": text, "out_dir": text}
-
-def test_two_dashes_as_a_value_are_a_mistake_and_no_crash():
-    """argparse itself ends in a traceback here; whichever flag it is."""
-    for flag in flags_with_values():
-        for argv in ([f"{flag}=--"], [flag.replace("_", "-") + "=--"], [flag, "--"]):
-            check_mistake(*run_main(*argv), [flag])
-    assert "out of memory" in minigpt.explain(MemoryError())
-    with pytest.raises(NotImplementedError):  # nobody's mistake
-        minigpt.explain(NotImplementedError())
-
-def test_help_lists_every_flag_in_80_columns():
-    """--help is the reference; it exits with 0; each flag with its meaning and its default."""
-    done = run_command("--help", COLUMNS="300")
-    text, lines = re.sub(r"\s+", " ", done.stdout), done.stdout.splitlines()
-    assert done.returncode == 0 and done.stderr == "" and max(map(len, lines)) <= 80
-    for flag in flags_with_values():
-        assert any(re.match(rf"  {flag} \S", line) for line in lines), flag
-    for word in (*minigpt.PRESETS, *minigpt.MODES, "(0.9)", "--resume", "--bias"):
-        assert word in text
-    for name, help in {**minigpt.comments(GPTConfig), **minigpt.comments(TrainConfig)}.items():
-        assert help in text, name
+    assert {path: data for path, data in contents(run).items() if path.suffix == ".pt"} == {
+        path: data for path, data in before.items() if path.suffix == ".pt"}
+    assert all(seen[mode, code] for mode in minigpt.MODES for code in (0, 2)), seen
 
 @POSIX
-def test_a_reader_that_leaves_early(tiny_run, tmp_path, start_main):
+def test_a_reader_that_leaves_early_ends_the_program_quietly(tiny_run, tmp_path, start_main):
     """`generate | head -c 10` and `train 2>&1 | head -1` end without a traceback, and the exit code
-    is what a shell expects (128 + 13)."""
+    is the one that a shell expects, 128 + 13 (SIGPIPE)."""
     generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--device", "cpu", "--max_tokens",
                 "300000"]
     train = [*TRAIN, "--out_dir", tmp_path, "--max_steps", "5000"]
-    for argv in (generate, train):
-        os.mkfifo(fifo := tmp_path / f"fifo{len(argv)}")
-        reader, log = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), tmp_path / f"log{len(argv)}"
-        process, got = start_main(argv, *((log, fifo) if argv is generate else (fifo, log))), b""
+    for number, argv in enumerate((generate, train)):
+        fifo, log = tmp_path / f"fifo{number}", tmp_path / f"log{number}"
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        err, out = (log, fifo) if argv is generate else (fifo, log)
+        process = start_main(argv, err, out)
+        got = b""
         while not got:
             with contextlib.suppress(BlockingIOError):
                 got = os.read(reader, 10)
@@ -2528,73 +5440,152 @@ def test_a_reader_that_leaves_early(tiny_run, tmp_path, start_main):
             time.sleep(0.01)
         os.close(reader)
         process.join(60)
-        assert process.exitcode == 141 and not re.search("Traceback|Exception", log.read_text())
+        assert process.exitcode == 141
+        assert not re.search("Traceback|Exception", log.read_text())
 
 # ---- Writing -------------------------------------------------------------------------------------
-def test_typed_settings_reach_the_writing(tiny_run):
-    """Each as the model's own generate has it, drawn with the same dice; and each of them matters.
-    Only the text goes to stdout, and the prompt leads it; the cache changes nothing."""
-    folder, texts = tiny_run[0], []
-    model, tokenizer = minigpt.model_from_checkpoint(load_checkpoint(folder / "best.pt"))
-    generate = ["--mode", "generate", "--out_dir", folder, "--max_tokens", "30"]
-    for options in (dict(), dict(temperature=0.0), dict(temperature=2.5), dict(top_k=3),
-                    dict(top_p=0.2)):
-        for flags in ([], ["--no_cache"]):
-            flags += [f"--{name}={value}" for name, value in options.items()]
-            _, out, err = run_main(*generate, "--prompt", "THE", "--seed", "7", *flags)
-            dice = torch.Generator().manual_seed(minigpt.derived_seed(7, 0))
-            ids = model.generate(torch.tensor([tokenizer.encode("THE")]), 30,
-                                 **{"temperature": 0.8, **options}, generator=dice)
-            assert out == tokenizer.decode(ids[0].tolist()) + "\n"
-            assert re.fullmatch(r".*best.pt: step \d+, [\d,]+ parameters\n", err)
-        texts.append(out)
-    assert len(set(texts)) == 5 and run_main(*generate)[1][0] == "\n"  # without a prompt
+@pytest.mark.parametrize("options", [
+    {}, dict(temperature=0.0), dict(temperature=2.5), dict(top_k=3), dict(top_p=0.2)])
+def test_typed_settings_reach_the_writing(tiny_run, options):
+    """The text is what the model's own generate draws from the same random numbers; the cache
+    changes nothing. Only the text goes to stdout, with the prompt before it."""
+    folder = tiny_run[0]
+    model, tokenizer = model_of(folder / "best.pt")
+    generator = torch.Generator().manual_seed(minigpt.derived_seed(7, 0))
+    ids = model.generate(torch.tensor([tokenizer.encode("THE")]), 30,
+                         **{"temperature": 0.8, **options}, generator=generator)
+    typed = [f"--{name}={value}" for name, value in options.items()]
+    for cache in ("--cache", "--no_cache"):
+        code, out, err = run_main("--mode", "generate", "--out_dir", folder, "--max_tokens", "30",
+                                  "--prompt", "THE", "--seed", "7", *typed, cache)
+        assert code == 0 and out == tokenizer.decode(ids[0].tolist()) + "\n"
+        assert re.fullmatch(r".*best.pt: step \d+, [\d,]+ parameters\n", err)
+
+def test_each_setting_of_the_writing_matters(tiny_run):
+    """Would fail if one were read and forgotten."""
+    generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--max_tokens", "30"]
+    changes = ([], ["--temperature", "0"], ["--temperature", "2.5"], ["--top_k", "3"],
+               ["--top_p", "0.2"], ["--seed", "2"], ["--prompt", "THE"], ["--max_tokens", "9"])
+    texts = [run_main(*generate, *typed)[1] for typed in changes]
+    assert len(set(texts)) == len(texts)
+    assert texts[0] == run_main(*generate)[1]  # and without a change, the text is the same
+    assert texts[0][0] == "\n"  # without a prompt, it continues a line break
     assert run_main(*generate, "--prompt", "THE", "--max_tokens", "0")[1] == "THE\n"
-    assert run_main(*generate, "--seed", "2")[1] != run_main(*generate)[1] == run_main(*generate)[1]
+
+def test_without_the_cache_nothing_is_remembered(tiny_run, monkeypatch):
+    """Would fail if --no_cache were ignored, since both give the same text."""
+    seen = []
+    append = minigpt.LayerMemory.append
+
+    def counted(self, k, v):
+        seen.append(k.shape[2])
+        return append(self, k, v)
+
+    monkeypatch.setattr(minigpt.LayerMemory, "append", counted)
+    generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--max_tokens", "4"]
+    run_main(*generate, "--prompt", "THE")
+    assert seen == [3, 1, 1, 1]
+    seen.clear()
+    run_main(*generate, "--prompt", "THE", "--no_cache")
+    assert seen == [3, 4, 5, 6]
 
 def test_several_samples_are_several_texts(tiny_run):
-    """Separated by a line; each continues the prompt; --stop ends each at its own place."""
+    """They are separated by a line, each continues the prompt, and --stop ends each at its own
+    place. Would fail if all were drawn with the same random numbers."""
     generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--prompt", "I", "--num_samples",
                 "3", "--max_tokens", "60", "--temperature", "1.5"]
     code, out, _ = run_main(*generate)
     texts = out.split("---------------\n")
-    assert code == 0 and len(set(texts)) == 3 and all(len(t) == 62 and t[0] == "I" for t in texts)
+    assert code == 0 and len(set(texts)) == 3
+    assert all(len(text) == 62 and text[0] == "I" for text in texts)
     stop = texts[1][20:22]
-    _, out, _ = run_main(*generate, "--stop", stop)
+    out = run_main(*generate, "--stop", stop)[1]
     for whole, cut in zip(texts, out.split("---------------\n"), strict=True):
-        assert cut == whole.split(stop)[0] + "\n" or cut == whole and stop not in whole
+        before, found, _ = whole[1:].partition(stop)
+        assert cut == (f"I{before}\n" if found else whole)
 
-def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(tiny_run, monkeypatch):
-    """What was shown stays the beginning of what comes, for every way in which tokens and a stop
-    text can meet; half a character waits for its other half, and after the end-of-text token there
-    is nothing."""
-    tokenizer, dice, out = BPETokenizer.train("aba " * 9, 260), random.Random(0), io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
+class CountingTokenizer(BPETokenizer):
+    """Counts how many ids it was asked to decode."""
+    decoded = 0
 
-    def show(ids, stop):
-        """What is on the screen after each token, and in the end."""
-        seen = []
+    def decode(self, ids):
+        self.decoded += len(ids)
+        return super().decode(ids)
 
-        def tokens():
-            for i in ids:
-                seen.append(out.getvalue())
-                yield torch.tensor([[i]])
+def print_tokens(tokenizer, ids, stop, monkeypatch):
+    """What is on the screen before each token that is taken, and what is there at the end."""
+    seen, out = [], io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        printer = minigpt.TextPrinter(tokenizer, stop)
+        for i in ids:
             seen.append(out.getvalue())
+            if not printer.add(i):
+                break
+        else:
+            seen.append(out.getvalue())
+        printer.finish()
+    return seen, out.getvalue()
 
-        out.seek(0), out.truncate()
-        minigpt.show_text(tokenizer, tokens(), stop)
-        return seen, out.getvalue()
-
+def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(monkeypatch):
+    """For every way in which tokens and a stop text can meet: what was shown stays the beginning of
+    what comes, half a character waits for its other half, what may be the beginning of the stop
+    text is held back, and everything else is shown at once."""
+    tokenizer, rng = BPETokenizer.train("aba " * 9, 260), random.Random(0)
     for _ in range(500):
-        text = "".join(dice.choices("ab\né", k=dice.randrange(12)))
-        stop = "".join(dice.choices("ab\né", k=dice.randrange(3)))
-        ids = [i for c in text for i in tokenizer.encode(c)]
-        seen, whole = show(ids, stop)
+        text = "".join(rng.choices("ab\né😀", k=rng.randrange(12)))
+        stop = "".join(rng.choices("ab\né", k=rng.randrange(4)))
+        ids, ready = [], [0]  # ready: how many characters are complete before each token
+        for count, character in enumerate(text):
+            new = tokenizer.encode(character)
+            ids += new
+            ready += [count] * (len(new) - 1) + [count + 1]
+        seen, whole = print_tokens(tokenizer, ids, stop, monkeypatch)
         assert whole == (text.split(stop)[0] if stop else text) + "\n"
         for new, shown in zip([*seen[1:], whole], seen):
             assert new.startswith(shown) and "\ufffd" not in new
+        for shown, count in zip(seen, ready):
+            assert len(shown) >= count - max(len(stop) - 1, 0)
         assert (len(seen) <= len(ids)) == bool(stop and stop in text)  # then no more is drawn
-        seen, whole = show([*ids, tokenizer.end, *ids], "")
-        assert whole == text + "\n" and len(seen) == len(ids) + 1
     ids = tokenizer.encode("abé ")
-    assert show(ids, "xy")[0][-1] == "abé" and show(tokenizer.encode("é")[:1], "")[1] == "\ufffd\n"
+    assert print_tokens(tokenizer, ids, "xy", monkeypatch)[0][-1] == "abé"
+
+def test_nothing_is_shown_after_the_end_of_text(monkeypatch):
+    """What a model writes after this token belongs to another text, and the token is no text."""
+    tokenizer = BPETokenizer.train("aba " * 9, 260)
+    ids = tokenizer.encode("abé")
+    seen, whole = print_tokens(tokenizer, [*ids, tokenizer.end_id, *ids], "", monkeypatch)
+    assert whole == "abé\n" and len(seen) == len(ids) + 1
+
+def test_tokens_that_cross_characters_are_shown_whole(monkeypatch):
+    """A token may hold the end of one character and the beginning of the next, many times in a row
+    (this happens in Chinese). Bytes that are no text at all become U+FFFD, as in `decode`, and do
+    not spoil what follows."""
+    tokenizer = BPETokenizer([(b"\xad", b"\xe4"), (b"\xad\xe4", b"\xb8")])
+    text = "中" * 9
+    assert [len(tokenizer.tokens[i]) for i in tokenizer.encode(text)] == [1, 1, *[3] * 8, 1]
+    whole = print_tokens(tokenizer, tokenizer.encode(text), "", monkeypatch)[1]
+    assert whole == text + "\n"  # needs fix 4
+    rng = random.Random(0)
+    for _ in range(300):
+        pieces = [bytes([rng.randrange(256)]), "é".encode(), "😀".encode(), b"a", "中".encode()]
+        data = b"".join(rng.choices(pieces, k=5))
+        ids = [minigpt.BYTE_ORDER.index(byte) for byte in data]
+        seen, whole = print_tokens(tokenizer, ids, "", monkeypatch)
+        assert whole == data.decode("utf-8", "replace") + "\n"
+        assert all(whole.startswith(shown) for shown in seen)
+
+def test_showing_a_text_takes_time_in_proportion_to_its_length(monkeypatch):
+    """Decoding the whole text again for each token would take hours for a long one."""
+    tokenizer = CountingTokenizer.train("aba " * 9, 260)
+    ids = tokenizer.encode("ab é😀\n" * 100)
+    assert len(ids) > 500
+    print_tokens(tokenizer, ids, "never", monkeypatch)
+    assert tokenizer.decoded <= 4 * len(ids)
+
+def test_half_a_character_at_the_end_is_shown_as_such(monkeypatch):
+    """The last token may be half a character. It is not lost without a sign."""
+    tokenizer = BPETokenizer.train("aba " * 9, 260)
+    ids = tokenizer.encode("aé")[:-1]
+    assert print_tokens(tokenizer, ids, "", monkeypatch)[1] == "a\ufffd\n"
+    assert print_tokens(tokenizer, ids, "xyz", monkeypatch)[1] == "a\ufffd\n"
