@@ -2346,6 +2346,26 @@ READERS["fused"] = CachedReader
 
 # Question 23  How many numbers does the cache of `laptop` hold when its window is full?
 
+# ---- A variation of your own ---------------------------------------------------------------------
+# Add an entry to a table, and its key is a value of the flag, is stored in checkpoints, and can be
+# compared by --mode ablate. This is how the entries are called, and what they return:
+#
+#     ACTIVATIONS[key](config)       a module (B, T, C) -> (B, T, C), usually a subclass of MLP
+#     ATTENTION[key](config)         the same; subclasses of Attention have RoPE and the cache
+#     READERS[key](model)            a reader, by the key of the attention; otherwise PlainReader
+#     BLOCKS[key](config)            the same as for ACTIVATIONS, usually a subclass of Block
+#     NORMS[key](n, config)          a module for n channels
+#     POSITIONS[key](config)         a module: positions (T,) -> vectors (T, C), or 0.0
+#     ROTATIONS[key](config)         by the key of the positions: a module that takes queries or
+#                                    keys (B, nh, T, hs) and their first position, and turns them
+#     HEADS[key](wte)                a module (B, T, C) -> (B, T, V)
+#     OPTIMIZERS[key](model, config) an optimizer
+#     SCHEDULES[key](r)              from 1 to 0 as r goes from 0 to 1
+#     SAMPLING[key](tokens, block_size, config, step)    the batches of a step
+#
+# A term that is added to the attention scores, such as ALiBi [Press et al. 2022], belongs into the
+# method `mask` of a subclass of Attention.
+
 # ---- From GPT-2 to Qwen3 -------------------------------------------------------------------------
 # The chapters above contain nearly everything that separates Part I from an open model of today,
 # for instance Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned
