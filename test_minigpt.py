@@ -1430,6 +1430,19 @@ def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, l
 # Part II: Better
 # ==================================================================================================
 
+def test_patience_counts_evaluations_and_not_steps(tmp_path):
+    """The best model may be of a step that is not a multiple of eval_interval, such as the last
+    step of a run that was lengthened. The next evaluation is then at 500. Fails if steps are
+    counted, which would end the run between two evaluations."""
+    config = TrainConfig(eval_interval=250, patience=1, max_steps=1000)
+    run = minigpt.Run(GPT(small_config()), None, None, config, tmp_path)
+    run.best_step = 300
+    ends = []
+    for step in (499, 500, 501):
+        run.step = step
+        ends.append(run.finished())
+    assert ends == [False, True, True]
+
 EXTENDED_KINDS = [Attention, minigpt.FusedAttention]  # those that know RoPE, QK-norm and a memory
 
 def memorize(model, batch, steps, **settings):
@@ -2147,6 +2160,13 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
         is_adamws = not name.startswith("h.") or p.dim() == 1
         assert torch.equal(p, q) == is_adamws, name
         assert p.grad is None
+
+def test_muon_takes_the_two_matrices_of_swiglu_apart():
+    """c_fc of SwiGLU stacks two matrices, as c_attn stacks three. Others are one matrix each."""
+    for activation, parts in (("swiglu", [3, 1, 2, 1]), ("relu2", [3, 1, 1, 1])):
+        model = GPT(small_config(activation=activation))
+        optimizer = minigpt.make_muon(model, RunConfig(optimizer="muon"))
+        assert optimizer.param_groups[-1]["parts"] == parts * 2
 
 def test_muon_continues_from_its_state_as_if_nothing_had_happened():
     """The state holds its running means, so a resumed run takes the same steps. Fails if a mean is
@@ -3094,6 +3114,18 @@ def test_handlers_are_restored_when_a_run_fails(tmp_path, guarded):
     assert code == 2 and "diverged" in err
     for name, _ in STOPPING:
         assert signal.getsignal(getattr(signal, name)) is guarded.handler
+
+@POSIX
+def test_after_a_signal_any_other_one_ends_the_process():
+    """Ctrl-C and then SIGTERM are two signals as well. Fails if only the first kind is given back
+    to the system, so that a run that hangs after Ctrl-C survives a shutdown."""
+    before = signal.getsignal(signal.SIGTERM)
+    with minigpt.SignalWatch() as watch:
+        watch.handle(signal.SIGINT, None)
+        assert watch.received == signal.SIGINT
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 def test_main_trains_in_a_thread(tmp_path, tiny_run):
     """Python allows signal handlers in the main thread only. Elsewhere, as in a notebook's
@@ -5342,6 +5374,17 @@ def test_help_lists_every_flag_in_80_columns():
             assert len(beside[name]) > 5
             # A word with a dash or a slash may be broken at the end of a line.
             assert beside[name].replace(" ", "") in text.replace(" ", ""), name
+
+def test_help_shows_every_default_that_is_a_number():
+    """A default of 0 is a default, too. Fails if 0 is taken for a missing default."""
+    shown = re.sub(r"\s+", " ", minigpt.build_parser().format_help())
+    assert "0: never (0)" in shown and "with short windows (0.0)" in shown
+
+def test_vary_takes_dashes_as_all_flags_do(tmp_path):
+    """n-layer is n_layer."""
+    request = minigpt.parse(["--mode", "ablate", "--vary", "n-layer=1,2"])
+    variants = minigpt.variants_of(request)
+    assert [variant.model for variant in variants.values()] == [{"n_layer": 1}, {"n_layer": 2}]
 
 @pytest.mark.slow
 def test_the_program_helps_when_its_source_cannot_be_read():

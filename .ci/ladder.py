@@ -125,7 +125,7 @@ def main() -> None:
     for name, added in (PART_1 if args.part == 1 else PART_2).items():
         flags = added.split() if args.part == 1 else [*flags, *added.split()]
         rungs[name] = flags
-    args.steps = args.steps or (500 if args.part == 1 else 2500)
+    args.steps = args.steps or (1500 if args.part == 1 else 2500)
     steps = dict.fromkeys(rungs, args.steps)
     if args.part == 2:
         steps = steps_in_equal_time(rungs, args)
