@@ -11,17 +11,19 @@ file builds a model that answers it well enough to write verse in the style of S
 The file is a book in five parts. You can read Part I from top to bottom without skipping anything.
 
     Part I     A GPT, complete    from characters to verse, with everything that a GPT needs
-    Part II    Better             variations of each part: what each one changes and what it gains
+    Part II    Better             variations of each part, and how much each of them helps
     Part III   The machine room   devices, several processes, signals, safe files, logs
     Part IV    The laboratory     comparing, measuring, export to other programs, a look inside
     Part V     The command line   presets, flags and modes
 
-Part I stands alone: it uses nothing from the later parts. It is also what runs. The command
+Part I stands alone: it uses nothing from the later parts. And it is what runs. The command
 
     python minigpt.py --mode train --preset plain --out_dir plain
 
 trains the model of Part I with the functions of Part I, in two to three minutes on two CPU cores.
-If you edit them, you change that run. Later parts add variations under names of their own.
+If you edit them, you change that run. (Around them, Part III adds what a long run needs: files, a
+longer status line, and 16-bit arithmetic where the processor has it.) The presets of the first
+command above, and the variations of Part II, stand under names of their own.
 
 What you need to know: Python, and a little PyTorch. PyTorch provides tensors, automatic
 derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of vectors, looked up by row
@@ -35,6 +37,7 @@ A tensor is an array of numbers. We write its sizes in parentheses, for example 
     T    time: how many tokens (here: characters) each sequence has, at most block_size
     C    channels: how many numbers describe one token, n_embd
     V    vocabulary: how many different tokens exist, vocab_size
+    N    how many tokens a whole text has
     nh   how many attention heads there are, n_head
     hs   the size of one head, C / nh
 
@@ -87,7 +90,8 @@ class GPTConfig:
     bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
 
     # Each part of the model is looked up in a table, under one of these names. Part I has one entry
-    # in each table. Part II adds entries, and its ModelConfig makes the names settings.
+    # in each table. Part II adds entries, and its ModelConfig makes the names settings. (Without a
+    # type, they are constants of the class and not fields of the dataclass.)
     model = "gpt"
     block = "pre"
     attention = "explicit"
@@ -165,7 +169,7 @@ class CharTokenizer:
 TOKENIZERS = {"char": CharTokenizer}  # Part II adds tokens that are longer than a character
 
 # Question 1   What does `encode` do with a character that did not occur in the corpus? Could the
-#              model learn it from one more text, without being built anew?
+#              model learn it from one more text, without being rebuilt?
 
 # ---- Batches -------------------------------------------------------------------------------------
 # Problem   To learn what comes next, we need many examples of a context and the token that
@@ -233,9 +237,10 @@ def cut_windows(tokens, block_size: int, starts):
 #
 #               p(x_1, ..., x_N) = p(x_1) p(x_2 | x_1) ... p(x_N | x_1, ..., x_{N-1})
 #
-#           This is true of every distribution. A model that computes these factors one after
-#           another, p(x_t | x_<t), is called autoregressive. To write, it draws a token, appends
-#           it, and predicts again.
+#           This is true of every distribution. A model that gives each token a probability from the
+#           tokens before it, p(x_t | x_<t), is called autoregressive. To write, it draws a token,
+#           appends it, and predicts again. In training, where the text is known, all these
+#           probabilities are computed at once.
 # Logits    For each position, a model outputs V numbers called logits, one for each token that may
 #           come next. A softmax turns them into probabilities, which are positive and sum to 1:
 #           p_i = exp(logit_i) / sum_j exp(logit_j).
@@ -284,15 +289,15 @@ class Bigram(nn.Module):
 
 # Learning  The numbers that a model learns are called its weights (or parameters). The derivative
 #           of the loss with respect to a weight tells how the loss changes if we increase that
-#           weight a little. All these derivatives together are the gradient. Gradient descent moves
-#           each weight a little against its derivative, so that the loss goes down, and repeats
-#           this with the next batch. The factor is called the learning rate. Here is all of it, on
-#           a short text:
+#           weight a little. All these derivatives together are the gradient. Gradient descent
+#           subtracts from each weight its derivative, multiplied by a factor called the learning
+#           rate (here 10.0), so that the loss goes down. It repeats this with the next batch. Here
+#           is all of it, on a short text:
 #
 # >>> text = "to be or not to be " * 20
 # >>> tokenizer = CharTokenizer.train(text)
 # >>> tokens = encode_to_tensor(text, tokenizer)
-# >>> generator = torch.manual_seed(0)
+# >>> generator = torch.manual_seed(0)                   # a source of random numbers
 # >>> model = Bigram(GPTConfig(tokenizer.vocab_size))
 # >>> for step in range(201):
 # ...     x, y = get_batch(tokens, 8, 32, generator)
@@ -361,10 +366,11 @@ class Bigram(nn.Module):
 # alternate: attention moves information between tokens, and an MLP then processes each token by
 # itself.
 #
-# Problem   In "the queen spoke and all obeyed her", the word `her` has to find `queen`. A token
-#           must collect information from the tokens before it, and which of them matter depends on
-#           what they are. We arrive there in four steps, with four tokens of two channels each:
-#           channel 0 says "I am a consonant", channel 1 says "I am a vowel".
+# Problem   In "the queen spoke and all obeyed her" (imagine that words are tokens), `her` has to
+#           find `queen`. A token must collect information from the tokens before it, and which of
+#           them matter depends on what they are. We build this in four steps, with four tokens of
+#           two channels each: channel 0 says "I am a consonant", channel 1 says "I am a vowel". The
+#           functions print_rows, causal_mask and attention_weights are defined below.
 #
 # >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])   # t, o, space, b: (T, C)
 #
@@ -394,7 +400,7 @@ class Bigram(nn.Module):
 # Step 3    The same weights from a softmax. Give each pair of tokens a score, here always 0. Add
 #           minus infinity where the token of the column is later than the token of the row:
 #           exp(-inf) is 0. This matrix of 0 and -inf is called the causal mask. Each position is
-#           trained to predict the next token, so it must not see it.
+#           trained to predict the next token, so it must not see that token.
 #
 # >>> scores = torch.zeros(4, 4)
 # >>> print_rows(torch.softmax(scores + causal_mask(4), dim=1))
@@ -404,8 +410,8 @@ class Bigram(nn.Module):
 # 0.25 0.25 0.25 0.25
 #
 #           Why not take the softmax first and set the later tokens to zero afterwards? Then the
-#           rows no longer sum to 1, and how much a row loses depends on tokens that it must not
-#           see:
+#           rows no longer sum to 1. And if the scores are not equal, what a row loses depends on
+#           tokens that it must not see:
 #
 # >>> print_rows(torch.softmax(scores, dim=1).tril())
 # 0.25 0.00 0.00 0.00
@@ -414,9 +420,10 @@ class Bigram(nn.Module):
 # 0.25 0.25 0.25 0.25
 #
 # Step 4    Let the tokens decide. Each token gets a query q, which says what it is looking for, and
-#           a key k, which says what it has. Both are linear functions of its vector. The score of a
-#           pair is the dot product of the query of the one with the key of the other. In this
-#           example, W_q makes consonants look for vowels and vowels for consonants:
+#           a key k, which says what it has. Both are linear functions of its vector. The score of
+#           row t and column s is the dot product of the query of t and the key of s, divided by the
+#           root of the number of channels (explained below). In this example, W_q makes consonants
+#           look for vowels and vowels for consonants, and the key is the vector itself:
 #
 # >>> W_q = torch.tensor([[0.0, 3.0], [3.0, 0.0]])
 # >>> q, k = x @ W_q, x                                  # (T, hs) each
@@ -427,8 +434,18 @@ class Bigram(nn.Module):
 # 0.09 0.74 0.09 0.09
 #
 #           The `o` in row 1 finds the `t`, and the `b` in row 3 finds the `o`. The space has no
-#           preference. What is collected is not the token's vector but a third linear function of
-#           it, its value v. The result is the matrix product weights @ v.
+#           preference.
+# Values    What is collected is not the token's vector but a third linear function of it, its value
+#           v. So a token can be found by one property, its key, and hand over another. Here the
+#           value is one number that says "vowel", 10 for vowels and 0 for others. The `b` has found
+#           that a vowel came before it:
+#
+# >>> W_v = torch.tensor([[0.0], [10.0]])
+# >>> print_rows(attention_weights(q, k, causal_mask(4)) @ (x @ W_v))
+# 0.00
+# 1.07
+# 3.33
+# 7.35
 #
 # Equation  Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + mask) V
 #           [Vaswani et al. 2017, section 3.2.1; the mask is described in their section 3.2.3]
@@ -449,7 +466,7 @@ def causal_mask(T: int, device=None):
 def attention_weights(q, k, mask):
     """How much each query takes from each key: q (..., T, hs), k (..., S, hs) -> (..., T, S).
 
-    Each row sums to 1. mask (T, S) is added to the scores."""
+    No weight is negative, and each row sums to 1. mask (T, S) is added to the scores."""
     hs = q.shape[-1]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # row: query; column: key
     return torch.softmax(scores + mask.to(scores.dtype), dim=-1)
@@ -460,18 +477,20 @@ def attention_weights(q, k, mask):
 # ---- Attention with several heads ----------------------------------------------------------------
 # Problem   One softmax can concentrate on one thing at a time. A token may need several: the letter
 #           before it, the beginning of the word, the speaker's name.
-# Answer    nh heads work side by side. Each has its own q, k and v with C / nh channels, so each
-#           works in its own subspace of the vector. Their results are placed next to each other
-#           again, and a last linear layer mixes them.
+# Answer    nh heads work side by side. Each head reads the whole vector of C channels, and makes
+#           from it a q, a k and a v with only C / nh channels of its own: it looks at the vector in
+#           a subspace that it has learned. The results of the heads are placed next to each other,
+#           and a last linear layer mixes them.
 # Equation  MultiHead(x) = Concat(head_1, ..., head_nh) W_O     [Vaswani et al. 2017, section 3.2.2]
 #           W_O is `c_proj`. The matrices that make q, k and v of all heads stand side by side in
 #           one matrix, `c_attn`, so that one product computes them all. (The names of the layers
 #           are those of GPT-2's published weights. The c is for convolution: GPT-2 used a kind of
 #           layer that was called Conv1D.)
 # Shapes    x (B, T, C) -> q, k, v (B, nh, T, hs) -> weights (B, nh, T, T) -> result (B, T, C)
-# Dropout   During training, dropout sets a random share p of its input to zero and divides the rest
-#           by 1 - p, so that the model cannot rely on a single path [Srivastava et al. 2014].
-#           model.train() switches it on and model.eval() switches it off.
+# Dropout   During training, dropout sets a random share p of the numbers that pass through it to
+#           zero, so that the model cannot rely on any single one of them. It divides the others by
+#           1 - p, so that the expected sum stays the same [Srivastava et al. 2014]. model.train()
+#           switches it on and model.eval() switches it off.
 # Try it    In `weights`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
 #           --max_steps 300. At step 250 the loss is already @@leak_loss@@: the model has found that
 #           the answer stands at the next position. What it writes is worthless, because there is no
@@ -499,7 +518,7 @@ class CausalSelfAttention(nn.Module):
 
     def split(self, x):
         """(B, T, C) -> (B, nh, T, hs)."""
-        x = x.unflatten(-1, (self.n_head, -1))  # (B, T, nh, hs): cut the channels into heads
+        x = x.unflatten(-1, (self.n_head, -1))  # (B, T, nh, hs): the channels of each head
         # A matrix product works on the last two dimensions and repeats for all others. With the
         # heads before the time, it multiplies (T, hs) matrices, once for each head of each
         # sequence.
@@ -548,7 +567,8 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 #           linear layer.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2
 #           [Vaswani et al. 2017, section 3.3, who use max(0, x) where GPT uses GELU]
-#           W_1 is `c_fc` ("fully connected") and W_2 is `c_proj`. A Linear stores W transposed.
+#           W_1 is `c_fc` ("fully connected") and W_2 is `c_proj`. A Linear stores W transposed, so
+#           a column of W_1 is a row of c_fc.weight.
 #           GELU(x) = x Phi(x), where Phi(x) is the probability that a standard normal random number
 #           is below x. It is a smooth form of max(0, x). GPT-2 uses an approximation
 #           [Hendrycks and Gimpel 2016, section 2]:
@@ -559,8 +579,8 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 # [-0.0, -0.16, 0.0, 0.84, 3.0]
 #
 # Width     The hidden layer is 4 times as wide as the vectors, as in the first Transformer (2048 =
-#           4 * 512). Each hidden unit detects one pattern in the vector (a row of c_fc) and adds
-#           one vector when it finds it (a column of c_proj) [Geva et al. 2021]. A wide hidden layer
+#           4 * 512). Each hidden unit detects one pattern in the vector (a column of W_1) and adds
+#           one vector when it finds it (a row of W_2) [Geva et al. 2021]. A wide hidden layer
 #           can hold more patterns than there are channels, but every unit costs 2 C weights. With a
 #           factor of 4, two thirds of a block's weights are in its MLP. Nothing is special about 4:
 #           in `plain`, with 300 steps and three seeds, factors of 1, 2, 4 and 8 end at 2.31, 2.31,
@@ -632,7 +652,8 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #           the tokens are. A second one can combine what the first one found. (More layers need
 #           more steps: after 300 steps of `plain`, one layer has a loss of 2.22 and four have 2.27.
 #           After 1,500 steps they have 1.69 and @@plain4@@.) But a deep stack is hard to train: the
-#           gradient has to pass through every part on its way back, and it shrinks each time.
+#           gradient has to pass through every part on its way back. It may shrink or grow each
+#           time; with our small first weights it shrinks.
 # Answer    Let each part add its result to its input, x + part(x) [He et al. 2016a, section 3]. The
 #           sum that runs through the whole model is called the residual stream. The derivative of x
 #           + part(x) is 1 plus something, so the gradient reaches the first layer undiminished
@@ -644,8 +665,8 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #                     |                           ^      |                         ^
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
-# Example   The gradient that arrives at the last token's vector below 8 blocks, with the additions
-#           and without them:
+# Example   The gradient of one output number with respect to the last token's input vector, through
+#           8 blocks, with the additions and without them:
 #
 # >>> generator = torch.manual_seed(0)
 # >>> model = GPT(GPTConfig(65, block_size=16, n_layer=8, n_head=4, n_embd=32, dropout=0.0))
@@ -661,7 +682,7 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #
 # Try it    In Block.forward, leave out the two `x +`, and train `plain` with --max_steps 600. The
 #           loss ends at @@no_residual@@, which is what the frequencies of single characters give.
-#           With the additions it ends at @@residual@@.
+#           With the additions it ends at 1.93.
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
@@ -704,8 +725,8 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 #           the whole source sentence, and a decoder wrote the translation, looking at the source
 #           through cross-attention. We have one text, so we need neither an encoder nor
 #           cross-attention. Recurrent networks read a text one token after the other, each step
-#           waiting for the last. Here all T positions are computed at once, because the mask hides
-#           what each must not see.
+#           waiting for the one before. Here all T positions are computed at once, because the mask
+#           hides the tokens that a position must not see.
 # Tying     The token table (from id to vector) and the output head (from vector to logits) are both
 #           matrices of V x C. We use one matrix for both [Press and Wolf 2017]. The Embedding picks
 #           row v for token v; the Linear takes the dot product with every row. Both should hold
@@ -814,17 +835,18 @@ def count_parameters(model: nn.Module) -> int:
 #              itself. Why?
 
 # ---- Sampling ------------------------------------------------------------------------------------
-# Problem   The model gives logits for the next token. A text needs one token, again and again.
-# Answer    Draw a token at random by its probability, append it, and ask the model again. Three
-#           settings change the distribution before we draw:
+# Problem   The model gives logits for the next token. To write, we must choose one token, again and
+#           again.
+# Answer    Draw a token at random, according to the probabilities. Append it, and ask the model
+#           again. Three settings change the distribution before we draw, in this order:
 #
 #           temperature  Divide the logits by it. Below 1, likely tokens become more likely and the
 #                        text gets safer. Above 1, the text gets wilder. At 0, we always take the
 #                        most likely token.
 #           top_k        Only the k most likely tokens may be drawn [Fan et al. 2018, section 5.4].
-#           top_p        Only the smallest set of most likely tokens whose probabilities reach p
-#                        may be drawn [Holtzman et al. 2020, section 3.1]: few where the model is
-#                        certain, many where it is not.
+#           top_p        Of the tokens that are left, only the smallest set of most likely ones
+#                        whose probabilities reach p may be drawn [Holtzman et al. 2020, section
+#                        3.1]: few where the model is certain, many where it is not.
 #
 # Example   Logits 2, 1, 0, as probabilities at three temperatures:
 #
@@ -835,6 +857,8 @@ def count_parameters(model: nn.Module) -> int:
 #           At temperature 1, top_p = 0.7 keeps the first two tokens, because the first alone
 #           reaches only 0.67.
 # Shapes    logits (B, V) -> next token (B, 1)
+# Window    The model sees at most block_size tokens. When the text gets longer, we drop the oldest,
+#           so every remaining token moves to an earlier position.
 # Try it    With the trained `plain`, --mode generate --out_dir plain --prompt ROMEO: --temperature
 #           0 repeats itself: "I will the shall be so the shall be so so see To make the shall the
 #           shall the shall be some". Taking the most likely token each time does not give a typical
@@ -890,10 +914,10 @@ class PlainReader:
     def read(self, new):
         """Takes the tokens (B, n) that follow those already read; returns logits (B, V)."""
         window = torch.cat([self.window.expand(len(new), -1), new.cpu()], dim=1)
-        # The model sees at most block_size tokens. Drop the oldest.
         self.window = window[:, -self.model.config.block_size :]
         logits, _ = self.model(self.window)  # (B, T, V)
-        return logits[:, -1].float().cpu()  # only the last position predicts a token we lack
+        # Only the last position predicts a token that we do not have yet.
+        return logits[:, -1].float().cpu()
 
 READERS = {"explicit": PlainReader}  # by the kind of attention
 
@@ -942,9 +966,11 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #           With g = 500 it moves by lr, too. So the learning rate is about the largest distance of
 #           one step. When derivatives change their sign from batch to batch, m is small and s is
 #           not, and the steps are shorter.
-# Decay     weight_decay pulls the matrices towards zero, which keeps them from growing without
-#           need. Biases and gains are offsets and scales. Nothing is gained by pulling them towards
-#           zero, so they are not decayed.
+# Decay     weight_decay pulls the matrices towards zero, which keeps them from growing needlessly.
+#           The W of AdamW stands for this: the pull is separate from the gradient, so it is not
+#           divided by sqrt(s_hat), as it was in the older Adam. Biases and gains are offsets and
+#           scales. Nothing is gained by pulling them towards zero, so weight decay leaves them
+#           alone.
 def weight_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """The weights in two groups: matrices, which decay, and vectors, which do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -980,10 +1006,11 @@ OPTIMIZERS = {"adamw": make_adamw}  # Part II adds Muon
 #           [the cosine: Loshchilov and Hutter 2017, equation 5, without restarts]
 # Peak      There is no formula for the peak. We try several values, each twice the last, and take
 #           the best. In `plain`, with 300 steps, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2 end at
-#           2.39, 2.36, 2.32, 2.28, 2.34 and 2.36 (seed 1337). Larger models need smaller values:
-#           3e-4, the default, is usual for 10 to 100 million parameters.
-# Try it    `plain` with --max_steps 600 --learning_rate 0.1 ends at @@lr_big@@; with its own rate
-#           it ends at @@residual@@.
+#           2.39, 2.36, 2.32, 2.28, 2.34 and 2.36 (seed 1337). Larger models need smaller values
+#           with AdamW: 3e-4, the default, is usual for 10 to 100 million parameters. (Part II's
+#           Muon takes larger ones.)
+# Try it    `plain` with --max_steps 600 --learning_rate 0.1 ends at 3.03; with its own rate
+#           it ends at 1.93.
 def cosine(r: float) -> float:
     """From 1 to 0 as r goes from 0 to 1."""
     return (1 + math.cos(math.pi * r)) / 2
@@ -1020,7 +1047,7 @@ def get_lr(step: int, config: TrainConfig) -> float:
 def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
     """Scales all gradients in place so that their joint norm is at most max_norm (0: no limit).
 
-    Returns the norm before scaling, as a tensor without dimensions."""
+    Returns the norm before scaling, as a tensor with a single number."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([g.norm() for g in gradients])  # of each weight matrix or vector
     norm = norms.norm()  # sqrt of the sum of all squares: the norm of everything together
@@ -1030,7 +1057,7 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
             g.mul_(scale)
     return norm
 
-# Question 14  The answer about the loss times 1000 makes clipping look useless. Why is it not?
+# Question 14  Question 12 makes clipping look useless. Why is it not?
 
 # ---- One step ------------------------------------------------------------------------------------
 # Problem   A large batch gives a gradient with less noise, but it may not fit into memory.
@@ -1042,7 +1069,7 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
 # Example   The gradient of 4 rows at once, and of 2 + 2 rows:
 #
 # >>> model = GPT(GPTConfig(65, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0)).double()
-# >>> x = torch.arange(32).view(4, 8)
+# >>> x = torch.arange(32).view(4, 8)                    # any targets will do here, even x
 # >>> model(x, x)[1].backward()
 # >>> whole = model.wte.weight.grad.clone()
 # >>> model.zero_grad()
@@ -1069,7 +1096,7 @@ class TrainConfig:
     sample_tokens: int = 160  # length of the sample shown at an evaluation; 0: none
     checkpoint_interval: int = 500  # steps between numbered checkpoints; 0: none
     log_interval: int = 25  # steps between status lines
-    patience: int = 0  # stop after this many evaluations without a better one; 0: never
+    patience: int = 0  # stop after this many evaluations without a new best loss; 0: never
     seed: int = 1337  # of the first weights, the batches, dropout, and the sampling
 
     # Entries of tables, as in GPTConfig.
@@ -1085,7 +1112,7 @@ class TrainConfig:
 def train_step(model, optimizer, batches, config: TrainConfig):
     """One update of the weights, from the grad_accum pairs (x, y) of batches.
 
-    Returns two tensors without dimensions: the mean loss, and the norm of the gradient."""
+    Returns two tensors with a single number each: the mean loss, and the norm of the gradient."""
     model.train()
     loss_sum = 0.0
     for x, y in batches:
@@ -1098,9 +1125,9 @@ def train_step(model, optimizer, batches, config: TrainConfig):
     optimizer.zero_grad()
     return loss_sum, norm
 
-# Check     A model that works can learn one batch by heart. If the loss on a single batch does not
-#           fall to nearly zero, look for a mistake: targets that are not shifted, a wrong mask, a
-#           missing zero_grad. This takes seconds and finds most mistakes:
+# Check 1   A model that works can learn one batch by heart. If the loss on a single batch does not
+#           fall to nearly zero, the gradient does not reach the weights, or the learning rate is
+#           far off. This takes seconds:
 #
 # >>> generator = torch.manual_seed(0)
 # >>> model = GPT(GPTConfig(65, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
@@ -1111,8 +1138,17 @@ def train_step(model, optimizer, batches, config: TrainConfig):
 # >>> f"{losses[0]:.1f}, then {losses[50]:.1f}, then {losses[-1]:.1f}"
 # '4.2, then 0.0, then 0.0'
 #
+# Check 2   The first check cannot find a model that sees its targets. So change a later token: no
+#           earlier logit may change.
+#
+# >>> before, _ = model.eval()(x)
+# >>> x[:, 10] = (x[:, 10] + 1) % 65
+# >>> after, _ = model(x)
+# >>> torch.equal(before[:, :10], after[:, :10]), torch.equal(before[:, 10:], after[:, 10:])
+# (True, False)
+#
 
-# Question 15  After this check, what loss do you expect on another batch of the same noise?
+# Question 15  After Check 1, what loss do you expect on another batch of the same noise?
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 # Problem   The loss of one batch is noisy, and on training data it does not show what the model
@@ -1120,6 +1156,9 @@ def train_step(model, optimizer, batches, config: TrainConfig):
 # Answer    While the model trains, estimate the loss of both parts on a few batches, the same ones
 #           each time. At the end, compute the loss on the whole validation part. That is the figure
 #           to report, since it does not depend on which batches were drawn.
+# Overfitting   If training goes on for long, the model begins to memorize the training text: the
+#           training loss goes on falling, while the validation loss rises. Then stop earlier (the
+#           setting `patience` does that), use more text, a smaller model, or more dropout.
 @torch.no_grad()
 def estimate_loss(model, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """The mean loss over eval_batches batches of each part: {"train": ..., "val": ...}, in nats."""
@@ -1191,6 +1230,9 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 #           tokenizer, and the number of steps done. Write it under a temporary name first and
 #           rename it when it is complete. A rename happens completely or not at all, so at every
 #           moment there is either the old file or the new one.
+# Names     latest.pt is the state of the last evaluation, from which a run continues. best.pt has
+#           the lowest validation loss so far, and is the one to write with. step_000500.pt and so
+#           on are kept every checkpoint_interval steps.
 # Safety    PyTorch's files use Python's pickle format, which can run code when it is loaded. With
 #           weights_only=True, nothing but tensors and plain values is created.
 FORMAT = "minigpt-4"  # Part III checks this before it uses a checkpoint
@@ -1223,13 +1265,18 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 
 # ---- The training loop ---------------------------------------------------------------------------
 # Problem   Put everything together, so that we can watch the model learn, stop, and continue.
-# Answer    The function `train` is the loop. What changes during training is in one object, a
-#           `Run`, which can be saved and restored. What the user sees is printed by a `Journal`.
+# Answer    The function `train`, at the end of this chapter, is the loop. Each round sets the
+#           learning rate, takes one step, and reports it. At fixed intervals it evaluates the model
+#           and saves checkpoints. The first evaluation, at step 0, shows how good random weights
+#           are. What changes during training is in one object, a `Run`, which can be saved and
+#           restored. What you see on the screen is printed by a `Journal`. Both are classes, so
+#           that Part III can extend them: its Run works in several processes, and its Journal also
+#           writes files.
 # Random    The first weights, the batches and dropout are random. We derive their seeds from --seed
 #           and the number of the step alone. So step 1000 draws the same numbers whether the run
 #           got there in one go or was stopped and resumed, and whatever else drew random numbers in
 #           between. No state of a random generator has to be saved.
-#           (seed + step would not do; Question 18 asks why.)
+#           (Question 18 asks why we do not simply use seed + step.)
 def derived_seed(*numbers: int) -> int:
     """A seed of 32 bits that depends on all of the numbers. Neighbours get unrelated seeds.
 
@@ -1286,14 +1333,14 @@ class Run:
         self.config = config
         self.out_dir = Path(out_dir)
         self.journal = journal or Journal()
-        self.runner = model  # what a step calls: the model; Part III may wrap it
+        self.runner = model  # what train_step calls; Part III may wrap the model
         self.optimizer = OPTIMIZERS[config.optimizer](model, config)
         self.step = 0  # steps that are completed
         self.best_val = math.inf  # the lowest validation loss so far
         self.best_step = 0  # the step at which it was measured
 
     def finished(self) -> bool:
-        """Whether max_steps is reached, or nothing has got better for `patience` evaluations."""
+        """Whether max_steps is reached, or the last `patience` evaluations brought no new best."""
         interval = self.config.eval_interval
         evaluations_since_best = self.step // interval - self.best_step // interval
         out_of_patience = 0 < self.config.patience <= evaluations_since_best
@@ -1373,9 +1420,10 @@ def train(run: Run, after_step=None) -> None:
         if after_step is not None:
             after_step(run)
 
-# That is a complete GPT. This program uses nothing but the names above. It is run by the tests,
-# with Shakespeare or any other text of a few thousand characters in `text`:
+# That is a complete GPT. This program uses nothing but the names above. The tests run it with
+# another text:
 #
+#     text = Path("data/input.txt").read_text(encoding="utf-8")
 #     tokenizer = CharTokenizer.train(text)
 #     corpus = Corpus.from_text(text, tokenizer)
 #     model = new_model(GPTConfig(tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64), seed=1)
@@ -1388,9 +1436,9 @@ def train(run: Run, after_step=None) -> None:
 
 # ---- What you should see -------------------------------------------------------------------------
 # `python minigpt.py --mode train --preset plain --out_dir plain` prints the lines below
-# (shortened). Your numbers will differ a little, because processors round differently: by up to
-# 0.03 in the losses is normal. At step 0 the loss is near ln 65 = 4.17 and the text is noise. After
-# 250 steps there are word-like groups of letters, after 500 many short words, and at the end names,
+# (shortened). Your numbers will differ a little, because processors round differently. Up to 0.03
+# in the losses is normal. At step 0 the loss is near ln 65 = 4.17 and the text is noise. After 250
+# steps there are word-like groups of letters, after 500 many short words, and at the end names,
 # lines and some grammar.
 #
 #     corpus data/input.txt: 1,003,854 training and 111,540 validation tokens, vocabulary 65
@@ -1412,13 +1460,14 @@ def train(run: Run, after_step=None) -> None:
 #     full validation split, 111,539 tokens: 1.6657 nats per token, perplexity 5.289, 2.4030 bits
 #     per character
 #
-# The final figure is higher than the last estimate of the training loss, because the model has seen
-# the training text about 3 times. One pass over the training text is called an epoch.
+# The last validation estimate comes from 10 batches, the final figure from the whole validation
+# part. Both are higher than the training loss, because the model has seen the training text 3
+# times. One pass over the training text is called an epoch.
 #
-# Which part brings what? From the bigram model to `plain`, one part at a time, each with 1,500
-# steps and the other settings of `plain` (the bigram model has its own learning rate). Nats per
-# character on the full validation split, mean and standard deviation over the seeds 1337, 1338 and
-# 1339, by `python .ci/ladder.py --part 1`:
+# How much does each part help? From the bigram model to `plain`, one part at a time, each with
+# 1,500 steps and the other settings of `plain` (the bigram model has its own learning rate). Nats
+# per character on the full validation split, mean and standard deviation over the seeds 1337, 1338
+# and 1339, by `python .ci/ladder.py --part 1`:
 #
 #     the bigram model                        2.486 ± 0.003
 #     one layer of attention, one head        2.406 ± 0.008
@@ -1431,12 +1480,12 @@ def train(run: Run, after_step=None) -> None:
 # The norms and the additions bring most. They make no new function possible; they make the others
 # learn faster.
 #
-# What a large model adds. The models that people talk to are this program, with more of everything:
-# billions of parameters in place of 0.8 million, trillions of tokens in place of one million
-# characters, thousands of GPUs for months. Their tokens are longer (byte-pair encoding, Part II),
-# and their blocks differ in details (RMSNorm, RoPE, SwiGLU, Part II). After this training, which is
-# called pre-training, they are trained further on dialogues and on human preferences. That is what
-# makes them answer questions; a model like ours only continues a text.
+# What a large model adds. Today's large language models work on the same principle, with more of
+# everything: billions of parameters in place of 0.8 million, trillions of tokens in place of one
+# million characters, thousands of GPUs for months. Their tokens are longer (byte-pair encoding,
+# Part II), and their blocks differ in details (RMSNorm, RoPE, SwiGLU, Part II). After this
+# training, which is called pre-training, they are trained further on dialogues and on human
+# preferences. That is what makes them answer questions; a model like ours only continues a text.
 
 # ---- Glossary ------------------------------------------------------------------------------------
 # Each term, and the chapter that explains it.
@@ -2351,7 +2400,8 @@ class CachedReader(PlainReader):
         x = self.model.embed(new, torch.arange(start, start + new.shape[1]))  # (B, n, C)
         for block, memory in zip(self.model.h, self.memory):
             x = block(x, memory)
-        last = self.model.ln_f(x[:, -1:])  # only the last position predicts a token we lack
+        # Only the last position predicts a token that we do not have yet.
+        last = self.model.ln_f(x[:, -1:])
         return self.model.lm_head(last)[:, -1].float().cpu()
 
 READERS["extended"] = CachedReader
