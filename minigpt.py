@@ -2342,8 +2342,8 @@ NORMS["fused_layernorm"] = fused_layer_norm
 #
 # Cost      Each pass handles one token instead of up to block_size. Most of its time then goes into
 #           reading the weights from memory: once for all texts that are written side by side.
-# Here      With fused attention, a model of the size of `plain` writes 956 and 812 tokens per second
-#           with the cache, and 273 and 272 without it (two rounds of --mode bench).
+# Here      With fused attention, a model of the size of `plain` writes 956 and 812 tokens per
+#           second with the cache, and 273 and 272 without it (two rounds of --mode bench).
 # Shapes    keys and values of each layer: (B, nh, S, hs), where S grows up to block_size
 class LayerMemory:
     """What one block remembers of the tokens that it has read."""
