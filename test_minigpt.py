@@ -845,13 +845,6 @@ def test_norms_equal_those_of_torch_in_value_and_gradient(ours, theirs, toleranc
                         torch.autograd.grad((expected * weight).sum(), [x, *theirs.parameters()])):
             assert_close(a, b, 10 * tolerance)
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rmsnorm_does_not_square_in_16_bits(dtype):
-    """The square of 400 is beyond float16, and bfloat16 has too few digits for it."""
-    y = minigpt.RMSNorm(2)(torch.tensor([300.0, 400.0], dtype=dtype))
-    assert y.dtype == dtype
-    assert_close(y.float(), torch.tensor([0.8485, 1.1314]), 4e-3)
-
 # ---- The block -----------------------------------------------------------------------------------
 def normalized(x, norm):
     return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias)
@@ -938,7 +931,7 @@ def test_gpt2_small_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("changes", [
     {}, dict(tie_weights=False), dict(model="bigram"),
-    dict(pos="rope", activation="swiglu", qk_norm=True, attention="extended")])
+    dict(pos="rope", activation="swiglu", qk_norm=True, attention="extended", norm="rmsnorm")])
 def test_the_first_weights_are_those_of_gpt2(changes):
     """The standard deviation is 0.02, and less by sqrt(2 n_layer) for what is added to the residual
     stream. Gains are 1 and biases 0. So the first loss is near ln V."""
@@ -1538,42 +1531,7 @@ def test_every_entry_of_a_table_is_what_is_built(table, field):
         kind = nn.Embedding if key == "learned" else table[key]
         assert type(built(model)) is kind, key
 
-@pytest.mark.parametrize("changes", [
-    dict(tie_weights=False),
-    dict(pos="rope", attention="extended", activation="swiglu", qk_norm=True, norm="rmsnorm")])
-def test_variations_start_like_gpt2(changes):
-    """All matrices start with a spread of 0.02, and c_proj with less by sqrt(2 n_layer). Gains
-    start at 1 and biases at 0. Then the first loss is near ln V: the model knows nothing."""
-    config = ModelConfig(65, block_size=64, n_layer=8, n_head=4, n_embd=192, **changes)
-    model = minigpt.new_model(config, 0).eval()
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            expected = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
-            assert abs(p.std().item() / expected - 1) < 0.05, name
-        else:
-            assert torch.all(p == (0.0 if name.endswith("bias") else 1.0)), name
-    loss = model(*pair(random_ids(2, 65, vocab_size=65)))[1].item()
-    assert abs(loss - math.log(65)) < 0.15
-
 # ---- Normalization -------------------------------------------------------------------------------
-@pytest.mark.parametrize("ours, theirs, tolerance", [
-    (minigpt.FusedLayerNorm(6, True), nn.LayerNorm(6), 1e-9),
-    (minigpt.FusedLayerNorm(6, False), nn.LayerNorm(6, bias=False), 1e-9),
-    (minigpt.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), 1e-4)])  # it computes squares in float32
-def test_norms_of_part_two_equal_torchs_in_value_and_gradient(ours, theirs, tolerance):
-    """On inputs that are small, large or far from zero. Fails for a missing eps, gain or bias, and
-    for RMSNorm that sums where it should average, or subtracts the mean."""
-    ours.double().load_state_dict(stir(theirs).state_dict())
-    weight = random_x(2, 3, 6, seed=1)
-    for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (100.0, 1000.0)):
-        x = (random_x(2, 3, 6) * scale + offset).requires_grad_()
-        y, expected = ours(x), theirs(x)
-        assert_close(y, expected, tolerance)
-        gradients = torch.autograd.grad((y * weight).sum(), [x, *ours.parameters()])
-        reference = torch.autograd.grad((expected * weight).sum(), [x, *theirs.parameters()])
-        for a, b in zip(gradients, reference):
-            assert_close(a, b, 10 * tolerance)
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rmsnorm_of_16_bits_squares_in_32(dtype):
     """The square of 400 is above the largest number of float16, so squares in 16 bits would give
