@@ -5,7 +5,7 @@ minigpt: a GPT trained on Shakespeare, from scratch, in one file
 A language model answers one question again and again: given the text so far, what comes next? This
 file builds a model that answers it well enough to write verse in the style of Shakespeare.
 
-    python minigpt.py --mode train                        # about three minutes on a laptop
+    python minigpt.py --mode train                        # three to four minutes on a laptop
     python minigpt.py --mode generate --prompt "ROMEO:"   # write text with the trained model
 
 The file is a book in five parts. You can read Part I from top to bottom without skipping anything.
@@ -3638,7 +3638,7 @@ PRESETS = {
         training=dict(batch_size=16, grad_accum=1, max_steps=1500, learning_rate=6e-3,
                       min_lr=1e-4)),
     "laptop": Preset(
-        "the best model that two CPU cores train in about three minutes",
+        "the best model that two CPU cores train in three to four minutes",
         model=dict(n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False,
                    pos="rope", qk_norm=True, activation="relu2", attention="fused",
                    norm="fused_layernorm"),
