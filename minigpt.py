@@ -563,8 +563,8 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 # Problem   Attention only mixes values. Something has to compute with what it collected.
 # Answer    A multi-layer perceptron (MLP): a linear layer, a function that is not linear (called
 #           the activation function), and a second linear layer. It acts on each token by itself.
-#           Without the activation function, the two layers together would be no more than one
-#           linear layer.
+#           Without the activation function, the two layers together would be equivalent to a
+#           single linear layer.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2
 #           [Vaswani et al. 2017, section 3.3, who use max(0, x) where GPT uses GELU]
 #           W_1 is `c_fc` ("fully connected") and W_2 is `c_proj`. A Linear stores W transposed, so
@@ -655,9 +655,9 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #           gradient has to pass through every part on its way back. It may shrink or grow each
 #           time; with our small first weights it shrinks.
 # Answer    Let each part add its result to its input, x + part(x) [He et al. 2016a, section 3]. The
-#           sum that runs through the whole model is called the residual stream. The derivative of x
-#           + part(x) is 1 plus something, so the gradient reaches the first layer undiminished
-#           along the additions [He et al. 2016b, section 2]. The norm comes before each part and
+#           sum that runs through the whole model is called the residual stream. The derivative of
+#           this sum is 1 plus the derivative of the part, so the gradient reaches the first layer
+#           undiminished along the additions [He et al. 2016b, section 2]. The norm comes before each part and
 #           leaves the stream itself alone. This is called pre-norm [Radford et al. 2019, section
 #           2.3].
 #
@@ -1230,7 +1230,7 @@ def describe_loss(nats: float, corpus: Corpus) -> str:
 #           tokenizer, and the number of steps done. Write it under a temporary name first and
 #           rename it when it is complete. A rename happens completely or not at all, so at every
 #           moment there is either the old file or the new one.
-# Names     latest.pt is the state of the last evaluation, from which a run continues. best.pt has
+# Names     latest.pt is the newest state that was saved, from which a run continues. best.pt has
 #           the lowest validation loss so far, and is the one to write with. step_000500.pt and so
 #           on are kept every checkpoint_interval steps.
 # Safety    PyTorch's files use Python's pickle format, which can run code when it is loaded. With
@@ -1478,8 +1478,8 @@ def train(run: Run, after_step=None) -> None:
 #     LayerNorm                               1.693 ± 0.006
 #     four layers, which is `plain`           1.678 ± 0.012
 #
-# The norms and the additions bring most. They make no new function possible; they make the others
-# learn faster.
+# The norms and the additions bring most, although the additions have no weights at all and the norms
+# have few. They make the other parts learn faster.
 #
 # What a large model adds. Today's large language models work on the same principle, with more of
 # everything: billions of parameters in place of 0.8 million, trillions of tokens in place of one
