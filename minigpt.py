@@ -1532,7 +1532,8 @@ def train(run: Run, after_step=None) -> None:
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
 #
 # 300 steps are a fifth of a full run, so these figures tell what learns quickly. The chapter "What
-# it all adds up to" has full runs.
+# it all adds up to" has full runs. The figures of `plain`, RoPE, QK-norm and even windows are of this
+# code. The others were measured before it was rewritten, when `plain` itself ended at 2.279 ± 0.004.
 # ==================================================================================================
 
 import collections
