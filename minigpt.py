@@ -657,9 +657,9 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 # Answer    Let each part add its result to its input, x + part(x) [He et al. 2016a, section 3]. The
 #           sum that runs through the whole model is called the residual stream. The derivative of
 #           this sum is 1 plus the derivative of the part, so the gradient reaches the first layer
-#           undiminished along the additions [He et al. 2016b, section 2]. The norm comes before each part and
-#           leaves the stream itself alone. This is called pre-norm [Radford et al. 2019, section
-#           2.3].
+#           undiminished along the additions [He et al. 2016b, section 2]. The norm comes before
+#           each part and leaves the stream itself alone. This is called pre-norm [Radford et al.
+#           2019, section 2.3].
 #
 #               x ----+------------------------> (+) ----+----------------------> (+) ---->
 #                     |                           ^      |                         ^
@@ -1478,8 +1478,8 @@ def train(run: Run, after_step=None) -> None:
 #     LayerNorm                               1.693 ± 0.006
 #     four layers, which is `plain`           1.678 ± 0.012
 #
-# The norms and the additions bring most, although the additions have no weights at all and the norms
-# have few. They make the other parts learn faster.
+# The norms and the additions bring most, although the additions have no weights at all and the
+# norms have few. They make the other parts learn faster.
 #
 # What a large model adds. Today's large language models work on the same principle, with more of
 # everything: billions of parameters in place of 0.8 million, trillions of tokens in place of one
@@ -1532,8 +1532,9 @@ def train(run: Run, after_step=None) -> None:
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
 #
 # 300 steps are a fifth of a full run, so these figures tell what learns quickly. The chapter "What
-# it all adds up to" has full runs. The figures of `plain`, RoPE, QK-norm and even windows are of this
-# code. The others were measured before it was rewritten, when `plain` itself ended at 2.279 ± 0.004.
+# it all adds up to" has full runs. The figures of `plain`, RoPE, QK-norm and even windows are of
+# this code. The others were measured before it was rewritten, when `plain` itself ended at 2.279 ±
+# 0.004.
 # ==================================================================================================
 
 import collections
