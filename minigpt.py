@@ -1751,8 +1751,8 @@ class Attention(CausalSelfAttention):
         return attention_weights(q, k, self.mask(q.shape[2], k.shape[2], q.device))
 
     def mask(self, T: int, S: int, device):
-        """What is added to the scores of the last T of S tokens: the last T rows of their mask."""
-        return causal_mask(S, device)[-T:]
+        """What is added to the scores of the last T of S tokens: the last rows of causal_mask(S)."""
+        return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
 
 ATTENTION["extended"] = Attention
 
