@@ -1751,7 +1751,7 @@ class Attention(CausalSelfAttention):
         return attention_weights(q, k, self.mask(q.shape[2], k.shape[2], q.device))
 
     def mask(self, T: int, S: int, device):
-        """What is added to the scores of the last T of S tokens: the last rows of causal_mask(S)."""
+        """What is added to the scores of the last T of S tokens: the end of causal_mask(S)."""
         return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
 
 ATTENTION["extended"] = Attention
@@ -1899,8 +1899,8 @@ def word_pattern() -> re.Pattern:
     >>> word_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
     """
-    letters = character_class("L")
-    numbers = character_class("N")
+    classes = character_classes()
+    letters, numbers = classes["L"], classes["N"]
     spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     return re.compile(rf"'(?:[sdmt]|ll|ve|re)"
                       rf"| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])"
@@ -1910,17 +1910,15 @@ def word_pattern() -> re.Pattern:
                       rf"|[{spaces}]+(?![^{spaces}])"
                       rf"|[{spaces}]+")
 
-def character_class(category: str) -> str:
-    """The characters of a Unicode category, L or N, as ranges for a regular expression."""
-    ranges = ""
-    first = None
-    for code in range(sys.maxunicode + 2):
-        inside = code <= sys.maxunicode and unicodedata.category(chr(code)).startswith(category)
-        if inside and first is None:
+def character_classes() -> dict[str, str]:
+    """The characters of each Unicode category (L, N, ...), as ranges for a regular expression."""
+    ranges = collections.defaultdict(str)
+    categories = [unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1)]
+    first = 0
+    for code, category in enumerate([*categories[1:], None], start=1):
+        if category != categories[first]:
+            ranges[categories[first]] += f"\\U{first:08x}-\\U{code - 1:08x}"
             first = code
-        elif not inside and first is not None:
-            ranges += f"\\U{first:08x}-\\U{code - 1:08x}"
-            first = None
     return ranges
 
 def split_words(text: str) -> list[str]:
