@@ -1446,15 +1446,6 @@ def test_patience_counts_evaluations_and_not_steps(tmp_path):
 
 EXTENDED_KINDS = [Attention, minigpt.FusedAttention]  # those that know RoPE, QK-norm and a memory
 
-def memorize(model, batch, steps, **settings):
-    """Trains on one batch and returns the last loss."""
-    settings = {"grad_accum": 1, "weight_decay": 0.0, "min_lr": 0.0, **settings}
-    config = RunConfig(**settings)
-    optimizer = minigpt.OPTIMIZERS[config.optimizer](model, config)
-    for _ in range(steps):
-        loss, _ = train_step(model, optimizer, [batch], config)
-    return loss.item()
-
 # ---- The settings of the variations --------------------------------------------------------------
 def test_the_defaults_of_part_two_are_the_model_of_part_one():
     """Someone who sets no variation gets Part I. Fails if a default differs from Part I's name."""
@@ -1570,7 +1561,7 @@ def test_fixed_positions_are_not_learned():
     assert list(sinusoidal.state_dict()) == names
     assert "wpe.weight" not in dict(sinusoidal.named_parameters())
     before = sinusoidal.wpe.weight.clone()
-    memorize(sinusoidal, pair(random_ids(2, 9)), 2, learning_rate=0.1)
+    fit(sinusoidal, pair(random_ids(2, 9)), 2, learning_rate=0.1)
     assert torch.equal(sinusoidal.wpe.weight, before)
     rope = GPT(small_config(pos="rope", attention="extended"))
     assert list(rope.state_dict()) == [name for name in names if "wpe" not in name]
@@ -1757,23 +1748,6 @@ def test_mlps_have_equally_many_weights_and_drop_their_output(activation):
     assert_share_dropped(mlp.train()(x), whole, 0.25)
 
 # ---- An output head of its own -------------------------------------------------------------------
-def test_an_untied_head_has_a_matrix_and_a_gradient_of_its_own():
-    """A tied matrix gets the sum of both gradients, an untied one only its own. After a step the
-    tied ones are still one matrix, and the untied ones differ."""
-    tied, untied = small_model(), small_model(tie_weights=False)
-    assert minigpt.count_parameters(untied) == minigpt.count_parameters(tied) + 11 * 8
-    untied.load_state_dict(tied.state_dict())
-    batch = pair(random_ids(2, 9))
-    for model in (tied, untied):
-        model(*batch)[1].backward()
-    table, head = untied.wte.weight.grad, untied.lm_head.weight.grad
-    assert_close(tied.wte.weight.grad, table + head, 1e-6)
-    assert (table - head).abs().max() > 1e-3
-    for model in (tied, untied):
-        memorize(model, batch, 1, learning_rate=0.1)
-    assert tied.lm_head.weight is tied.wte.weight
-    assert not torch.equal(untied.lm_head.weight, untied.wte.weight)
-
 # ---- Token shift ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_embd, n_head", [(8, 2), (9, 3)])
 def test_token_shift_shows_half_of_the_channels_of_the_previous_position(n_embd, n_head):
@@ -2146,15 +2120,15 @@ def test_muon_descends_and_one_batch_can_be_memorized(changes):
     idx = random_ids(4, 9)
     idx[:, 0] = torch.arange(4)  # nothing could tell apart the successors of a shared beginning
     before = model(*pair(idx))[1].item()
-    memorize(model, pair(idx), 1, optimizer="muon", learning_rate=1e-3)
+    fit(model, pair(idx), 1, optimizer="muon", learning_rate=1e-3)
     assert model(*pair(idx))[1].item() < before
-    assert memorize(model, pair(idx), 80, optimizer="muon", learning_rate=2e-2) < 0.02
+    assert fit(model, pair(idx), 80, optimizer="muon", learning_rate=2e-2) < 0.02
 
 def test_muon_trains_a_model_without_blocks():
     """The bigram model has no matrix for Muon, so all of it is AdamW's."""
     model = minigpt.Bigram(small_config())
     idx = pair(torch.tensor([[0, 1, 2, 3, 4]]))
-    assert memorize(model, idx, 50, optimizer="muon", learning_rate=1.0) < 0.01
+    assert fit(model, idx, 50, optimizer="muon", learning_rate=1.0) < 0.01
 
 def test_the_linear_schedule_is_a_straight_line_after_the_warmup():
     """Equal steps of the run lower the rate equally, from the peak to min_lr."""
