@@ -1977,18 +1977,16 @@ class MergeLearner:
         self.counts = collections.Counter()  # how often each pair occurs
         self.places = collections.defaultdict(set)  # the words in which it occurs, by number
         self.heap = []  # (-count, pair): the smallest entry is the most frequent pair
-        for number in range(len(self.words)):
-            self.count_pairs(number, +1)
-        self.heap = [(-count, pair) for pair, count in self.counts.items()]
-        heapq.heapify(self.heap)
+        for number, word in enumerate(self.words):
+            for pair, n in collections.Counter(pairs_of(word)).items():
+                self.add(number, pair, n)
 
-    def count_pairs(self, number: int, sign: int) -> None:
-        """Adds the pairs of one word to the counts (+1), or takes them away (-1)."""
-        for pair in pairs_of(self.words[number]):
-            if pair not in self.counts:
-                heapq.heappush(self.heap, (-math.inf, pair))  # its count is set right later
-            self.counts[pair] += sign * self.frequencies[number]
-            self.places[pair].add(number)
+    def add(self, number: int, pair: str, n: int) -> None:
+        """Notes that a word has n more of a pair."""
+        if pair not in self.counts:
+            heapq.heappush(self.heap, (-math.inf, pair))  # its count is set right later
+        self.counts[pair] += n * self.frequencies[number]
+        self.places[pair].add(number)
 
     def most_frequent(self) -> str | None:
         """The pair that occurs most often, or None if none occurs twice."""
@@ -2004,11 +2002,20 @@ class MergeLearner:
         return None
 
     def merge(self, pair: str, token: str) -> None:
-        """Replaces a pair by a token wherever it occurs."""
+        """Replaces a pair by a token wherever it occurs.
+
+        Only pairs that touch the new token change. With X for the token, a run of it in a word,
+        such as lXXr, was l(ab)(ab)r before. The left and right neighbours may be missing."""
         for number in self.places.pop(pair):
-            self.count_pairs(number, -1)
-            self.words[number] = self.words[number].replace(pair, token)
-            self.count_pairs(number, +1)
+            word = self.words[number].replace(pair, token)
+            self.words[number] = word
+            for run in re.finditer(f"{token}+", word):
+                start, end = run.span()
+                left, right = word[max(start - 1, 0) : start], word[end : end + 1]
+                for old in pairs_of(left + (end - start) * pair + right):
+                    self.counts[old] -= self.frequencies[number]
+                for new in pairs_of(left + run[0] + right):
+                    self.add(number, new, 1)
 
 class BPETokenizer:
     """Byte-level BPE that reads and writes GPT-2's files.
@@ -2043,8 +2050,10 @@ class BPETokenizer:
         return self.merges
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice."""
+    def train(cls, text: str, vocab_size: int, progress=None) -> BPETokenizer:
+        """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
+
+        progress, if given, is called with the share that is done."""
         word_counts = collections.Counter()
         for part in repair_surrogates(text).split(END_OF_TEXT):
             word_counts.update(split_words(part))
@@ -2059,6 +2068,8 @@ class BPETokenizer:
             a, b = tokens[ord(pair[0])], tokens[ord(pair[1])]
             merges.append((a, b))
             tokens.append(a + b)
+            if progress is not None:
+                progress(len(tokens) / (vocab_size - 1))
         return cls(merges)
 
     def encode_word(self, word: str) -> list[int]:
@@ -2072,6 +2083,12 @@ class BPETokenizer:
     def merge_word(self, word: str) -> list[int]:
         """The ids of one word: merges the pair that was learned first, until none is left."""
         tokens = to_token_str(word)
+        if len(tokens) > 1000:
+            # A merge makes a token that only later merges use. So going once through all merges
+            # gives the same result. It is faster if a whole page has no space.
+            for pair, token in self.merged.items():
+                tokens = tokens.replace(pair, token)
+            return [ord(token) for token in tokens]
         while True:
             known = [pair for pair in pairs_of(tokens) if pair in self.merged]
             if not known:
@@ -2612,16 +2629,50 @@ def gather(value) -> list:
     torch.distributed.all_gather_object(values, value)
     return values
 
-def say(text: str) -> None:
+# ---- What is printed -----------------------------------------------------------------------------
+# Texts and results go to stdout, everything else to stderr. If a result cannot be written, the
+# command has failed. If a remark cannot be written, the command goes on.
+def say(text: str, end: str = "\n") -> None:
     """Prints a line to stderr, in the first process only."""
     if process_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
-def show_progress(share: float) -> None:
-    """Shows how much of an evaluation is done, on a terminal, in a line that is overwritten."""
-    if process_rank() == 0 and sys.stderr.isatty():
-        end = "\n" if share == 1 else ""
-        print(f"\revaluating: {share:.0%}", end=end, file=sys.stderr, flush=True)
+def write_result(text: str, end: str = "\n") -> None:
+    """Prints a line to stdout. Raises UserError if that cannot be written, and BrokenPipeError if
+    its reader has left."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        raise UserError(f"stdout: {problem.strerror}; send the results to another place") from None
+
+def is_terminal(stream) -> bool:
+    """Whether a person sees what is printed at once. Streams of notebooks may not know."""
+    return hasattr(stream, "isatty") and stream.isatty()
+
+class Progress:
+    """Shows how much of a long computation is done, and the time that is left.
+
+    On a terminal, it is a line that is overwritten. Elsewhere, a line follows every 30 seconds."""
+    def __init__(self, what: str):
+        self.what = what
+        self.began = self.shown = time.perf_counter()
+        self.on_terminal = is_terminal(sys.stderr)
+
+    def show(self, share: float) -> None:
+        """share is the part that is done, above 0 and at most 1."""
+        now = time.perf_counter()
+        if now - self.shown < (0.2 if self.on_terminal else 30) and share < 1:
+            return
+        self.shown = now
+        left = timedelta(seconds=round((now - self.began) * (1 - share) / share))
+        line = f"{self.what}: {share:.0%}, {left} left"
+        if self.on_terminal:
+            say(f"\r{line:50}", end="\n" if share == 1 else "")
+        elif share < 1:
+            say(line)
 
 # ---- Signals -------------------------------------------------------------------------------------
 # Problem   Ctrl-C (SIGINT), a shutdown (SIGTERM) or a closed terminal (SIGHUP) may come in the
@@ -2663,6 +2714,24 @@ class SignalWatch:
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
+RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
+
+def files_of_run(out_dir: Path, ending: str = "") -> list[Path]:
+    """The files in a folder that a run has written, or those with an addition to their names."""
+    return [path for path in sorted(out_dir.glob("*"))
+            if re.fullmatch(f"({RUN_FILES}){re.escape(ending)}", path.name)]
+
+def not_a_checkpoint(path: Path) -> UserError:
+    """The error for a file that cannot be read, with a remedy that destroys nothing."""
+    if path.suffix == ".pt":
+        return UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; use "
+                         "another .pt file of the same run, such as best.pt or a step_*.pt, or "
+                         "copy it over this one")
+    if (path.parent / "config.json").exists() and path.suffix in (".safetensors", ".json"):
+        return UserError(f"{path}: this is one file of a model; name its folder, {path.parent}")
+    return UserError(f"{path}: this is not a checkpoint; name the .pt file of a run, or the folder "
+                     "of a GPT-2")
+
 def check_checkpoint(path: Path) -> None:
     """Raises UserError if a file is missing or damaged. Other errors of the disk pass through."""
     try:
@@ -2678,8 +2747,7 @@ def check_checkpoint(path: Path) -> None:
     except Exception:  # a damaged file can make the reader fail in many ways
         damaged = True
     if damaged:
-        raise UserError(f"{path}: this file is damaged, or it is not a checkpoint; copy best.pt or "
-                        "a step_*.pt of the same run over it")
+        raise not_a_checkpoint(path)
 
 def read_checkpoint(path: Path) -> dict:
     """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
@@ -2689,17 +2757,32 @@ def read_checkpoint(path: Path) -> dict:
     except MemoryError:
         raise
     except Exception:
-        raise UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; copy "
-                        "best.pt or a step_*.pt of the same run over it") from None
+        raise not_a_checkpoint(path) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
     return state
 
-RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file, completely or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
-def files_of_run(out_dir: Path) -> list[Path]:
-    """The files in a folder that a run has written."""
-    return [path for path in sorted(out_dir.glob("*")) if re.fullmatch(RUN_FILES, path.name)]
+def insist(write) -> None:
+    """Calls a function that replaces a file. On Windows, a virus scanner that reads the old file
+    at this moment makes it fail, so it is tried again for two seconds. Raises UserError."""
+    for pause in (0.1, 0.3, 0.6, 1.0, None):
+        try:
+            return write()
+        except PermissionError as problem:
+            if pause is None:
+                raise UserError(f"{problem.filename2 or problem.filename}: {problem.strerror}; "
+                                "close what uses this file, or make it writable, and add --resume "
+                                "to the same command") from None
+            time.sleep(pause)
 
 # ---- What is recorded of a run -------------------------------------------------------------------
 def read_metrics(out_dir: Path) -> list[dict]:
@@ -2722,28 +2805,31 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
             points[record["step"]] = float(record[name])
     return dict(sorted(points.items()))
 
-def new_figure(path: Path, width: float, height: float):
-    """An empty picture, or None and a line that says what is missing. Sizes are in inches."""
+def draw(path: Path, width: float, height: float, paint, *what) -> None:
+    """A picture of width x height inches: paint(figure, *what) draws it.
+
+    A picture is never worth a result. If it cannot be drawn, one line says why."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        say(f"no {path.name}: pip install matplotlib to get one")
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Figure(figsize=(width, height), layout="constrained")
 
-def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
-    """A picture of curves, each given by a run's folder and the name of a number in its records."""
-    figure = new_figure(path, 7, 4)
-    if figure is None:
-        return
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure, *what)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except Exception as problem:  # of the disk, or of the library and its settings
+        if isinstance(problem, ImportError) and (problem.name or "").startswith("matplotlib"):
+            say(f"no {path.name}: pip install matplotlib to get one")
+        else:
+            say(f"no {path.name} ({type(problem).__name__}: {problem})")
+
+def paint_curves(figure, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
+    """Curves, each given by a run's folder and the name of a number in its records."""
     axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
     for label, (out_dir, name) in curves.items():
         curve = read_curve(out_dir, name)
         alpha = 0.4 if name == "loss" else 1.0
         axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2, alpha=alpha)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
 
 def start_wandb(config: RunConfig, out_dir: Path):
     """A run of Weights & Biases, or None if it is not wanted or cannot be had."""
@@ -2773,6 +2859,7 @@ class FullJournal(Journal):
         self.step_began = 0.0
         self.step_seconds = 0.0  # spent in training steps since the last report
         self.step_tokens = 0  # trained on since the last report
+        self.progress = None  # of the final evaluation
 
     def say(self, text: str) -> None:
         """Prints to stderr. A terminal that is gone must not end a run without a save."""
@@ -2824,9 +2911,8 @@ class FullJournal(Journal):
         seconds = self.seconds()
         self.record(step=run.step, full_val_loss=nats, seconds=seconds, best_step=run.best_step)
         if self.rank == 0:
-            names = ("loss", "train_loss", "val_loss")
-            draw_curves(self.out_dir / "loss.png", {name: (self.out_dir, name) for name in names},
-                        ylabel="loss, nats per token")
+            curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
+            draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
         self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; the best "
                  f"model, of step {run.best_step}: {self.out_dir / 'best.pt'}")
 
@@ -2835,7 +2921,9 @@ class FullJournal(Journal):
         if self.watch.received:
             self.say("stopped; add --resume to the same command to repeat the evaluation")
             raise Stopped(self.watch.received)
-        show_progress(share)
+        if self.progress is None:
+            self.progress = Progress("evaluating")
+        self.progress.show(share)
 
     def record(self, **numbers) -> None:
         """Writes one line of metrics.jsonl, and the same to W&B. JSON has no infinity: null."""
@@ -2849,23 +2937,23 @@ class FullJournal(Journal):
                 self.wandb.log(numbers, step=numbers["step"])
 
     def forget_after(self, step: int) -> None:
-        """Removes the records of later steps and of the score, which a resumed run makes again."""
+        """Puts the folder into the state that it had after a step: removes the records of later
+        steps and of the score, which the run makes again, and halves of files (after a kill)."""
+        if self.rank > 0:
+            return
+        for partial in files_of_run(self.out_dir, ending=".partial"):
+            partial.unlink()
         path = self.out_dir / "metrics.jsonl"
-        if self.rank == 0 and path.is_file():
+        if path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.out_dir)
                     if record["step"] <= step and "full_val_loss" not in record]
-            partial = self.out_dir / "metrics.jsonl.partial"
-            try:
-                partial.write_text("".join(kept), encoding="utf-8")
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            insist(lambda: replace_text(path, "".join(kept)))
 
-    def close(self) -> None:
+    def close(self, exit_code: int) -> None:
         """Completes W&B's log. It is called however the run ends."""
         if self.wandb is not None:
             with contextlib.suppress(Exception):
-                self.wandb.finish()
+                self.wandb.finish(exit_code=exit_code)
 
 # ---- The corpus ----------------------------------------------------------------------------------
 @dataclass
@@ -2875,37 +2963,114 @@ class SourceText:
     text: str
     sha256: str
 
+def unify_line_breaks(text: str) -> str:
+    """A text in which every line ends as on Linux, whatever system it is from."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
 def read_corpus(data: str) -> SourceText:
     """The text of --data if it is given; otherwise Tiny Shakespeare, downloaded if needed;
-    otherwise the sample, with a warning. Raises UserError if it is not UTF-8."""
-    path = Path(data or PROGRAM.parent / "data" / "input.txt")
-    if not data and not path.exists():
-        import download_data
-
-        path = download_data.find(path)
+    otherwise the sample, with a warning. Raises UserError for what is not a text."""
+    path = Path(data) if data else find_shakespeare()
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark that Windows adds
-    except UnicodeDecodeError:
-        raise UserError(f"--data {path}: this is not UTF-8 text; save it as UTF-8") from None
+        encoded = path.read_bytes()
+    except OSError as problem:
+        raise UserError(f"--data {path}: {problem.strerror}; name a text, by --data FILE") from None
+    try:
+        text = unify_line_breaks(encoded.decode("utf-8-sig"))  # -sig: without Windows' mark
+    except UnicodeDecodeError as problem:
+        line = encoded.count(b"\n", 0, problem.start) + 1
+        raise UserError(f"--data {path}: line {line} is not UTF-8 text (byte "
+                        f"0x{problem.object[problem.start]:02x}); save the file as UTF-8") from None
     return SourceText(path, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+def find_shakespeare() -> Path:
+    """data/input.txt, or the sample if it cannot be had. Raises UserError if that file has another
+    content, such as an error page that was saved under this name."""
+    import download_data
+
+    path = download_data.find(PROGRAM.parent / "data" / "input.txt")
+    if path.name == "input.txt":
+        try:
+            download_data.check(path.read_bytes())
+        except download_data.Refused as refusal:
+            raise UserError(f"{path}: this is not Tiny Shakespeare ({refusal}); get it by python "
+                            "download_data.py, or name your own text by --data FILE") from None
+    return path
+
+def doubts_about(text: str) -> list[str]:
+    """What is odd about a text that a model should learn from, in one line each.
+
+    A table of character pairs, such as the bigram model is, shows whether both parts of a text are
+    alike. If it predicts the validation part much worse, the parts differ in kind."""
+    cut = int(0.9 * len(text))
+    train, val = text[:cut], text[cut:]
+    if len(set(val)) < 3:
+        return [f"its last tenth, the validation part, has no characters but {sorted(set(val))}; a "
+                "loss on it shows nothing"]
+    doubts = []
+    if "\0" in text:
+        doubts.append("it has NUL characters; if it is UTF-16 or a binary file, save it as UTF-8")
+    lines = val.split("\n")
+    known_lines = set(train.split("\n"))
+    repeated = sum(len(line) for line in lines if line in known_lines)
+    if repeated > 0.9 * sum(len(line) for line in lines):
+        doubts.append("nine tenths of the validation part occur in the training part line by line; "
+                      "a low loss shows memory, not skill")
+    train, val = some_lines(train), some_lines(val)
+    difference = pair_loss(train, val) - pair_loss(train, train)
+    if difference > 0.3:
+        doubts.append("its last tenth, the validation part, is of another kind than the rest (is "
+                      "it sorted, or put together from several texts?); mix its lines or documents")
+    return doubts
+
+def some_lines(text: str, size: int = 1_000_000) -> str:
+    """Lines from everywhere in a text, together about as many characters as size."""
+    lines = text.split("\n")
+    return "\n".join(lines[:: len(text) // size + 1])[:size]
+
+def pair_loss(known: str, text: str) -> float:
+    """The loss on a text, in nats per character, if each character is predicted from the one before
+    it, by how often the two occur side by side in the known text."""
+    pairs = collections.Counter(zip(known, known[1:]))
+    firsts = collections.Counter(known[:-1])
+    n_characters = len(firsts) + 1  # one stands for all that are not known
+    loss = 0.0
+    for pair, n in collections.Counter(zip(text, text[1:])).items():
+        # Half a pair more for each, so that no probability is 0.
+        p = (pairs[pair] + 0.5) / (firsts[pair[0]] + 0.5 * n_characters)
+        loss -= n * math.log(p)
+    return loss / max(len(text) - 1, 1)
 
 def make_tokenizer(config: RunConfig, text: str):
     """A new tokenizer. BPE learns from the training part alone, so that the validation part has no
     influence on it. Characters are taken from the whole text, since none may be missing."""
     if config.tokenizer == "bpe":
-        return BPETokenizer.train(text[: int(0.9 * len(text))], config.vocab_size)
+        progress = Progress("learning byte pairs")
+        return BPETokenizer.train(text[: int(0.9 * len(text))], config.vocab_size, progress.show)
     if config.tokenizer == "gpt2":
         return GPT2Tokenizer.fetch()
     return CharTokenizer.train(text)
 
-def encode_corpus(text: str, tokenizer, block_size: int) -> Corpus:
-    """Both parts of a text as tokens. Raises UserError if one is too short for a single window."""
-    corpus = Corpus.from_text(text, tokenizer)
+def encode_text(source: SourceText, tokenizer) -> Corpus:
+    """Both parts of a text as tokens. Raises UserError if it has characters that are not known."""
+    try:
+        return Corpus.from_text(source.text, tokenizer)
+    except UserError as problem:
+        raise UserError(f"--data {source.path}: {problem}") from None
+
+def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = False) -> Corpus:
+    """The same for training. Raises UserError, too, if a part is too short for a single window.
+
+    fixed says that block_size is that of a trained model and cannot change."""
+    corpus = encode_text(source, tokenizer)
     shorter = min(len(corpus.train), len(corpus.val))
-    if shorter <= block_size:
-        raise UserError(f"--block_size {block_size}: must be below the number of tokens of the "
-                        f"text's shorter part, {shorter}; lower it, or use a longer --data")
-    return corpus
+    if shorter > block_size:
+        return corpus
+    if fixed:
+        raise UserError(f"--data {source.path}: its shorter part has {shorter} tokens, but this "
+                        f"model is trained on windows of {block_size} + 1; use a longer text")
+    raise UserError(f"--block_size {block_size}: must be below the number of tokens of the "
+                    f"text's shorter part, {shorter}; lower it, or use a longer --data")
 
 # ---- A run with all of it ------------------------------------------------------------------------
 class FullRun(Run):
@@ -2963,7 +3128,7 @@ class FullRun(Run):
         if not all(p.isfinite().all() for p in self.model.parameters()):
             self.check_finite(math.nan)
         if self.rank == 0:
-            super().save(name)
+            insist(lambda: super(FullRun, self).save(name))
 
     def state(self) -> dict:
         state = super().state()
@@ -3060,33 +3225,47 @@ def run_ablate(request: Request) -> None:
     common = {"sample_tokens": 0, "checkpoint_interval": 0, "log_interval": 100,
               "max_steps": training_settings(preset, request).max_steps}
     first_seed = request.training.get("seed", RunConfig.seed)
-    outcomes = collections.defaultdict(list)
-    curves = {}
+    runs = {}  # the request of each run, by label and seed
     for seed in range(first_seed, first_seed + request.options.seeds):
         for label, variant in variants.items():
-            out_dir = folder / f"{label}_seed={seed}"
-            options = replace(request.options, out_dir=str(out_dir), resume=True)
+            options = replace(request.options, out_dir=str(folder / f"{label}_seed={seed}"),
+                              resume=True)
             training = {**common, **variant.training, "seed": seed}
-            complete = replace(variant, options=options, training=training)
-            say(f"---- {label}, seed {seed}")
-            refuse_other_run(complete, preset)
+            runs[label, seed] = replace(variant, options=options, training=training)
+    check_runs(runs, preset)
+    outcomes = {label: [] for label in variants}
+    try:
+        for number, ((label, seed), run) in enumerate(runs.items(), start=1):
+            say(f"---- run {number} of {len(runs)}: {label}, seed {seed}")
             try:
-                outcomes[label].append(run_train(complete))
+                outcomes[label].append(run_train(run))
             except Diverged as problem:
+                outcomes[label].append(None)
                 say(str(problem))
-            curves[f"{label}, seed {seed}"] = (out_dir, "val_loss")
-    draw_curves(folder / "curves.png", curves, ylabel="validation loss, nats per token")
-    print("| variant | nats/token | bits/character | seconds | seeds |\n|---|---|---|---|---|")
-    for label in variants:
-        print(table_row(label, outcomes[label], request.options.seeds))
+    finally:  # also of a command that is stopped: what is done
+        report_ablation(folder, runs, outcomes, request.options.seeds)
 
-def refuse_other_run(request: Request, preset: str) -> None:
-    """Raises UserError if the folder holds a run with other settings, for instance of an earlier
-    command. Its loss would otherwise be shown as the result of this one."""
+def check_runs(runs: dict[tuple, Request], preset: str) -> None:
+    """Builds each variant once, so that a mistake is found before the first one is trained. Raises
+    UserError, also if a folder holds another run."""
+    built = {}
+    for (label, _), request in runs.items():
+        if label not in built:
+            start = begin_anew(request, preset)
+            OPTIMIZERS[start.config.optimizer](start.model, start.config)
+            built[label] = start.source["sha256"]
+        refuse_other_run(request, preset, built[label])
+
+def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
+    """Raises UserError if the folder holds a run with other settings or another text, for instance
+    of an earlier command. Its loss would otherwise be shown as the result of this one."""
     latest = Path(request.options.out_dir, "latest.pt")
     if not latest.exists():
         return
     state = read_checkpoint(latest)
+    if state["corpus"]["sha256"] != sha256:
+        raise UserError(f"--out_dir {latest.parent}: holds a run on another text; name another "
+                        "--out_dir")
     stored = {**state["model_config"], **state["train_config"]}
     training = asdict(training_settings(preset, request))
     wanted = {**asdict(model_settings(preset, request, stored["vocab_size"])), **training}
@@ -3095,14 +3274,29 @@ def refuse_other_run(request: Request, preset: str) -> None:
             raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
                             f"but this command needs {value}; name another --out_dir")
 
-def table_row(label: str, outcomes: list[Outcome], seeds: int) -> str:
-    """One line of the table of an ablation."""
-    if not outcomes:
-        return f"| {label} | diverged | diverged | diverged | 0 of {seeds} |"
-    nats = mean_and_spread([outcome.nats for outcome in outcomes])
-    bits = mean_and_spread([outcome.bits for outcome in outcomes])
-    seconds = mean_and_spread([outcome.seconds for outcome in outcomes])
-    return f"| {label} | {nats} | {bits} | {seconds} | {len(outcomes)} of {seeds} |"
+def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: int) -> None:
+    """Draws the curves of all runs that were begun, and prints the table."""
+    if not any(outcomes.values()):
+        return
+    curves = {}
+    for (label, seed), run in runs.items():
+        if outcomes[label]:
+            curves[f"{label}, seed {seed}"] = (Path(run.options.out_dir), "val_loss")
+    draw(folder / "curves.png", 7, 4, paint_curves, curves, "validation loss, nats per token")
+    rows = ["| variant | nats/token | bits/character | seconds | seeds |", "|---|---|---|---|---|"]
+    rows += [table_row(label, outcomes[label], seeds) for label in outcomes]
+    write_result("\n".join(rows))
+
+def table_row(label: str, outcomes: list[Outcome | None], seeds: int) -> str:
+    """One line of the table of an ablation. An outcome is None if the run has diverged."""
+    done = [outcome for outcome in outcomes if outcome is not None]
+    if not done:
+        what = "diverged" if outcomes else "not run"
+        return f"| {label} | {what} | {what} | {what} | 0 of {seeds} |"
+    nats = mean_and_spread([outcome.nats for outcome in done])
+    bits = mean_and_spread([outcome.bits for outcome in done])
+    seconds = mean_and_spread([outcome.seconds for outcome in done])
+    return f"| {label} | {nats} | {bits} | {seconds} | {len(done)} of {seeds} |"
 
 # ---- Benchmark -----------------------------------------------------------------------------------
 # A speed means nothing without the machine. --mode bench measures this one, with whole windows.
@@ -3169,10 +3363,10 @@ class Bench:
 def run_bench(request: Request) -> None:
     """--mode bench: prints a table to stdout."""
     bench = Bench(request)
-    print(f"| {bench.preset}: {bench.device}, {bench.run.config.dtype}, {torch.get_num_threads()} "
-          f"threads, PyTorch {torch.__version__} | |\n|---|---|")
+    write_result(f"| {bench.preset}: {bench.device}, {bench.run.config.dtype}, "
+                 f"{torch.get_num_threads()} threads, PyTorch {torch.__version__} | |\n|---|---|")
     for name, value in bench.rows().items():
-        print(f"| {name} | {value:,.0f} |")
+        write_result(f"| {name} | {value:,.0f} |")
 
 # ---- Exchange: GPT-2's form ----------------------------------------------------------------------
 # Problem   A model should run in the programs that people already use.
@@ -3382,7 +3576,7 @@ def run_export(request: Request) -> None:
     form, convert = ("Qwen3", to_qwen3) if c.pos == "rope" else ("GPT-2", to_gpt2)
     config, tensors = convert(used.model)
     write_folder(folder, config, tensors, used.tokenizer, c.block_size)
-    print(f"wrote {folder}: a model in {form}'s form, for transformers and other programs")
+    write_result(f"wrote {folder}: a model in {form}'s form, for transformers and other programs")
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 # The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. Its settings must be
@@ -3480,6 +3674,8 @@ def read_folder(folder: Path) -> dict:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a whole model; merge it into its model "
                         "first")
+    if (folder / "best.pt").exists():
+        raise UserError(f"{folder}: this is the folder of a run; name its {folder / 'best.pt'}")
     try:
         theirs, config = read_gpt2_config(folder)
         tokenizer = read_tokenizer(folder)
@@ -3553,23 +3749,39 @@ def look_inside(model, idx) -> Inside:
         lens.append(torch.softmax(model.lm_head(model.ln_f(x[0, -1])).float(), dim=-1).cpu())
     return Inside(torch.softmax(logits[0].float(), dim=-1).cpu(), lens, weights)
 
-def draw_attention(path: Path, weights: list, labels: list[str]) -> None:
-    """A picture of each head, with one column for each layer."""
-    n_layer, n_head = len(weights), len(weights[0])
-    side = 1 + 0.12 * len(labels)  # inches
-    figure = new_figure(path, side * n_layer, side * n_head)
-    if figure is None:
-        return
-    ticks = range(len(labels))
-    labels = [label.replace("$", r"\$") for label in labels]  # otherwise matplotlib reads a formula
+def paint_attention(figure, weights: list, labels: list[str]) -> None:
+    """All heads in one image: a column for each layer, a row for each head.
+
+    weights has (nh, T, T) for each layer."""
+    labels = [printable(label, figure) for label in labels]
+    n_layer, n_head, T = len(weights), len(weights[0]), len(labels)
+    gap = 2
+    image = torch.full((n_head * (T + gap), n_layer * (T + gap)), math.nan)  # NaN stays white
     for layer in range(n_layer):
         for head in range(n_head):
-            axes = figure.add_subplot(n_head, n_layer, head * n_layer + layer + 1, xticks=ticks,
-                                      yticks=ticks, xticklabels=labels, yticklabels=labels)
-            axes.imshow(weights[layer][head].tolist(), cmap="Blues", vmin=0, vmax=1)
-            axes.tick_params(labelsize=5)
-            axes.set_title(f"layer {layer}, head {head}", fontsize=8)
-    figure.savefig(path, dpi=150)
+            y, x = head * (T + gap), layer * (T + gap)
+            image[y : y + T, x : x + T] = weights[layer][head]
+    axes = figure.add_subplot()
+    axes.imshow(image.tolist(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    middle = [(T - 1) / 2 + i * (T + gap) for i in range(max(n_layer, n_head))]
+    axes.set_xticks(middle[:n_layer], [f"layer {i}" for i in range(n_layer)])
+    axes.set_yticks(middle[:n_head], [f"head {i}" for i in range(n_head)])
+    axes.tick_params(length=0, pad=30, labelsize=8)
+    for axis, n in ((axes.xaxis, n_layer), (axes.yaxis, n_head)):
+        if n * T <= 200:  # more labels would be too small to read
+            places = [i * (T + gap) + t for i in range(n) for t in range(T)]
+            axis.set_ticks(places, labels * n, minor=True)
+    axes.tick_params(which="minor", labelsize=5, length=1)
+    axes.tick_params(axis="x", which="minor", labelrotation=90)
+
+def printable(label: str, figure) -> str:
+    """A label without characters that the font of the picture lacks: U+4E2D instead."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("")).get_charmap()
+    label = "".join([c if ord(c) in known else f"U+{ord(c):04X}" for c in label])
+    return label.replace("$", r"\$")  # otherwise matplotlib reads a formula
 
 def most_likely(p, tokenizer, n: int = 5) -> list[tuple[str, float]]:
     """The n most likely tokens of a distribution (V,), as text, with their probabilities."""
@@ -3577,26 +3789,30 @@ def most_likely(p, tokenizer, n: int = 5) -> list[tuple[str, float]]:
 
 def print_inside(inside: Inside, ids: list[int], tokenizer) -> None:
     """The probability of each token after the first, and the logit lens."""
-    green, plain = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    green, plain = "", ""
+    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+        green, plain = "\033[32m", "\033[0m"
     for p, i in zip(inside.probabilities, ids[1:]):
         bar = "#" * round(10 * p[i].item())
         guesses = "".join(f"  {text!r} {q:.2f}" for text, q in most_likely(p, tokenizer))
-        print(f"{tokenizer.decode([i])!r:>10} {p[i]:.3f} {green}{bar:10}{plain}{guesses}")
+        write_result(f"{tokenizer.decode([i])!r:>10} {p[i]:.3f} {green}{bar:10}{plain}{guesses}")
     for layer, p in enumerate(inside.lens):
         name = "embedding" if layer == 0 else f"layer {layer - 1}"
         guesses = "".join(f"  {text!r} {q:.2f}" for text, q in most_likely(p, tokenizer))
-        print(f"next, after {name}:{guesses}")
+        write_result(f"next, after {name}:{guesses}")
 
 def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
     """The same, with one JSON record in each line."""
     for p, i in zip(inside.probabilities, ids[1:]):
-        print(json.dumps({"token": tokenizer.decode([i]), "p": p[i].item(),
-                          "likeliest": most_likely(p, tokenizer)}))
+        write_result(json.dumps({"token": tokenizer.decode([i]), "p": p[i].item(),
+                                 "likeliest": most_likely(p, tokenizer)}))
     for layer, p in enumerate(inside.lens):
-        print(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
+        write_result(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
+
+MAX_DRAWN = 48  # tokens in a picture of attention
 
 def run_inspect(request: Request) -> None:
-    """--mode inspect: prints to stdout, and draws attention.png for the first 48 tokens."""
+    """--mode inspect: prints to stdout, and draws attention.png for the first MAX_DRAWN tokens."""
     options = request.options
     used = load_for_use(options)
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
@@ -3608,9 +3824,16 @@ def run_inspect(request: Request) -> None:
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
     if inside.weights:
-        labels = [repr(used.tokenizer.decode([i])) for i in ids[:48]]
-        draw_attention(Path(options.out_dir, "attention.png"),
-                       [w[:, :48, :48] for w in inside.weights], labels)
+        T = min(len(ids), MAX_DRAWN)
+        labels = [repr(used.tokenizer.decode([i])) for i in ids[:T]]
+        weights = [w[:, :T, :T] for w in inside.weights]
+        n_layer, n_head = len(weights), len(weights[0])
+        path = Path(options.out_dir, "attention.png")
+        say(f"{path}: the first {T} tokens, {n_layer} layers side by side, {n_head} heads from top "
+            "to bottom")
+        # At most 32 inches, which are 3,840 pixels.
+        width, height = [min(1 + 0.12 * T * n, 32) for n in (n_layer, n_head)]
+        draw(path, width, height, paint_attention, weights, labels)
 
 # ==================================================================================================
 # Part V: The command line
@@ -3704,7 +3927,7 @@ class WritingConfig:
     top_k: int | None = None  # draw from the k most likely tokens only
     top_p: float | None = None  # draw from the most likely tokens that reach this probability
     num_samples: int = 1  # how many texts to write, one after the other
-    stop: str = ""  # end before this text appears
+    stop: list[str] = field(default_factory=list)  # end before this text; may be given again
     cache: bool = True  # keep keys and values instead of computing them again
 
 @dataclass
@@ -3721,6 +3944,7 @@ CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "activation": ACTIVATIONS, "attention": ATTENTION, "tokenizer": TOKENIZERS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "sampling": SAMPLING,
            "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16"]}
+PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999),
           "momentum": (0, 0.99999), "seed": (0, 2**63 - 1), "warmup_steps": (0, 2**31 - 1),
@@ -3747,13 +3971,14 @@ def comments(config_class) -> dict[str, str]:
     for cls in reversed(config_class.__mro__[:-1]):
         body = re.search(rf"^class {cls.__name__}\b.*?(?=^\S)", source, re.MULTILINE | re.DOTALL)[0]
         # A field: its name, type and default, two spaces, and the comment.
-        found.update(re.findall(r"^    (\w+): [\w |]+(?: = .*?)?  # (.*)$", body, re.MULTILINE))
+        found.update(re.findall(r"^    (\w+): [\w |[\]]+(?: = .*?)?  # (.*)$", body, re.M))
     return found
 
 def kind_of(config_class, name: str) -> type:
-    """The type of a field; int for int | None."""
+    """The type of a field; int for int | None, and list for a flag that may be given again."""
     text = {f.name: f.type for f in fields(config_class)}[name]
-    return {"str": str, "int": int, "float": float, "bool": bool}[text.split(" ")[0]]
+    kinds = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list}
+    return kinds[text.split(" ")[0]]
 
 def read_number(name: str, kind: type, text: str):
     """The value of a numeric flag. It must be in the range of the setting."""
@@ -3768,10 +3993,34 @@ def read_number(name: str, kind: type, text: str):
     what = "a whole number" if kind is int else "a number"
     raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {low} to {high}")
 
+def read_path(name: str, text: str) -> str:
+    """The value of a flag that names a file or a folder. ~ is the user's home."""
+    if not text:  # in a script, often a variable that was never set
+        raise argparse.ArgumentTypeError("'' is empty; name a file or folder, or leave it out")
+    return os.path.expanduser(text)
+
+def read_text(name: str, text: str) -> str:
+    """The value of any other flag that is a text."""
+    if re.search("[\ud800-\udfff]", text):  # bytes that Python could not decode in this locale
+        try:
+            text = os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    if name == "stop" and not text:
+        raise argparse.ArgumentTypeError("'' is empty; it would end every text at once")
+    return text
+
 class Parser(argparse.ArgumentParser):
     """argparse, except that a mistake raises UserError."""
     def error(self, message):
-        raise UserError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        if message.endswith("expected one argument"):
+            name = message.split(":")[0]
+            message += f"; if its value begins with -, join them, as in {name}=-5"
+        raise UserError(message)
+
+    def print_help(self, file=None):
+        write_result(self.format_help())
 
 GROUPS = {"common": Options, "the model": ModelConfig, "training": RunConfig,
           "writing": WritingConfig}
@@ -3801,8 +4050,10 @@ def add_flag(group, name: str, kind: type, help_text: str) -> None:
                            help=help_text)
     elif name in CHOICES:
         group.add_argument(f"--{name}", choices=CHOICES[name], dest=name, help=help_text)
-    elif kind is str:
-        group.add_argument(f"--{name}", type=str, metavar=name.upper(), dest=name, help=help_text)
+    elif kind in (str, list):
+        read = functools.partial(read_path if name in PATHS else read_text, name)
+        group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text,
+                           action="append" if kind is list else "store")
     else:
         read = functools.partial(read_number, name, kind)
         group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text)
@@ -3897,10 +4148,11 @@ class RunStart:
     """What a run begins with."""
     model: nn.Module
     tokenizer: object
+    text: SourceText
     corpus: Corpus
     config: RunConfig
-    source: dict  # where the corpus is from, and its checksum
-    state: dict | None  # the checkpoint to continue from, if any
+    source: dict  # what the checkpoints store about the corpus
+    state: dict | None = None  # the checkpoint to continue from, if any
 
 def find_latest(options: Options) -> dict | None:
     """The checkpoint to continue from, or None for a new run. Raises UserError where a new run
@@ -3920,13 +4172,29 @@ def find_latest(options: Options) -> dict | None:
         say(f"--resume: there is no {latest} yet, so a new run begins")
         return None
     for path in files_of_run(out_dir):
-        raise UserError(f"--out_dir {out_dir}: has a {path.name} already; add --resume to continue "
-                        "that run, or name another folder")
+        if not left_by_failed_start(path):
+            raise UserError(f"--out_dir {out_dir}: has a {path.name} already; add --resume to "
+                            "continue that run, or name another folder")
     return None
 
-def source_of(corpus: SourceText, data: str) -> dict:
-    """What a checkpoint stores about its corpus."""
-    return {"data": str(Path(data).absolute()) if data else "", "sha256": corpus.sha256}
+def left_by_failed_start(path: Path) -> bool:
+    """Whether this is a file of a run that failed before its first checkpoint was saved."""
+    if path.name == "config.json":
+        return path.read_bytes().startswith(b'{\n  "model": {')  # write_config wrote it
+    if path.name == "metrics.jsonl":
+        steps = [record["step"] for record in read_metrics(path.parent)]
+        return max(steps, default=0) == 0 and path.read_bytes()[:10] in (b"", b'{"step": 0')
+    return False
+
+def source_of(text: SourceText, data: str, unused: list[int]) -> dict:
+    """What a checkpoint stores about its corpus. unused: the tokens that were never a target."""
+    return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256,
+            "unused": unused}
+
+def unused_tokens(corpus: Corpus, tokenizer) -> list[int]:
+    """The tokens that are never a target in training. A model has no idea when to write them."""
+    targets = set(corpus.train[1:].tolist())
+    return [i for i in range(tokenizer.vocab_size) if i not in targets]
 
 def begin_again(request: Request, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
@@ -3937,50 +4205,65 @@ def begin_again(request: Request, state: dict) -> RunStart:
     changed = {name: value for name, value in request.training.items() if name in MAY_CHANGE}
     config = RunConfig(**{**state["train_config"], **changed})
     data = options.data or state["corpus"]["data"]
-    source = read_corpus(data)
-    if source.sha256 != state["corpus"]["sha256"]:
-        raise UserError(f"--data {source.path}: this is not the text that the run was trained on; "
+    text = read_corpus(data)
+    if text.sha256 != state["corpus"]["sha256"]:
+        raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
-    corpus = encode_corpus(source.text, tokenizer, model.config.block_size)
-    report_corpus(source, corpus, tokenizer)
-    return RunStart(model, tokenizer, corpus, config, source_of(source, data), state)
+    corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
+    unused = state["corpus"].get("unused", [])
+    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused), state)
+
+def tokenizer_settings(origin: dict) -> dict:
+    """The settings that made the tokenizer of a checkpoint, as the command line names them."""
+    kind, _ = origin["tokenizer"]
+    size = origin["model_config"]["vocab_size"]
+    if "train_config" in origin:
+        made = origin["train_config"]
+        kind, size = made["tokenizer"], made["vocab_size"]
+    elif kind == "bpe" and size == 50257:  # a folder with GPT-2's own tokens
+        kind = "gpt2"
+    return {"tokenizer": "bpe", "vocab_size": size} if kind == "bpe" else {"tokenizer": kind}
 
 def begin_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
     origin = read_model(Path(options.init_from))
-    stored = {**origin["model_config"], "tokenizer": origin["tokenizer"][0]}
+    made = tokenizer_settings(origin)
+    stored = {**origin["model_config"], **made}
     stored.pop("dropout")  # it may differ
     refuse_changes({**request.model, **request.training}, stored, "--init_from")
-    config = training_settings(preset, replace(request, training={
-        **request.training, "tokenizer": origin["tokenizer"][0]}))
+    config = training_settings(preset, replace(request, training={**request.training, **made}))
     sizes = {**origin["model_config"], **request.model}
     model, tokenizer = model_from_checkpoint({**origin, "model_config": sizes}, ModelConfig)
     data = options.data or origin["corpus"]["data"]
-    source = read_corpus(data)
-    corpus = encode_corpus(source.text, tokenizer, model.config.block_size)
-    report_corpus(source, corpus, tokenizer)
-    config = limit_steps(config, model.config, corpus, request.training)
-    return RunStart(model, tokenizer, corpus, config, source_of(source, data), None)
+    text = read_corpus(data)
+    corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
+    known = set(origin["corpus"].get("unused", []))
+    unused = [i for i in unused_tokens(corpus, tokenizer) if i in known]
+    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused))
 
 def begin_anew(request: Request, preset: str) -> RunStart:
     """A new run with random weights."""
     data = request.options.data
     config = training_settings(preset, request)
     sizes = model_settings(preset, request, vocab_size=1)  # finds mistakes before the text is read
-    source = read_corpus(data)
-    tokenizer = make_tokenizer(config, source.text)
+    text = read_corpus(data)
+    tokenizer = make_tokenizer(config, text.text)
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
-    corpus = encode_corpus(source.text, tokenizer, sizes.block_size)
-    report_corpus(source, corpus, tokenizer)
-    config = limit_steps(config, sizes, corpus, request.training)
+    corpus = encode_corpus(text, tokenizer, sizes.block_size)
     model = new_model(sizes, config.seed)
-    return RunStart(model, tokenizer, corpus, config, source_of(source, data), None)
+    return RunStart(model, tokenizer, text, corpus, config,
+                    source_of(text, data, unused_tokens(corpus, tokenizer)))
 
-def report_corpus(source: SourceText, corpus: Corpus, tokenizer) -> None:
-    say(f"corpus {source.path}: {len(corpus.train):,} training and {len(corpus.val):,} validation "
-        f"tokens, vocabulary {tokenizer.vocab_size}")
+def report_corpus(start: RunStart) -> None:
+    """Says what the corpus is, and what is odd about it."""
+    corpus = start.corpus
+    say(f"corpus {start.text.path}: {len(corpus.train):,} training and {len(corpus.val):,} "
+        f"validation tokens, vocabulary {start.tokenizer.vocab_size}")
+    if process_rank() == 0:
+        for doubt in doubts_about(start.text.text):
+            say(f"warning: about this text: {doubt}")
 
 def begin(request: Request, device: torch.device) -> RunStart:
     """What the run of a request begins with: anew, from weights, or from where it was."""
@@ -3990,46 +4273,57 @@ def begin(request: Request, device: torch.device) -> RunStart:
                         f"copy it to {Path(options.out_dir, 'latest.pt')} and use --resume")
     state = find_latest(options)
     if state is not None:
-        return begin_again(request, state)
+        start = begin_again(request, state)
+        report_corpus(start)
+        return start
     preset = choose_preset(request, device)
-    if options.init_from:
-        return begin_from_weights(request, preset)
-    return begin_anew(request, preset)
+    start_run = begin_from_weights if options.init_from else begin_anew
+    start = start_run(request, preset)
+    report_corpus(start)
+    sizes = start.model.config
+    return replace(start, config=limit_steps(start.config, sizes, start.corpus, request.training))
 
 def run_train(request: Request) -> Outcome:
     """--mode train."""
     options = request.options
     device = find_device(options.device)
-    beginning = begin(request, device)
+    start = begin(request, device)
     out_dir = Path(options.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with SignalWatch() as watch:
         journal = FullJournal(out_dir, watch)
-        run = FullRun(beginning.model, beginning.tokenizer, beginning.corpus, beginning.config,
-                      out_dir, device, beginning.source, journal)
-        if beginning.state is not None:
-            run.restore(beginning.state)
-        journal.forget_after(run.step if beginning.state is not None else -1)
+        run = FullRun(start.model, start.tokenizer, start.corpus, start.config, out_dir, device,
+                      start.source, journal)
+        if start.state is not None:
+            run.restore(start.state)
+        journal.forget_after(run.step if start.state is not None else -1)
         write_config(run)
         say(f"model {run.model.config.model}: {count_parameters(run.model):,} parameters; "
             f"{device}, {run.config.dtype}, {torch.get_num_threads()} threads, "
             f"processes: {run.processes}")
+        if run.finished():
+            say(f"nothing is left to train: the run is at step {run.step}; --max_steps is "
+                f"{run.config.max_steps}, --patience is {run.config.patience}")
+        exit_code = 1
         try:
             journal.wandb = start_wandb(run.config, out_dir) if run.rank == 0 else None
             train(run, after_step=run.stop_if_asked)
             nats = run.score(progress=journal.show_progress)
             seconds = journal.seconds()  # without the time for the picture
             journal.report_score(run, nats)
+            exit_code = 0
+        except Stopped as stopped:
+            exit_code = stopped.exit_code
+            raise
         finally:
-            journal.close()
+            journal.close(exit_code)
     return Outcome(nats, bits_per_character(nats, run.corpus), seconds)
 
 def write_config(run: FullRun) -> None:
     """Writes the settings of a run to config.json, for people to read."""
     if run.rank == 0:
         settings = {"model": asdict(run.model.config), "training": asdict(run.config)}
-        text = json.dumps(settings, indent=2)
-        (run.out_dir / "config.json").write_text(text, encoding="utf-8")
+        replace_text(run.out_dir / "config.json", json.dumps(settings, indent=2))
 
 # ---- Using a trained model -----------------------------------------------------------------------
 @dataclass
@@ -4052,12 +4346,52 @@ def load_for_use(options: Options) -> LoadedModel:
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return LoadedModel(model.to(device), tokenizer, state)
 
+# What many programs type by themselves, and the character that a plain text has in its place.
+PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+                             "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2026": ".",
+                             "\u00a0": " "})
+
+def closest_character(character: str, known) -> str | None:
+    """A known character that means the same or nearly the same, or None.
+
+    >>> closest_character("\u2019", "'ae"), closest_character("\u00c4", "'ae")
+    ("'", 'a')
+    """
+    plain = unicodedata.normalize("NFKD", character.translate(PLAIN_FORMS))[0]
+    for candidate in (plain, plain.lower(), plain.upper()):
+        if candidate in known:
+            return candidate
+    return None
+
+def adapt_text(tokenizer, flag: str, text: str) -> str:
+    """A typed text in the form that the corpus uses, where that is certain: its line breaks, and
+    whether an accent is a character of its own. Raises UserError if it cannot be encoded."""
+    text = unify_line_breaks(text)
+    hint = ""
+    if "\\n" in text:
+        hint = ("\\n was typed as two characters; for a line break, type $'\\n' in bash and zsh, "
+                "and \"`n\" in PowerShell")
+    if tokenizer.kind != "char":
+        if hint:
+            say(f"note: {flag} {text!r}: {hint}")
+        return text
+    for form in ("NFC", "NFD"):
+        changed = unicodedata.normalize(form, text)
+        if not set(text) <= set(tokenizer.itos) and set(changed) <= set(tokenizer.itos):
+            text = changed
+    try:
+        tokenizer.encode(text)
+    except UserError as problem:
+        unknown = sorted(set(text) - set(tokenizer.itos))[0]
+        closest = closest_character(unknown, tokenizer.itos)
+        if unknown != "\\" or not hint:
+            hint = f"the closest one that it has is {closest!r}" if closest else ""
+        raise UserError(f"{flag} {text!r}: {problem}" + (f"; {hint}" if hint else "")) from None
+    return text
+
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; without one, the id that a sample begins with."""
-    try:
-        return tokenizer.encode(prompt) or [tokenizer.first_id]
-    except UserError as problem:
-        raise UserError(f"--prompt {prompt!r}: {problem}") from None
+    return tokenizer.encode(adapt_text(tokenizer, "--prompt", prompt)) or [tokenizer.first_id]
 
 def bytes_of_token(tokenizer, i: int) -> bytes:
     """The text of one token in UTF-8. A token of byte-pair encoding may be half a character."""
@@ -4067,10 +4401,11 @@ def bytes_of_token(tokenizer, i: int) -> bytes:
 
 class TextPrinter:
     """Prints a text while it is written. It holds back what is not yet certain: half of a
-    character, and what may be the beginning of the stop text."""
-    def __init__(self, tokenizer, stop: str):
+    character, and what may be the beginning of a stop text."""
+    def __init__(self, tokenizer, stops: list[str]):
         self.tokenizer = tokenizer
-        self.stop = stop
+        self.stops = stops
+        self.longest = max((len(stop) for stop in stops), default=1)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character
         self.held = ""  # text that was decoded but not printed
 
@@ -4079,37 +4414,52 @@ class TextPrinter:
         if i == self.tokenizer.end_id:
             return False
         self.held += self.decoder.decode(bytes_of_token(self.tokenizer, i))
-        if self.stop and self.stop in self.held:
-            self.held = self.held[: self.held.index(self.stop)]
+        ends = [self.held.index(stop) for stop in self.stops if stop in self.held]
+        if ends:
+            self.held = self.held[: min(ends)]
             return False
-        certain = len(self.held) - max(len(self.stop) - 1, 0)
+        certain = len(self.held) - (self.longest - 1)
         if certain > 0:
-            print(self.held[:certain], end="", flush=True)
+            write_result(self.held[:certain], end="")
             self.held = self.held[certain:]
         return True
 
     def finish(self) -> None:
         """Prints what was held back, and a line break."""
-        print(self.held + self.decoder.decode(b"", final=True), flush=True)
+        write_result(self.held + self.decoder.decode(b"", final=True))
+
+class UsedTokensReader:
+    """A reader that never lets a token be drawn that was never a target in training."""
+    def __init__(self, reader, unused: list[int]):
+        self.reader = reader
+        self.unused = unused
+
+    def read(self, new):
+        """Takes the tokens (B, n) that follow; returns logits (B, V)."""
+        logits = self.reader.read(new)
+        logits[:, self.unused] = -math.inf
+        return logits
 
 def run_generate(request: Request) -> None:
     """--mode generate: prints the texts to stdout."""
     writing = request.writing
     used = load_for_use(request.options)
     start = encode_prompt(used.tokenizer, writing.prompt)
+    stops = [adapt_text(used.tokenizer, "--stop", stop) for stop in writing.stop]
     seed = request.training.get("seed", RunConfig.seed)
     for number in range(writing.num_samples):
         if number > 0:
-            print("---------------")
-        print(used.tokenizer.decode(start), end="", flush=True)
+            write_result("---------------")
+        write_result(used.tokenizer.decode(start), end="")
         reader = new_reader(used.model)
         if not writing.cache and isinstance(reader, CachedReader):
             reader = CachedReader(used.model, remember=False)
         tokens = stream_tokens(
             used.model, torch.tensor([start]), writing.max_tokens, writing.temperature,
-            writing.top_k, writing.top_p, reader=reader,
+            writing.top_k, writing.top_p,
+            reader=UsedTokensReader(reader, used.state["corpus"].get("unused", [])),
             generator=torch.Generator().manual_seed(derived_seed(seed, number)))
-        printer = TextPrinter(used.tokenizer, writing.stop)
+        printer = TextPrinter(used.tokenizer, stops)
         for token in tokens:
             if not printer.add(token.item()):
                 break
@@ -4119,12 +4469,19 @@ def run_eval(request: Request) -> None:
     """--mode eval: prints the loss on the whole validation part."""
     used = load_for_use(request.options)
     stored = used.state["corpus"]
-    source = read_corpus(request.options.data or stored["data"])
-    if stored["sha256"] not in ("", source.sha256):
-        say(f"note: {source.path} is not the text that this model was trained on")
-    corpus = encode_corpus(source.text, used.tokenizer, used.model.config.block_size)
-    nats = evaluate(used.model, corpus.val, progress=show_progress)
-    print(describe_loss(nats, corpus))
+    text = read_corpus(request.options.data or stored["data"])
+    if stored["sha256"] not in ("", text.sha256):
+        say(f"note: {text.path} is not the text that this model was trained on")
+    corpus = encode_text(text, used.tokenizer)
+    if len(corpus.val) < 2:
+        say("this text is too short to have a validation part; all of it is evaluated")
+        tokens = encode_to_tensor(text.text, used.tokenizer)
+        corpus = Corpus(tokens, tokens, len(text.text))
+    if len(corpus.val) < 2:
+        raise UserError(f"--data {text.path}: number of tokens {len(corpus.val)}; at least 2 are "
+                        "needed")
+    nats = evaluate(used.model, corpus.val, progress=Progress("evaluating").show)
+    write_result(describe_loss(nats, corpus))
 
 # ---- The modes -----------------------------------------------------------------------------------
 @dataclass
@@ -4186,6 +4543,15 @@ def prepare_streams() -> None:
         if hasattr(stream, "reconfigure"):  # a Windows console may use another encoding
             stream.reconfigure(encoding="utf-8", errors="replace")
 
+def settle_streams() -> None:
+    """Leaves nothing in stdout and stderr that Python would fail to write when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
     prepare_streams()
@@ -4205,8 +4571,6 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:  # from argparse, after --help
         return end.code or 0
     except BrokenPipeError:  # the reader of our output has left, as in `generate | head`
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 128 + 13
     except Exception as problem:
         line = explain(problem)
@@ -4214,9 +4578,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if process_rank() > 0:
             time.sleep(3)  # if all processes made the same mistake, let the first one tell it
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     finally:
+        settle_streams()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def pictures():
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(minigpt, "draw_curves", lambda *_, **__: None)
+        monkeypatch.setattr(minigpt, "draw", lambda *_: None)
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
@@ -3481,8 +3482,8 @@ class FakeWandb(types.ModuleType):
         assert numbers["step"] == step
         self.note("log", numbers)
 
-    def finish(self):
-        self.note("finish")
+    def finish(self, exit_code):
+        self.note("finish", exit_code)
 
 @pytest.mark.parametrize("variables, flags, wanted", [
     ({}, [], False), ({"WANDB_API_KEY": "x"}, ["--no_wandb"], False),
@@ -3503,7 +3504,7 @@ def test_wandb_gets_the_records_of_a_run_where_it_is_wanted(tmp_path, no_wandb_a
     logged = [value for name, value in fake.calls if name == "log"]
     assert logged == raw_records(tmp_path / "out")
     assert [name for name, _ in fake.calls].count("finish") == 1
-    assert fake.calls[-1][0] == "finish"
+    assert fake.calls[-1] == ("finish", 0)
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_a_failure_of_wandb_costs_no_training(tmp_path, tiny_run, no_wandb_account, monkeypatch,
@@ -3523,7 +3524,7 @@ def test_wandb_is_closed_when_a_run_fails(tmp_path, no_wandb_account, monkeypatc
     code, _, _ = run_main(*TRAIN, "--out_dir", tmp_path / "out", "--grad_clip", "0",
                           "--learning_rate", "1e30")
     assert code == 2
-    assert fake.calls[-1][0] == "finish"
+    assert fake.calls[-1] == ("finish", 1)
 
 @pytest.mark.slow
 def test_the_real_wandb_logs_offline(tmp_path, no_wandb_account, monkeypatch):
@@ -3548,9 +3549,12 @@ def test_a_corpus_is_its_text(tmp_path):
     source = minigpt.read_corpus(path)
     assert (source.path, source.text) == (path, "à\nb")
     assert source.sha256 == hashlib.sha256("à\nb".encode()).hexdigest()
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="--data .*a.txt: this is not UTF-8"):
+    path.write_bytes("\ufeffé\n\n".encode() + b"caf\xe9\n")
+    with pytest.raises(UserError, match="--data .*a.txt: line 3 is not UTF-8 text .byte 0xe9.;"):
         minigpt.read_corpus(path)
+
+def source_text(text):
+    return minigpt.SourceText(Path("a.txt"), text, "")
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
@@ -3560,7 +3564,7 @@ def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
     cut = int(0.9 * len(text))
     config = RunConfig(tokenizer=kind, vocab_size=300)
     tokenizer = minigpt.make_tokenizer(config, text)
-    corpus = minigpt.encode_corpus(text, tokenizer, 16)
+    corpus = minigpt.encode_corpus(source_text(text), tokenizer, 16)
     assert corpus.train.tolist() == tokenizer.encode(text[:cut])
     assert corpus.val.tolist() == tokenizer.encode(text[cut:])
     assert corpus.val_characters == len(text) - cut
@@ -3573,9 +3577,12 @@ def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
 def test_a_text_must_be_longer_than_a_window():
     """A window of 16 tokens needs 17, with the last target, in both parts. Of 170 characters, 17
     are for validation."""
-    minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 16)
+    text = source_text("a" * 170)
+    minigpt.encode_corpus(text, CharTokenizer("a"), 16)
     with pytest.raises(UserError, match="--block_size 17: must be below .* 17;"):
-        minigpt.encode_corpus("a" * 170, CharTokenizer("a"), 17)
+        minigpt.encode_corpus(text, CharTokenizer("a"), 17)
+    with pytest.raises(UserError, match="--data a.txt: .* 17 tokens.* 17 . 1; use a longer text"):
+        minigpt.encode_corpus(text, CharTokenizer("a"), 17, fixed=True)
 
 # ---- The downloader, against a server on this machine --------------------------------------------
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
@@ -3964,8 +3971,25 @@ def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatc
     monkeypatch.setattr(io, "StringIO", terminal)
     shutil.rmtree(tmp_path)
     for command in commands:
-        shares = re.findall(r"\revaluating: (\d+)%(\n?)", run_main(*command)[2])
-        assert len(shares) > 3 and shares[-1] == ("100", "\n") and ("43", "") in shares
+        shares = re.findall(r"\revaluating: (\d+)%, 0:00:00 left *(\n?)", run_main(*command)[2])
+        assert shares[-1] == ("100", "\n")
+
+@pytest.mark.parametrize("on_terminal, expected", [
+    (True, ["\rx: 25%, 0:00:30 left", "\rx: 75%, 0:00:10 left", "\rx: 100%, 0:00:00 left"]),
+    (False, ["x: 75%, 0:00:10 left"])])
+def test_progress_tells_the_time_that_is_left(monkeypatch, on_terminal, expected):
+    """After 10 seconds for a quarter of the work, 30 seconds are left. A terminal shows that at
+    once. Elsewhere, a line comes every 30 seconds, so that a log stays short."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys, "stderr", out := io.StringIO())
+    monkeypatch.setattr(minigpt, "is_terminal", lambda stream: on_terminal)
+    progress = minigpt.Progress("x")
+    for now, share in ((0.1, 0.001), (10, 0.25), (10.1, 0.26), (30, 0.75), (40, 1)):
+        clock[0] = now
+        progress.show(share)
+    lines = out.getvalue().replace("\r", "\n\r" if on_terminal else "").split("\n")
+    assert [line.rstrip(" ") for line in lines if line.strip()] == expected
 
 @pytest.mark.slow
 def test_a_real_run_learns(tmp_path):
@@ -4942,7 +4966,7 @@ def test_nothing_in_a_folder_is_executed(gpt2_folder, tmp_path, monkeypatch):
 def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     """It writes, is scored and looked into with the results of the model that was exported, and a
     training run can begin with it. Its sizes and tokenizer cannot be changed; dropout may be."""
-    monkeypatch.setattr(minigpt, "draw_attention", lambda *_: None)
+    monkeypatch.setattr(minigpt, "draw", lambda *_: None)
     text = SHORT.read_text(encoding="utf-8")
     tokenizer = bpe if kind == "bpe" else CharTokenizer.train(text)
     save_model(tmp_path, tokenizer, block_size=32)
@@ -5080,23 +5104,40 @@ def test_inspect_prints_what_is_inside(tiny_run, tmp_path, pictures):
     for prompt, why in (("ï", "'ï'"), ("T", "tokens is 1"), ("T" * 17, "tokens is 17")):
         check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
 
-def test_each_head_is_drawn_in_its_place(tmp_path, monkeypatch):
-    """There is a column for each layer and a row for each head. Would fail if they, or queries and
-    keys, changed places. A dollar is a dollar, not the beginning of a formula."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    seen = []
-    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: seen.append(self))
+def test_each_head_is_drawn_in_its_place():
+    """There is a column for each layer and a row for each head, with white between them. Would fail
+    if they, or queries and keys, changed places. A dollar is a dollar, not the beginning of a
+    formula, and a character that the font lacks is shown as its code point."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
     weights = [torch.rand(3, 4, 4) for _ in range(2)]
-    minigpt.draw_attention(tmp_path / "a.png", weights, ["'a'", "'$'", "'c'", "'$'"])
-    for axes in seen[0].axes:
-        place, image = axes.get_subplotspec(), axes.get_images()[0]
-        layer, head = place.colspan.start, place.rowspan.start
-        assert axes.get_title() == f"layer {layer}, head {head}"
-        assert image.get_clim() == (0, 1)
-        assert_close(torch.tensor(image.get_array().tolist()), weights[layer][head], 1e-6)
-        labels = [tick.get_text() for tick in axes.get_yticklabels()]
-        assert labels == ["'a'", r"'\$'", "'c'", r"'\$'"]
-    assert len(seen[0].axes) == 6 and seen[0].get_figwidth() < seen[0].get_figheight()
+    minigpt.paint_attention(figure, weights, ["'a'", "'$'", "'中'", "'é'"])
+    (axes,) = figure.axes
+    image = torch.tensor(axes.get_images()[0].get_array().filled(math.nan).tolist())
+    assert axes.get_images()[0].get_clim() == (0, 1)
+    for layer, head in itertools.product(range(2), range(3)):
+        part = image[6 * head : 6 * head + 4, 6 * layer : 6 * layer + 4]
+        assert_close(part, weights[layer][head], 1e-6)
+    assert image[4:6].isnan().all() and image[:, 4:6].isnan().all()
+    for axis, names in ((axes.xaxis, ["layer 0", "layer 1"]),
+                        (axes.yaxis, ["head 0", "head 1", "head 2"])):
+        assert [label.get_text() for label in axis.get_majorticklabels()] == names
+        assert axis.get_majorticklocs().tolist() == [1.5 + 6 * i for i in range(len(names))]
+        labels = [label.get_text() for label in axis.get_minorticklabels()]
+        assert labels == ["'a'", r"'\$'", "'U+4E2D'", "'é'"] * len(names)
+        assert axis.get_minorticklocs().tolist()[4:8] == [6, 7, 8, 9]
+
+def test_a_picture_of_many_heads_stays_small_and_draws_quickly(tmp_path, pictures):
+    """12 layers of 12 heads and Chinese text: at most 4,000 pixels, and no warning about letters
+    that the font lacks."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    weights = [torch.rand(12, 48, 48)] * 12
+    path = tmp_path / "a.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        minigpt.draw(path, 32, 32, minigpt.paint_attention, weights, ["'中'"] * 48)
+    assert max(imread(path).shape) <= 4000
 
 # ---- Part V: the command line, as a user types it ------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
@@ -5132,8 +5173,8 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --n_embd 2000000000 => memory & --n_embd
 --mode train --data nowhere.txt => nowhere.txt & No such file
 --mode train --data {tmp}/empty.txt => --block_size 512 & a longer --data
---mode train --data {tmp} => {tmp} & name another
---mode train --data {tmp}/latin.txt => latin.txt & not UTF-8
+--mode train --data {tmp} => --data {tmp} & name a text
+--mode train --data {tmp}/latin.txt => latin.txt & line 1 is not UTF-8 & 0xe9
 --mode train --data {tmp}/few.txt => --block_size 512 & part, 1; & --data
 --mode train --n_layer 0 => --n_layer & '0'
 --mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
@@ -5158,23 +5199,47 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode generate --out_dir {tmp}/none => best.pt & train first
 --mode eval --checkpoint {tmp} => {tmp} & config.json & GPT-2
 --mode generate --checkpoint {tmp}/cut.pt => cut.pt & damaged
---mode eval --checkpoint {tmp}/latin.txt => latin.txt & damaged
+--mode eval --checkpoint {tmp}/latin.txt => latin.txt & not a checkpoint
+--mode generate --checkpoint {run}/metrics.jsonl => metrics.jsonl & not a checkpoint
+--mode generate --checkpoint {run} => {run} & name its {run}/best.pt
+--mode train --init_from {run} => {run} & name its {run}/best.pt
+--mode generate --checkpoint {tmp}/hf/model.safetensors => model.safetensors & its folder, {tmp}/hf
+--mode train --init_from {tmp}/hf/config.json => config.json & name its folder, {tmp}/hf
+--mode train --data= => --data & '' is empty
+--mode train --out_dir= => --out_dir & '' is empty
+--mode train --init_from= => --init_from & '' is empty
+--mode eval --checkpoint= => --checkpoint & '' is empty
+--mode export --export_dir= => --export_dir & '' is empty
+--mode generate --stop= => --stop & '' is empty
+--mode generate --prompt -alpha => --prompt & --prompt=-5
+--mode train --max_steps -5 => --max_steps
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
 --mode train --out_dir {run} => --out_dir {run} & has a & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --top_k 0 => --top_k & '0'
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
 --mode inspect --out_dir {run} => --prompt & tokens is 1
---mode eval --out_dir {run} --data {tmp}/greek.txt => (U+03""".split("\n")]
+--mode generate --out_dir {run} --prompt a\\nb => --prompt & $'\\n' in bash & PowerShell
+--mode generate --out_dir {run} --stop \\n => --stop & $'\\n' in bash & PowerShell
+--mode generate --out_dir {run} --stop Ö => --stop 'Ö' & the closest one that it has is 'O'
+--mode generate --out_dir {run} --prompt don’t => --prompt & U+2019 & closest one that it has is "'"
+--mode eval --out_dir {run} --data {tmp}/one.txt => --data {tmp}/one.txt & at least 2
+--mode train --init_from {run}/best.pt --data {tmp}/few.txt => few.txt & 16 + 1; use a longer text
+--mode train --init_from {run}/best.pt --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
+--mode eval --out_dir {run} --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
+""".rstrip().split("\n")]
 
 @pytest.fixture(scope="module")
 def mistaken(tiny_run, tmp_path_factory):
     """The arguments of a mistake and what its message must hold, with real files behind them."""
     run, tmp = tiny_run[0], tmp_path_factory.mktemp("mistakes")
     for name, data in (("empty.txt", b""), ("latin.txt", b"caf\xe9 " * 500), ("few.txt", b"to be"),
-                       ("greek.txt", "λόγος ".encode() * 500),
+                       ("greek.txt", "λόγος ".encode() * 500), ("one.txt", b"t"),
                        ("cut.pt", (run / "best.pt").read_bytes()[:5000])):
         (tmp / name).write_bytes(data)
+    (tmp / "hf").mkdir()
+    (tmp / "hf" / "config.json").write_text("{}")
+    (tmp / "hf" / "model.safetensors").write_bytes(b"x")
 
     def fill(command, named):
         argv = [word.format(tmp=tmp, run=run) for word in command.split()]
@@ -5211,7 +5276,7 @@ def test_every_flag_belongs_to_some_mode_and_every_mode_has_its_flags():
     flags = set(all_flags())
     takes = {mode: minigpt.MODES[mode].takes for mode in minigpt.MODES}
     assert set().union(*takes.values()) == flags
-    values = {str: "x", int: "300", float: "0.5"}
+    values = {str: "x", int: "300", float: "0.5", list: "x"}
     for mode in minigpt.MODES:
         for name, kind in all_flags().items():
             if name == "mode":
@@ -5259,7 +5324,7 @@ def test_dashes_in_flags_and_in_values_are_kept_apart():
     assert minigpt.parse([*generate, "--prompt=a--no_b"]).writing.prompt == "a--no_b"
     for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
         writing = minigpt.parse([*generate, "--prompt", text, "--stop", text]).writing
-        assert writing.prompt == writing.stop == text
+        assert writing.prompt == text and writing.stop == [text]
     for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b", "--no_cache"):
         request = minigpt.parse([*generate, f"--prompt={text}", f"--out_dir={text}"])
         assert request.writing.prompt == request.options.out_dir == text
@@ -5484,12 +5549,12 @@ class CountingTokenizer(BPETokenizer):
         self.decoded += len(ids)
         return super().decode(ids)
 
-def print_tokens(tokenizer, ids, stop, monkeypatch):
+def print_tokens(tokenizer, ids, stops, monkeypatch):
     """What is on the screen before each token that is taken, and what is there at the end."""
     seen, out = [], io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        printer = minigpt.TextPrinter(tokenizer, stop)
+        printer = minigpt.TextPrinter(tokenizer, stops)
         for i in ids:
             seen.append(out.getvalue())
             if not printer.add(i):
@@ -5506,27 +5571,31 @@ def test_what_is_shown_of_a_text_comes_at_once_and_never_changes(monkeypatch):
     tokenizer, rng = BPETokenizer.train("aba " * 9, 260), random.Random(0)
     for _ in range(500):
         text = "".join(rng.choices("ab\né😀", k=rng.randrange(12)))
-        stop = "".join(rng.choices("ab\né", k=rng.randrange(4)))
+        lengths = rng.choices((1, 2, 3), k=rng.randrange(3))
+        stops = ["".join(rng.choices("ab\né", k=length)) for length in lengths]
         ids, ready = [], [0]  # ready: how many characters are complete before each token
         for count, character in enumerate(text):
             new = tokenizer.encode(character)
             ids += new
             ready += [count] * (len(new) - 1) + [count + 1]
-        seen, whole = print_tokens(tokenizer, ids, stop, monkeypatch)
-        assert whole == (text.split(stop)[0] if stop else text) + "\n"
+        seen, whole = print_tokens(tokenizer, ids, stops, monkeypatch)
+        # The text ends where the first stop text is complete. Tokens are at most one character.
+        ends = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+        end, length = min(ends, default=(len(text), 0))
+        assert whole == text[: end + length] + "\n"
         for new, shown in zip([*seen[1:], whole], seen):
             assert new.startswith(shown) and "\ufffd" not in new
         for shown, count in zip(seen, ready):
-            assert len(shown) >= count - max(len(stop) - 1, 0)
-        assert (len(seen) <= len(ids)) == bool(stop and stop in text)  # then no more is drawn
+            assert len(shown) >= count - max([len(stop) - 1 for stop in stops], default=0)
+        assert (len(seen) <= len(ids)) == bool(ends)  # then no more is drawn
     ids = tokenizer.encode("abé ")
-    assert print_tokens(tokenizer, ids, "xy", monkeypatch)[0][-1] == "abé"
+    assert print_tokens(tokenizer, ids, ["xy"], monkeypatch)[0][-1] == "abé"
 
 def test_nothing_is_shown_after_the_end_of_text(monkeypatch):
     """What a model writes after this token belongs to another text, and the token is no text."""
     tokenizer = BPETokenizer.train("aba " * 9, 260)
     ids = tokenizer.encode("abé")
-    seen, whole = print_tokens(tokenizer, [*ids, tokenizer.end_id, *ids], "", monkeypatch)
+    seen, whole = print_tokens(tokenizer, [*ids, tokenizer.end_id, *ids], [], monkeypatch)
     assert whole == "abé\n" and len(seen) == len(ids) + 1
 
 def test_tokens_that_cross_characters_are_shown_whole(monkeypatch):
@@ -5536,14 +5605,14 @@ def test_tokens_that_cross_characters_are_shown_whole(monkeypatch):
     tokenizer = BPETokenizer([(b"\xad", b"\xe4"), (b"\xad\xe4", b"\xb8")])
     text = "中" * 9
     assert [len(tokenizer.tokens[i]) for i in tokenizer.encode(text)] == [1, 1, *[3] * 8, 1]
-    whole = print_tokens(tokenizer, tokenizer.encode(text), "", monkeypatch)[1]
-    assert whole == text + "\n"  # needs fix 4
+    whole = print_tokens(tokenizer, tokenizer.encode(text), [], monkeypatch)[1]
+    assert whole == text + "\n"
     rng = random.Random(0)
     for _ in range(300):
         pieces = [bytes([rng.randrange(256)]), "é".encode(), "😀".encode(), b"a", "中".encode()]
         data = b"".join(rng.choices(pieces, k=5))
         ids = [minigpt.BYTE_ORDER.index(byte) for byte in data]
-        seen, whole = print_tokens(tokenizer, ids, "", monkeypatch)
+        seen, whole = print_tokens(tokenizer, ids, [], monkeypatch)
         assert whole == data.decode("utf-8", "replace") + "\n"
         assert all(whole.startswith(shown) for shown in seen)
 
@@ -5552,12 +5621,12 @@ def test_showing_a_text_takes_time_in_proportion_to_its_length(monkeypatch):
     tokenizer = CountingTokenizer.train("aba " * 9, 260)
     ids = tokenizer.encode("ab é😀\n" * 100)
     assert len(ids) > 500
-    print_tokens(tokenizer, ids, "never", monkeypatch)
+    print_tokens(tokenizer, ids, ["never"], monkeypatch)
     assert tokenizer.decoded <= 4 * len(ids)
 
 def test_half_a_character_at_the_end_is_shown_as_such(monkeypatch):
     """The last token may be half a character. It is not lost without a sign."""
     tokenizer = BPETokenizer.train("aba " * 9, 260)
     ids = tokenizer.encode("aé")[:-1]
-    assert print_tokens(tokenizer, ids, "", monkeypatch)[1] == "a\ufffd\n"
-    assert print_tokens(tokenizer, ids, "xyz", monkeypatch)[1] == "a\ufffd\n"
+    assert print_tokens(tokenizer, ids, [], monkeypatch)[1] == "a\ufffd\n"
+    assert print_tokens(tokenizer, ids, ["xyz"], monkeypatch)[1] == "a\ufffd\n"
