@@ -4261,11 +4261,11 @@ def begin_anew(request: Request, preset: str) -> RunStart:
                     source_of(text, data, unused_tokens(corpus, tokenizer)))
 
 def report_corpus(start: RunStart) -> None:
-    """Says what the corpus is, and what is odd about it."""
+    """Says what the corpus is, and for a new run what is odd about it."""
     corpus = start.corpus
     say(f"corpus {start.text.path}: {len(corpus.train):,} training and {len(corpus.val):,} "
         f"validation tokens, vocabulary {start.tokenizer.vocab_size}")
-    if process_rank() == 0:
+    if start.state is None and process_rank() == 0:
         for doubt in doubts_about(start.text.text):
             say(f"warning: about this text: {doubt}")
 
