@@ -128,7 +128,7 @@ class CharTokenizer:
     """
     kind = "char"  # the name of this class in TOKENIZERS
     first_id = 0  # the id that an unprompted sample begins with: the line break, in Shakespeare
-    end_id = None  # the id that ends a text; characters have none
+    end_id = None  # characters have no id that ends a text; --stop ends it at a given string
 
     def __init__(self, itos: list[str]):
         self.itos = list(itos)
@@ -202,9 +202,14 @@ class Corpus:
         return cls(train, val, len(text) - cut)
 
 def encode_to_tensor(text: str, tokenizer) -> torch.Tensor:
-    """The ids of a text (N,), stored in 2 bytes each, or in 4 if the vocabulary is large."""
-    small = tokenizer.vocab_size <= 2**16
-    return torch.tensor(tokenizer.encode(text), dtype=torch.uint16 if small else torch.int32)
+    """The ids of a text (N,), in as few bytes each as the vocabulary needs."""
+    return torch.tensor(tokenizer.encode(text), dtype=id_format(tokenizer.vocab_size))
+
+def id_format(vocab_size: int) -> torch.dtype:
+    """The smallest format of integers that can hold all ids: 1, 2 or 4 bytes."""
+    if vocab_size <= 2**8:
+        return torch.uint8
+    return torch.uint16 if vocab_size <= 2**16 else torch.int32
 
 def get_batch(tokens, block_size: int, batch_size: int, generator=None):
     """batch_size windows at random positions of tokens (N,): x (B, T) and y (B, T), int64.
@@ -818,12 +823,23 @@ class GPT(nn.Module):
         tokens = self.wte(idx.to(device))  # (B, T, C)
         return self.drop(tokens + self.wpe(positions.to(device)))  # (B, T, C) + (T, C)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, end_id=None,
+                 **options):
         """Continues idx (B, T): returns (B, T + max_new_tokens).
 
-        The next chapter explains the arguments; options are those of stream_tokens."""
-        new = stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, **options)
-        return torch.cat([idx, *new], dim=1)
+        end_id, if given, is the token that ends a text. A row that has drawn it is filled up with
+        it, and when all rows have, the result is complete. The next chapter explains the other
+        arguments; options are those of stream_tokens."""
+        parts = [idx]
+        ended = torch.zeros(len(idx), 1, dtype=torch.bool)
+        for token in stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, **options):
+            if end_id is not None:
+                token = token.masked_fill(ended, end_id)
+                ended = token == end_id
+            parts.append(token)
+            if ended.all():
+                break
+        return torch.cat(parts, dim=1)
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
 
@@ -1318,7 +1334,7 @@ class Journal:
         """The estimated losses, and a sample of what the model writes."""
         remark = " (best so far)" if better else ""
         self.say(f"step {run.step}: training loss {losses['train']:.4f}, validation loss "
-                 f"{losses['val']:.4f}{remark}")
+                 f"{losses['val']:.4f}, perplexity {perplexity(losses['val']):.2f}{remark}")
         if run.config.sample_tokens:
             for line in run.sample().split("\n"):
                 self.say(f"    | {line}")
@@ -1540,6 +1556,7 @@ def train(run: Run, after_step=None) -> None:
 import collections
 import functools
 import heapq
+import importlib.util
 import re
 import unicodedata
 
@@ -1557,9 +1574,12 @@ class ModelConfig(GPTConfig):
     activation: str = "gelu"  # the activation function of the MLP
     tie_weights: bool = True  # whether the token table is also the output head
     qk_norm: bool = False  # whether queries and keys are normalized
+    norm_scale: bool = True  # whether norms have a gain that is learned
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.norm_scale and self.norm not in NORMS_WITHOUT_SCALE:
+            raise UserError(f"--no_norm_scale: needs --norm {' or '.join(NORMS_WITHOUT_SCALE)}")
         if not issubclass(ATTENTION[self.attention], Attention):
             able = " or ".join(key for key in ATTENTION if issubclass(ATTENTION[key], Attention))
             if self.pos in ROTATIONS:
@@ -1574,6 +1594,10 @@ class ModelConfig(GPTConfig):
 # Equation  y = x / sqrt(mean(x^2) + eps) * weight
 #           [Zhang and Sennrich 2019, equation 4; eps is added]
 # Example   x = [3, 4] has the mean square 12.5, so it becomes [0.85, 1.13] before the gain.
+# Where     It takes the place of every LayerNorm: before the attention and before the MLP of each
+#           block, and before the output head. With qk_norm, it also normalizes queries and keys.
+# Gain      The matrix that follows a norm could do what the gain does, so it can be left out:
+#           --no_norm_scale. But the gains are few, and they are learned quickly.
 # Here      --norm rmsnorm: 2.277 ± 0.011. --norm none, no normalization at all: 2.449 ± 0.002.
 class RMSNorm(nn.Module):
     """Scales the channels of each token to a root mean square of 1, then applies a gain."""
@@ -1589,9 +1613,16 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(mean_square + self.eps) * self.weight
         return y.to(x.dtype)
 
+def without_scale(norm):
+    """The same norm with a gain that stays 1: it is saved with the model, but not learned."""
+    gain = norm.weight.data
+    del norm.weight
+    norm.register_buffer("weight", gain)
+    return norm
+
 def rms_norm(n: int, config: GPTConfig) -> RMSNorm:
     """An RMSNorm of n channels."""
-    return RMSNorm(n)
+    return RMSNorm(n) if config.norm_scale else without_scale(RMSNorm(n))
 
 def no_norm(n: int, config: GPTConfig) -> nn.Module:
     """Passes its input on unchanged."""
@@ -1599,6 +1630,7 @@ def no_norm(n: int, config: GPTConfig) -> nn.Module:
 
 NORMS["rmsnorm"] = rms_norm
 NORMS["none"] = no_norm
+NORMS_WITHOUT_SCALE = ["rmsnorm", "fused_layernorm"]  # those that can do without a gain
 
 # ---- Where the norm stands: post-norm ------------------------------------------------------------
 # Problem   The first Transformer normalized after each addition, on the residual stream itself
@@ -1925,6 +1957,18 @@ def split_words(text: str) -> list[str]:
     """The words of a text by GPT-2's pattern."""
     return word_pattern().findall(text)
 
+def in_pieces(text: str, start: int = 0, end: int | None = None, size: int = 2**20):
+    """Yields text[start:end] in pieces of about `size` characters, so that a large text can be
+    processed without several copies of it. No word crosses from one piece to the next: a piece
+    ends before a space or a line break that follows another character."""
+    end = len(text) if end is None else end
+    boundary = re.compile(r"(?<=\S)[ \n]")
+    while start < end:
+        found = boundary.search(text, min(start + size, end), end)
+        stop = found.start() if found else end
+        yield text[start:stop]
+        start = stop
+
 def repair_surrogates(text: str) -> str:
     """Replaces half characters (lone surrogates), which UTF-8 cannot write, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -2055,8 +2099,9 @@ class BPETokenizer:
 
         progress, if given, is called with the share that is done."""
         word_counts = collections.Counter()
-        for part in repair_surrogates(text).split(END_OF_TEXT):
-            word_counts.update(split_words(part))
+        for piece in in_pieces(text):
+            for part in repair_surrogates(piece).split(END_OF_TEXT):
+                word_counts.update(split_words(part))
         learner = MergeLearner(word_counts)
         tokens = [bytes([byte]) for byte in BYTE_ORDER]
         merges = []
@@ -2157,20 +2202,64 @@ def unshow_bytes(shown: str) -> bytes:
     """The opposite of show_bytes."""
     return bytes([SHOWN_TO_BYTE[character] for character in shown])
 
+# The library tiktoken encodes faster. It knows a token by its bytes and its rank, and merges the
+# two neighbours whose bytes together have the lowest rank. For tokens that were learned by merging,
+# this is the same thing. Its pattern is the one that `word_pattern` spells out.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+def to_tiktoken(tokenizer: BPETokenizer):
+    """A tiktoken.Encoding with the same ids. Needs the package tiktoken."""
+    import tiktoken
+
+    ranks = {token: i for i, token in enumerate(tokenizer.tokens[: tokenizer.end_id])}
+    return tiktoken.Encoding("minigpt", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={END_OF_TEXT: tokenizer.end_id})
+
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that make each token, from tiktoken's ranks: which two tokens become a longer one
+    is what the earlier merges leave of its bytes."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get)[256:]:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [a + b for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs, key=lambda pair: ranks.get(pair, math.inf)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append(tuple(parts))
+    return merges
+
 class GPT2Tokenizer(BPETokenizer):
     """GPT-2's own 50,257 tokens. Its files are fetched at the first use."""
+    size = 50257
+
     @classmethod
     def fetch(cls) -> BPETokenizer:
-        """Raises UserError if the files cannot be had, and ImportError without huggingface_hub."""
+        """From tiktoken if it is installed, otherwise from Hugging Face. Both keep what they have
+        fetched. Raises UserError if it cannot be had, and ImportError if neither is installed."""
+        if importlib.util.find_spec("tiktoken") is not None:
+            import tiktoken
+
+            try:
+                return BPETokenizer(merges_from_ranks(gpt2_ranks(tiktoken.get_encoding("gpt2"))))
+            except Exception:  # the library raises errors of many kinds
+                raise UserError(cls.not_fetched) from None
         from huggingface_hub import snapshot_download
 
-        files = ["vocab.json", "merges.txt"]
         try:
-            folder = snapshot_download("openai-community/gpt2", allow_patterns=files)
-        except Exception:  # the library raises errors of many kinds
-            raise UserError("--tokenizer gpt2: its files could not be fetched; connect to the "
-                            "network once, or use --tokenizer bpe") from None
+            folder = snapshot_download("openai-community/gpt2",
+                                       allow_patterns=["vocab.json", "merges.txt"])
+        except Exception:
+            raise UserError(cls.not_fetched) from None
         return BPETokenizer.load(folder)
+
+    not_fetched = ("--tokenizer gpt2: GPT-2's tokens (vocab.json and merges.txt of "
+                   "openai-community/gpt2) could not be fetched; connect to the network once, or "
+                   "use --tokenizer bpe")
+
+def gpt2_ranks(encoding) -> dict[bytes, int]:
+    """The bytes and the rank of each token of a tiktoken.Encoding, without the special ones."""
+    return {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)
+            if i != encoding.eot_token}
 
 TOKENIZERS["bpe"] = BPETokenizer
 TOKENIZERS["gpt2"] = GPT2Tokenizer
@@ -2341,7 +2430,8 @@ class FusedLayerNorm(LayerNorm):
 
 def fused_layer_norm(n: int, config: GPTConfig) -> FusedLayerNorm:
     """A FusedLayerNorm of n channels."""
-    return FusedLayerNorm(n, config.bias)
+    norm = FusedLayerNorm(n, config.bias)
+    return norm if config.norm_scale else without_scale(norm)
 
 ATTENTION["fused"] = FusedAttention
 NORMS["fused_layernorm"] = fused_layer_norm
@@ -2498,6 +2588,7 @@ READERS["fused"] = CachedReader
 # run on a real machine needs. The training loop is still the one of Part I.
 # ==================================================================================================
 
+import array
 import contextlib
 import ctypes
 import hashlib
@@ -2524,7 +2615,7 @@ class RunConfig(TrainConfig):
     momentum: float = 0.95  # Muon: how much of the old mean of the gradient is kept
     dtype: str = "auto"  # number format of the matrix products
     compile: bool = False  # use torch.compile: it takes a minute at first, and then runs faster
-    wandb: bool = True  # log to Weights & Biases, if WANDB_API_KEY is set
+    wandb: bool = True  # log to Weights & Biases, after `wandb login`
 
     def __post_init__(self):
         super().__post_init__()
@@ -2537,7 +2628,7 @@ class RunConfig(TrainConfig):
 # Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
 #           stay in float32, and `autocast` computes each matrix product in bfloat16. That format
 #           has the range of float32 (8 bits of exponent) but only 8 bits of precision. Older GPUs
-#           have float16 instead, in which numbers below 6e-8 vanish. Here they compute in float32.
+#           have float16 instead, which needs the next chapter.
 # Here      `plain` trains 1.4 times as fast as with --dtype float32 (--mode bench).
 def find_device(name: str) -> torch.device:
     """The device of that name; auto means the best one. Raises UserError if it is not present."""
@@ -2557,28 +2648,78 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 def find_dtype(name: str, device: torch.device) -> str:
-    """The number format of that name; auto means bfloat16 where the hardware has it."""
+    """The number format of that name; auto means the fastest one that the hardware has."""
     if name != "auto":
         return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.11 and later
+        return "bfloat16" if fast else "float16"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.11 and later
         capabilities = torch.cpu.get_capabilities()
-        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return "bfloat16"
+    return "float32"
 
 class MixedPrecision(nn.Module):
-    """A model whose matrix products are computed in bfloat16."""
-    def __init__(self, model):
+    """A model whose matrix products are computed in 16 bits."""
+    def __init__(self, model, dtype):
         super().__init__()
         self.model = model
+        self.dtype = dtype
 
     def forward(self, x, y):
         device = next(self.model.parameters()).device
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=self.dtype):
             return self.model(x, y)
+
+# ---- Loss scaling --------------------------------------------------------------------------------
+# Problem   float16 has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many
+#           gradients are smaller than that.
+# Answer    Multiply the loss by a large factor S. By the chain rule, all gradients are then S times
+#           as large. Divide them by S, in float32, before they are used [Micikevicius et al. 2018,
+#           section 3.2]. If S is too large, gradients become infinite; then skip the step, and
+#           halve S. After 2,000 steps in which that did not happen, double S. PyTorch's GradScaler
+#           keeps this account.
+# Where     Part I's train_step does not know of it. The model's loss has its true value, but S
+#           times its gradient. The gradients are divided when the last batch of a step is used.
+class ScaledLoss(nn.Module):
+    """A model whose loss has S times its gradient."""
+    def __init__(self, model, scaler):
+        super().__init__()
+        self.model = model
+        self.scaler = scaler
+
+    def forward(self, x, y):
+        logits, loss = self.model(x, y)
+        scaled = self.scaler.scale(loss)
+        return logits, loss.detach() + (scaled - scaled.detach())  # the value of loss, plus 0
+
+class ScaledOptimizer:
+    """An optimizer that skips steps whose gradients are not finite. It is used in the same way."""
+    def __init__(self, optimizer, scaler):
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.param_groups = optimizer.param_groups
+        self.zero_grad = optimizer.zero_grad
+        self.state_dict = optimizer.state_dict
+        self.skipped = 0  # steps
+        # Otherwise GradScaler leaves it to fused kernels to skip a step, and Muon has more to skip.
+        optimizer._step_supports_amp_scaling = False
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state)
+        self.param_groups = self.optimizer.param_groups  # loading has made new ones
+
+    def unscale(self) -> None:
+        """Divides the gradients by S, and notes whether they are finite."""
+        self.scaler.unscale_(self.optimizer)
+
+    def step(self) -> None:
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < before:
+            self.skipped += 1
 
 # ---- Memory that is not given back ---------------------------------------------------------------
 # Problem   Each step asks for the same blocks of memory that the step before has freed. The C
@@ -2664,7 +2805,8 @@ class Progress:
     def show(self, share: float) -> None:
         """share is the part that is done, above 0 and at most 1."""
         now = time.perf_counter()
-        if now - self.shown < (0.2 if self.on_terminal else 30) and share < 1:
+        nothing_shown = self.shown == self.began
+        if now - self.shown < (0.2 if self.on_terminal else 30) and (share < 1 or nothing_shown):
             return
         self.shown = now
         left = timedelta(seconds=round((now - self.began) * (1 - share) / share))
@@ -2712,6 +2854,33 @@ class SignalWatch:
             # print is not safe here, because the signal may have interrupted a print.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+# ---- The size of a model -------------------------------------------------------------------------
+PARTS = {"wte": "token table", "wpe": "position table", "attn": "attention", "mlp": "MLP",
+         "lm_head": "output head"}
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """How many parameters each part of a model has. A tied head has none of its own."""
+    counts = dict.fromkeys(["token table", "position table", "attention", "MLP", "norms",
+                            "output head"], 0)
+    for name, parameter in model.named_parameters():  # a tied matrix comes once, as wte
+        words = name.split(".")
+        is_norm = any(word.startswith("ln_") or word.endswith("_norm") for word in words)
+        part = "norms" if is_norm else next(PARTS[word] for word in words if word in PARTS)
+        counts[part] += parameter.numel()
+    return counts
+
+def flops_per_token(model: GPT) -> int:
+    """Multiplications and additions per token of a training step, with whole windows.
+
+    Each weight of a matrix product is used once forward and twice backward, for one multiplication
+    and one addition each time. Attention compares each query with all keys and mixes all values, 2
+    T C products in each layer [Chowdhery et al. 2022, appendix B; it does not subtract those that
+    the mask hides]. Looking up a row of a table costs nothing."""
+    c = model.config
+    counts = parameters_by_part(model)
+    products = counts["attention"] + counts["MLP"] + c.vocab_size * c.n_embd  # the last: the head
+    return 6 * (products + 2 * c.n_layer * c.block_size * c.n_embd)
 
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
 RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
@@ -2831,19 +3000,34 @@ def paint_curves(figure, curves: dict[str, tuple[Path, str]], ylabel: str) -> No
         axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2, alpha=alpha)
     axes.legend(frameon=False)
 
-def start_wandb(config: RunConfig, out_dir: Path):
-    """A run of Weights & Biases, or None if it is not wanted or cannot be had."""
-    ready = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
-    if not (config.wandb and ready):
+def start_wandb(run: FullRun):
+    """A run of Weights & Biases, or None if it is not wanted or cannot be had. After --resume, it
+    is the same one."""
+    asked_for = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+    installed = importlib.util.find_spec("wandb") is not None
+    if not run.config.wandb or not (asked_for or installed):
         return None
     try:
         import wandb
 
-        return wandb.init(project="minigpt", dir=out_dir, config=asdict(config),
+        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not has_login(wandb):
+            say("no Weights & Biases: not logged in; `wandb login` or WANDB_MODE=offline changes "
+                "that, --no_wandb leaves it out")
+            return None
+        settings = {**asdict(run.model.config), **asdict(run.config)}
+        return wandb.init(project="minigpt", dir=run.out_dir, config=settings,
+                          id=run.journal.wandb_id, resume="allow", reinit="create_new",
                           settings=wandb.Settings(silent=True))
     except Exception as problem:  # not installed, no network, or an error of its own
         say(f"no Weights & Biases ({type(problem).__name__}); --no_wandb leaves it out")
         return None
+
+def has_login(wandb) -> bool:
+    """Whether the package knows an account, from its own login or from WANDB_API_KEY."""
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # an older version, which would ask a question
+        return bool(wandb.api.api_key)
 
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
@@ -2855,6 +3039,7 @@ class FullJournal(Journal):
         self.watch = watch
         self.rank = process_rank()
         self.wandb = None
+        self.wandb_id = None  # of the run at W&B
         self.began = time.perf_counter()
         self.step_began = 0.0
         self.step_seconds = 0.0  # spent in training steps since the last report
@@ -2897,19 +3082,24 @@ class FullJournal(Journal):
                     tokens_per_second=round(rate))
         steps_left = run.config.max_steps - run.step
         left = timedelta(seconds=round(self.seconds() * steps_left / run.step))
-        details = f" | lr {lr:.2e} | {rate:,.0f} tokens/s | {left} left"
+        details = f" | epoch {run.epochs():.2f} | lr {lr:.2e} | {rate:,.0f} tokens/s | {left} left"
+        skipped = getattr(run.optimizer, "skipped", 0)
+        if skipped:
+            details += f" | skipped, too large for float16: {skipped}"
         super().report_step(run, loss, norm, details)
 
     def report_evaluation(self, run: FullRun, losses: dict[str, float], better: bool) -> None:
         for loss in losses.values():
             run.check_finite(loss)
-        self.record(step=run.step, train_loss=losses["train"], val_loss=losses["val"])
+        self.record(step=run.step, train_loss=losses["train"], val_loss=losses["val"],
+                    val_perplexity=perplexity(losses["val"]))
         super().report_evaluation(run, losses, better)
 
     def report_score(self, run: FullRun, nats: float) -> None:
         """The end of a run: its last record, its picture, and where its best model is."""
         seconds = self.seconds()
-        self.record(step=run.step, full_val_loss=nats, seconds=seconds, best_step=run.best_step)
+        self.record(step=run.step, full_val_loss=nats, full_val_perplexity=perplexity(nats),
+                    seconds=seconds, best_step=run.best_step)
         if self.rank == 0:
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
@@ -2956,6 +3146,8 @@ class FullJournal(Journal):
                 self.wandb.finish(exit_code=exit_code)
 
 # ---- The corpus ----------------------------------------------------------------------------------
+LARGE_TEXT = 10_000_000  # characters; above this, memory matters
+
 @dataclass
 class SourceText:
     """A text, where it is from, and its SHA-256 checksum."""
@@ -2981,7 +3173,11 @@ def read_corpus(data: str) -> SourceText:
         line = encoded.count(b"\n", 0, problem.start) + 1
         raise UserError(f"--data {path}: line {line} is not UTF-8 text (byte "
                         f"0x{problem.object[problem.start]:02x}); save the file as UTF-8") from None
-    return SourceText(path, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+    del encoded
+    checksum = hashlib.sha256()
+    for piece in in_pieces(text):
+        checksum.update(piece.encode("utf-8"))
+    return SourceText(path, text, checksum.hexdigest())
 
 def find_shakespeare() -> Path:
     """data/input.txt, or the sample if it cannot be had. Raises UserError if that file has another
@@ -3003,6 +3199,9 @@ def doubts_about(text: str) -> list[str]:
     A table of character pairs, such as the bigram model is, shows whether both parts of a text are
     alike. It is made of nine tenths of the training part. If it predicts the validation part much
     worse than what was left out of the training part, the two parts differ in kind."""
+    if len(text) > LARGE_TEXT:  # then parts of it are enough
+        every = len(text) // LARGE_TEXT + 1
+        text = "".join([text[i : i + 10_000] for i in range(0, len(text), 10_000 * every)])
     cut = int(0.9 * len(text))
     train, val = text[:cut], text[cut:]
     if len(set(val)) < 3:
@@ -3054,9 +3253,28 @@ def make_tokenizer(config: RunConfig, text: str):
         return GPT2Tokenizer.fetch()
     return CharTokenizer.train(text)
 
+def encode_in_pieces(text: str, tokenizer, progress) -> Corpus:
+    """The same as Corpus.from_text, for a large text. A Python list of its ids would take 8 bytes
+    or more for each; here only the ids of one piece are in a list at any time."""
+    cut = int(0.9 * len(text))
+    dtype = id_format(tokenizer.vocab_size)
+    parts = []
+    for start, end in ((0, cut), (cut, len(text))):
+        ids = array.array({torch.uint8: "B", torch.uint16: "H", torch.int32: "i"}[dtype])
+        done = start
+        for piece in in_pieces(text, start, end):
+            ids.extend(tokenizer.encode(piece))
+            done += len(piece)
+            progress(done / len(text))
+        parts.append(torch.frombuffer(ids, dtype=dtype))
+    train, val = parts
+    return Corpus(train, val, len(text) - cut)
+
 def encode_text(source: SourceText, tokenizer) -> Corpus:
     """Both parts of a text as tokens. Raises UserError if it has characters that are not known."""
     try:
+        if len(source.text) > LARGE_TEXT:
+            return encode_in_pieces(source.text, tokenizer, Progress("encoding").show)
         return Corpus.from_text(source.text, tokenizer)
     except UserError as problem:
         raise UserError(f"--data {source.path}: {problem}") from None
@@ -3091,14 +3309,19 @@ class FullRun(Run):
         super().__init__(model.to(device), tokenizer, corpus, found, out_dir, journal)
         self.wanted_dtype = config.dtype  # "auto" is stored, and found again on another machine
         self.source = source
+        self.scaler = torch.amp.GradScaler(device.type, enabled=found.dtype == "float16")
+        if self.scaler.is_enabled():
+            self.optimizer = ScaledOptimizer(self.optimizer, self.scaler)
         self.runner = self.wrap(model)
 
     def wrap(self, model):
         """What a step calls: the model in 16 bits, compiled, and connected to other processes."""
-        if self.config.dtype == "bfloat16":
-            model = MixedPrecision(model)
+        if self.config.dtype != "float32":
+            model = MixedPrecision(model, getattr(torch, self.config.dtype))
         if self.config.compile:
             model = torch.compile(model)
+        if self.scaler.is_enabled():
+            model = ScaledLoss(model, self.scaler)
         if torch.distributed.is_initialized():
             model = nn.parallel.DistributedDataParallel(model)
         return model
@@ -3114,6 +3337,14 @@ class FullRun(Run):
             # DistributedDataParallel averages the gradients in the last micro-step only.
             self.runner.require_backward_grad_sync = number == len(batches)
             yield x[self.rank :: self.processes], y[self.rank :: self.processes]
+        if self.scaler.is_enabled():
+            self.optimizer.unscale()
+
+    def epochs(self) -> float:
+        """How many passes over the training text the steps so far amount to."""
+        config = self.config
+        per_step = config.batch_size * config.grad_accum * self.model.config.block_size
+        return self.step * per_step / len(self.corpus.train)
 
     def estimate(self) -> dict[str, float]:
         """The losses as the first process computed them, so that all agree on what is better."""
@@ -3137,13 +3368,17 @@ class FullRun(Run):
         state = super().state()
         state["train_config"]["dtype"] = self.wanted_dtype
         return {**state, "seconds": self.journal.seconds(), "corpus": self.source,
+                "scaler": self.scaler.state_dict(), "wandb": self.journal.wandb_id,
                 "torch": str(torch.__version__)}
 
     def restore(self, state: dict) -> None:
         """Continues from a checkpoint. best.pt is read for what it holds, because it may be of a
         later step, or missing."""
         super().restore(state)
+        if state.get("scaler"):  # it is empty if the run was not in float16
+            self.scaler.load_state_dict(state["scaler"])
         self.journal.began -= state["seconds"]
+        self.journal.wandb_id = state.get("wandb")
         best = self.out_dir / "best.pt"
         if best.exists():
             held = read_checkpoint(best)
@@ -3287,7 +3522,8 @@ def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: 
         if outcomes[label]:
             curves[f"{label}, seed {seed}"] = (Path(run.options.out_dir), "val_loss")
     draw(folder / "curves.png", 7, 4, paint_curves, curves, "validation loss, nats per token")
-    rows = ["| variant | nats/token | bits/character | seconds | seeds |", "|---|---|---|---|---|"]
+    rows = ["| variant | nats/token | perplexity | bits/character | seconds | seeds |",
+            "|---|---|---|---|---|---|"]
     rows += [table_row(label, outcomes[label], seeds) for label in outcomes]
     write_result("\n".join(rows))
 
@@ -3296,11 +3532,12 @@ def table_row(label: str, outcomes: list[Outcome | None], seeds: int) -> str:
     done = [outcome for outcome in outcomes if outcome is not None]
     if not done:
         what = "diverged" if outcomes else "not run"
-        return f"| {label} | {what} | {what} | {what} | 0 of {seeds} |"
+        return f"| {label} | {what} | {what} | {what} | {what} | 0 of {seeds} |"
     nats = mean_and_spread([outcome.nats for outcome in done])
+    choices = mean_and_spread([perplexity(outcome.nats) for outcome in done])
     bits = mean_and_spread([outcome.bits for outcome in done])
     seconds = mean_and_spread([outcome.seconds for outcome in done])
-    return f"| {label} | {nats} | {bits} | {seconds} | {len(done)} of {seeds} |"
+    return f"| {label} | {nats} | {choices} | {bits} | {seconds} | {len(done)} of {seeds} |"
 
 # ---- Benchmark -----------------------------------------------------------------------------------
 # A speed means nothing without the machine. --mode bench measures this one, with whole windows.
@@ -3310,7 +3547,8 @@ class Bench:
         device = find_device(request.options.device)
         preset = choose_preset(request, device)
         config = replace(training_settings(preset, request), grad_accum=1)
-        sizes = model_settings(preset, request, vocab_size=65)  # as Shakespeare has
+        vocab_sizes = {"char": 65, "bpe": config.vocab_size, "gpt2": GPT2Tokenizer.size}
+        sizes = model_settings(preset, request, vocab_sizes[config.tokenizer])
         if sizes.model != "gpt":
             raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
         model = new_model(sizes, config.seed)
@@ -3323,6 +3561,8 @@ class Bench:
         self.device = device
         self.seconds = request.options.bench_seconds
         self.max_tokens = request.writing.max_tokens
+        dtype = getattr(torch, self.run.config.dtype)
+        self.matrix = torch.randn(2048, 2048, device=device).to(dtype)
 
     def step(self) -> None:
         """One training step."""
@@ -3345,8 +3585,15 @@ class Bench:
         """The figures, by name."""
         model = self.run.model
         tokens_per_step = self.run.config.batch_size * model.config.block_size
-        rows = {"parameters": count_parameters(model),
-                "training, tokens/s": self.rate(tokens_per_step, self.step)}
+        rows = {"parameters": count_parameters(model)}
+        rows.update({f"- {part}": n for part, n in parameters_by_part(model).items()})
+        rows["training, tokens/s"] = self.rate(tokens_per_step, self.step)
+        rows["training, FLOPs per token"] = flops_per_token(model)
+        used = flops_per_token(model) * rows["training, tokens/s"]
+        possible = self.rate(2 * 2048**3, self.multiply)
+        rows["training, million FLOPs/s"] = used / 1e6
+        rows["matrix products alone, million FLOPs/s"] = possible / 1e6
+        rows["utilization, percent"] = 100 * used / possible
         reader_class = READERS.get(model.config.attention, PlainReader)
         rows["writing, tokens/s"] = self.rate(self.max_tokens, lambda: self.write(reader_class))
         if reader_class is not PlainReader:
@@ -3355,6 +3602,11 @@ class Bench:
         if sys.platform == "linux":
             rows["page faults per step"] = self.page_faults()
         return rows
+
+    def multiply(self) -> None:
+        """One product of two large matrices, in the number format of the run: what the device can
+        do at best."""
+        torch.mm(self.matrix, self.matrix)
 
     def page_faults(self) -> int:
         """How many pieces of memory the system has to map during one step (Linux)."""
@@ -3895,10 +4147,11 @@ PRESETS = {
                    attention="fused", norm="fused_layernorm"),
         training=dict(tokenizer="bpe", batch_size=16, grad_accum=1)),
     "gpt2": Preset(
-        "GPT-2 small's shape, for large corpora and large GPUs",
+        "GPT-2 small, with its own tokens; for large corpora and large GPUs",
         model=dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0,
                    attention="fused", norm="fused_layernorm"),
-        training=dict(batch_size=8, grad_accum=8, learning_rate=6e-4, min_lr=6e-5, beta2=0.95)),
+        training=dict(tokenizer="gpt2", batch_size=8, grad_accum=8, learning_rate=6e-4,
+                      min_lr=6e-5, beta2=0.95)),
     "bigram": Preset(
         "the baseline: the next character from this one alone",
         model=dict(model="bigram", dropout=0.0, block_size=64),
@@ -3947,7 +4200,7 @@ class Request:
 CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "activation": ACTIVATIONS, "attention": ATTENTION, "tokenizer": TOKENIZERS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "sampling": SAMPLING,
-           "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16"]}
+           "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16", "float16"]}
 PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999),
@@ -4113,8 +4366,15 @@ def choose_preset(request: Request, device: torch.device) -> str:
     return name
 
 def training_settings(preset: str, request: Request) -> RunConfig:
-    """The settings of training for a new run. Raises UserError if they do not fit together."""
-    config = RunConfig(**{**PRESETS[preset].training, **request.training, "preset": preset})
+    """The settings of training for a new run. Raises UserError if they do not fit together.
+
+    If only the learning rate was typed, min_lr stays the same share of it."""
+    typed = request.training
+    config = RunConfig(**PRESETS[preset].training)
+    if "learning_rate" in typed and "min_lr" not in typed:
+        share = config.min_lr / config.learning_rate
+        typed = {**typed, "min_lr": share * typed["learning_rate"]}
+    config = replace(config, **{**typed, "preset": preset})
     if "vocab_size" in request.training and config.tokenizer != "bpe":
         raise UserError(f"--vocab_size {config.vocab_size}: only --tokenizer bpe can choose it")
     return config
@@ -4225,7 +4485,7 @@ def tokenizer_settings(origin: dict) -> dict:
     if "train_config" in origin:
         made = origin["train_config"]
         kind, size = made["tokenizer"], made["vocab_size"]
-    elif kind == "bpe" and size == 50257:  # a folder with GPT-2's own tokens
+    elif kind == "bpe" and size == GPT2Tokenizer.size:  # a folder with GPT-2's own tokens
         kind = "gpt2"
     return {"tokenizer": "bpe", "vocab_size": size} if kind == "bpe" else {"tokenizer": kind}
 
@@ -4305,12 +4565,17 @@ def run_train(request: Request) -> Outcome:
         say(f"model {run.model.config.model}: {count_parameters(run.model):,} parameters; "
             f"{device}, {run.config.dtype}, {torch.get_num_threads()} threads, "
             f"processes: {run.processes}")
+        say("parameters: " + ", ".join([f"{part} {n:,}" for part, n
+                                        in parameters_by_part(run.model).items()]))
         if run.finished():
             say(f"nothing is left to train: the run is at step {run.step}; --max_steps is "
                 f"{run.config.max_steps}, --patience is {run.config.patience}")
         exit_code = 1
         try:
-            journal.wandb = start_wandb(run.config, out_dir) if run.rank == 0 else None
+            if run.rank == 0:
+                journal.wandb = start_wandb(run)
+            if journal.wandb is not None:
+                journal.wandb_id = journal.wandb.id
             train(run, after_step=run.stop_if_asked)
             nats = run.score(progress=journal.show_progress)
             seconds = journal.seconds()  # without the time for the picture

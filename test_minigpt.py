@@ -13,6 +13,8 @@ import doctest
 import functools
 import hashlib
 import http.server
+import importlib.machinery
+import importlib.util
 import inspect
 import io
 import itertools
@@ -1930,18 +1932,52 @@ def test_a_tokenizer_with_other_ids_is_refused(bpe, tmp_path):
         BPETokenizer.load(tmp_path)
 
 @pytest.mark.skipif(not importable("huggingface_hub"), reason="huggingface_hub is not installed")
+def hide_package(monkeypatch, hidden):
+    """As if a package were not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name == hidden else found(name, *rest))
+
+def no_network(*_, **__):
+    raise OSError("no network")
+
 def test_gpt2s_tokenizer_is_read_from_its_files_or_says_what_to_do(bpe, tmp_path, monkeypatch):
     """It is what its files say. Without a network, one line tells what helps."""
+    pytest.importorskip("huggingface_hub")
+    hide_package(monkeypatch, "tiktoken")
     bpe.save(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     assert minigpt.TOKENIZERS["gpt2"].fetch().merges == bpe.merges
-
-    def no_network(*_, **__):
-        raise OSError("no network")
-
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    with pytest.raises(UserError, match="--tokenizer gpt2: .*merges.txt.*--tokenizer bpe"):
+        minigpt.TOKENIZERS["gpt2"].fetch()
+
+def test_gpt2s_tokenizer_is_taken_from_tiktoken_where_it_is_installed(bpe, monkeypatch):
+    """That library keeps what it has fetched, too, and stores ranks instead of merges. The merges
+    that they stand for are those that were learned, in the same order."""
+    tiktoken = pytest.importorskip("tiktoken")
+    encoding = minigpt.to_tiktoken(bpe)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
+    tokenizer = minigpt.TOKENIZERS["gpt2"].fetch()
+    assert tokenizer.merges == bpe.merges and tokenizer.vocab_size == bpe.vocab_size
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match="--tokenizer gpt2: .*--tokenizer bpe"):
         minigpt.TOKENIZERS["gpt2"].fetch()
+
+def test_tiktoken_gives_the_same_ids(bpe):
+    """For words, numbers, all kinds of white space, control characters, other scripts and the token
+    that ends a text. It merges by the bytes of the result, not by pairs, which must not matter."""
+    pytest.importorskip("tiktoken")
+    encoding = minigpt.to_tiktoken(bpe)
+    rng = random.Random(5)
+    pieces = [*"abeht ,.!\n\t\r\0\x1c\x7f\x85\xa0é中😀ſ²\u2028", "<|endoftext|>", "the", "'ll",
+              " an", "12", "\u0301"]
+    assert encoding.n_vocab == bpe.vocab_size and encoding.eot_token == bpe.end_id
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(40))) for _ in range(500)]
+    for text in (SHORT.read_text(encoding="utf-8"), *texts):
+        ids = bpe.encode(text)
+        assert encoding.encode(text, allowed_special="all") == ids
+        assert encoding.decode(ids) == text
 
 def compare_with_gpt2s_pattern(characters):
     """Splits texts with these characters by our pattern, and by GPT-2's with the package regex."""
@@ -2626,13 +2662,13 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_it(monkeypatch, capabilities
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_takes_bfloat16_only_where_the_gpu_has_it(monkeypatch, native):
     """PyTorch also says yes where it emulates bfloat16, which is slow: the question must be about
-    the hardware. On Apple's GPUs, training is in float32."""
+    the hardware. Older GPUs have float16 instead. On Apple's GPUs, training is in float32."""
     def supported(including_emulation=True):
         return including_emulation or native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     found = minigpt.find_dtype("auto", torch.device("cuda"))
-    assert found == ("bfloat16" if native else "float32")
+    assert found == ("bfloat16" if native else "float16")
     assert minigpt.find_dtype("auto", torch.device("mps")) == "float32"
 
 @pytest.mark.parametrize("device, expected", [("cuda", "gpt"), ("cpu", "laptop"),
@@ -2660,7 +2696,7 @@ def test_mixed_precision_computes_the_matrix_products_in_16_bits_and_nothing_els
             formats[name] = output.dtype
 
         model.get_submodule(name).register_forward_hook(note)
-    _, loss = minigpt.MixedPrecision(model)(x, x)
+    _, loss = minigpt.MixedPrecision(model, torch.bfloat16)(x, x)
     loss.backward()
     assert formats == {"h.0.mlp.c_fc": torch.bfloat16, "h.0.attn.c_attn": torch.bfloat16,
                        "h.0": torch.float32, "lm_head": torch.bfloat16}
@@ -2730,6 +2766,83 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         printed = subprocess.check_output([sys.executable, "-c", script, name], text=True)
         faults[name] = int(printed)
     assert faults["kept"] < 0.01 * faults["given back"]
+
+# ---- Loss scaling --------------------------------------------------------------------------------
+def test_a_scaled_loss_has_its_value_and_a_scaled_gradient():
+    """The figures that are printed are those of the loss itself. Fails if the factor is applied to
+    the value, or lost in the rounding of a sum of large numbers."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    model = minigpt.new_model(small_config(), 0)
+    x, y = random_ids(2, 8), random_ids(2, 8, seed=1)
+    _, loss = model(x, y)
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    _, scaled = minigpt.ScaledLoss(model, scaler)(x, y)
+    scaled.backward()
+    assert scaled.item() == loss.item()
+    for p, gradient in zip(model.parameters(), gradients):
+        assert_close(p.grad, 2.0**16 * gradient, 1e-5)
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_in_float16_is_nearly_training_in_float32(tmp_path, optimizer):
+    """Scaling and unscaling cancel, also with accumulation and clipping. Fails if gradients are
+    clipped before they are divided, which would make every step far too small, or if they are not
+    divided at all."""
+    argv = ["--optimizer", optimizer, "--max_steps", "20", "--dropout", "0", "--grad_clip", "0.5",
+            "--learning_rate", "1e-3"]
+    train_tiny(tmp_path / "a", *argv)
+    said = train_tiny(tmp_path / "b", *argv, "--dtype", "float16")
+    assert "cpu, float16" in said and "skipped" not in said
+    for a, b in zip(step_losses(tmp_path / "a"), step_losses(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=0.02)
+    state = load_checkpoint(tmp_path / "b" / "latest.pt")
+    assert state["scaler"]["scale"] == 2.0**16
+    assert all(w.dtype == torch.float32 for w in state["model"].values())
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_infinite_gradients_changes_nothing_and_is_counted(tmp_path, optimizer):
+    """The scale was too large: the step is left out, the scale is halved, and the next step counts.
+    Neither weights nor running means may see an infinity."""
+    run = tiny_full_run(tmp_path, dtype="float16", optimizer=optimizer, max_steps=9, log_interval=1,
+                        sample_tokens=0)
+    said = []
+    run.journal.say = said.append
+
+    def step():
+        minigpt.train_step(run.runner, run.optimizer, run.batches(), run.config)
+        run.step += 1
+
+    step()
+    before = [p.clone() for p in run.model.parameters()]
+    moments = json.dumps(run.optimizer.state_dict(), default=lambda t: t.tolist())
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 1e38})
+    step()
+    assert_same(before, list(run.model.parameters()))
+    assert json.dumps(run.optimizer.state_dict(), default=lambda t: t.tolist()) == moments
+    assert run.optimizer.skipped == 1 and run.scaler.get_scale() == pytest.approx(0.5e38)
+    run.journal.report_step(run, torch.tensor(2.0), torch.tensor(math.inf))
+    assert said[-1].endswith("skipped, too large for float16: 1")
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 1024.0})
+    step()
+    assert run.optimizer.skipped == 1
+    assert not torch.equal(before[0], next(run.model.parameters()))
+
+def test_a_float16_run_is_resumed_exactly_with_its_scale(tmp_path):
+    """The factor is part of the state: with another one, other steps would be skipped, and
+    gradients would be rounded elsewhere. It may also go on in another format."""
+    argv = ["--dtype", "float16"]
+    train_tiny(tmp_path / "whole", *argv)
+    train_tiny(tmp_path / "parts", *argv, "--max_steps", "3")
+    path = tmp_path / "parts" / "latest.pt"
+    state = load_checkpoint(path)
+    assert state["scaler"]["_growth_tracker"] == 3
+    resume_tiny(tmp_path / "parts", *argv, "--max_steps", "6")
+    assert_same_run(tmp_path / "whole" / "latest.pt", path)
+    assert load_checkpoint(path)["scaler"]["_growth_tracker"] == 6
+    resume_tiny(tmp_path / "parts", "--dtype", "float32", "--max_steps", "7")
+    resume_tiny(tmp_path / "parts", "--dtype", "float16", "--max_steps", "8")
+    assert load_checkpoint(path)["scaler"]["_growth_tracker"] == 1
 
 # ---- Several processes ---------------------------------------------------------------------------
 def as_process(run, rank, processes):
@@ -3580,11 +3693,18 @@ def no_wandb_account(monkeypatch, tmp_path):
 class FakeWandb(types.ModuleType):
     """Stands for the package: it notes what is called, and fails where it is told to."""
     Settings = dict
+    id = "abc123"
 
-    def __init__(self, failing=""):
+    def __init__(self, failing="", account=False):
         super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)  # it counts as installed
         self.failing = failing
+        self.account = account
         self.calls = []
+
+    def login(self, prompt, verify):
+        assert not prompt and not verify  # it must not wait for an answer
+        return self.account or "WANDB_API_KEY" in os.environ
 
     def note(self, name, value=None):
         self.calls.append((name, value))
@@ -3602,26 +3722,50 @@ class FakeWandb(types.ModuleType):
     def finish(self, exit_code):
         self.note("finish", exit_code)
 
-@pytest.mark.parametrize("variables, flags, wanted", [
-    ({}, [], False), ({"WANDB_API_KEY": "x"}, ["--no_wandb"], False),
-    ({"WANDB_MODE": "disabled"}, [], False), ({"WANDB_API_KEY": "x"}, [], True),
-    ({"WANDB_MODE": "offline"}, [], True)])
+@pytest.mark.parametrize("variables, flags, account, wanted", [
+    ({}, [], False, False), ({"WANDB_API_KEY": "x"}, ["--no_wandb"], True, False),
+    ({"WANDB_API_KEY": "x"}, [], False, True), ({"WANDB_MODE": "offline"}, [], False, True),
+    ({}, [], True, True)])
 def test_wandb_gets_the_records_of_a_run_where_it_is_wanted(tmp_path, no_wandb_account, monkeypatch,
-                                                            variables, flags, wanted):
-    """Without an account the package would ask a question and wait, so it is not even started. It
-    gets the same numbers as metrics.jsonl, and is told the end, which completes its log."""
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+                                                            variables, flags, account, wanted):
+    """With any login that the package knows. Without one, it would ask a question and wait, so one
+    line says what to do. It gets the numbers of metrics.jsonl and all settings, and is told the
+    end, which completes its log."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(account=account))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    train_tiny(tmp_path / "out", "--max_steps", "2", *flags)
+    said = train_tiny(tmp_path / "out", "--max_steps", "2", *flags)
+    assert ("not logged in; `wandb login`" in said) == (not wanted and not flags)
     if not wanted:
         assert fake.calls == []
         return
-    assert fake.calls[0][0] == "init" and fake.calls[0][1]["config"]["max_steps"] == 2
+    name, settings = fake.calls[0]
+    assert name == "init" and settings["reinit"] == "create_new"
+    assert settings["config"]["max_steps"] == 2 and settings["config"]["n_embd"] == 16
     logged = [value for name, value in fake.calls if name == "log"]
     assert logged == raw_records(tmp_path / "out")
     assert [name for name, _ in fake.calls].count("finish") == 1
     assert fake.calls[-1] == ("finish", 0)
+
+def test_a_resumed_run_goes_on_with_its_run_at_wandb(tmp_path, no_wandb_account, monkeypatch):
+    """Otherwise each --resume would begin a curve of its own."""
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    ids = []
+    for argv in ([*TRAIN, "--max_steps", "2"], [*RESUME[:3], "--max_steps", "3"]):
+        monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+        succeed(*argv, "--out_dir", tmp_path / "out")
+        ids.append(fake.calls[0][1]["id"])
+        assert fake.calls[0][1]["resume"] == "allow"
+    assert ids == [None, "abc123"]
+
+def test_without_the_package_nothing_is_said_of_wandb(tmp_path, no_wandb_account, monkeypatch):
+    """Most readers do not know it. Who has set its variables is told that it is missing."""
+    hide_package(monkeypatch, "wandb")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "Weights" not in train_tiny(tmp_path / "a", "--max_steps", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "no Weights & Biases (ModuleNotFoundError)" in train_tiny(tmp_path / "b", "--max_steps",
+                                                                     "1")
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_a_failure_of_wandb_costs_no_training(tmp_path, tiny_run, no_wandb_account, monkeypatch,
@@ -3643,7 +3787,6 @@ def test_wandb_is_closed_when_a_run_fails(tmp_path, no_wandb_account, monkeypatc
     assert code == 2
     assert fake.calls[-1] == ("finish", 1)
 
-@pytest.mark.slow
 def wandb_records(folder):
     """The records of the one file that the package has written: LevelDB's format of logs, in blocks
     of 32 KB, after a header of 7 bytes."""
@@ -3720,7 +3863,7 @@ def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
     assert corpus.train.tolist() == tokenizer.encode(text[:cut])
     assert corpus.val.tolist() == tokenizer.encode(text[cut:])
     assert corpus.val_characters == len(text) - cut
-    assert corpus.train.element_size() == 2
+    assert corpus.train.element_size() == (2 if kind == "bpe" else 1)
     if kind == "bpe":
         other_end = text[:cut] + "qxqx" * 300
         again = minigpt.make_tokenizer(config, text[:cut] + other_end[cut : len(text)])
@@ -3913,6 +4056,8 @@ def test_every_preset_trains_and_writes(tmp_path, name):
     small = {"max_steps": 1, "eval_batches": 1, "batch_size": 2}
     if name in ("gpt", "gpt2", "modern"):
         small |= {"n_layer": 1, "n_embd": 96, "block_size": 64}
+    if name == "gpt2":
+        small["tokenizer"] = "char"  # its own would have to be fetched
     flags = [f"--{setting}={value}" for setting, value in small.items()]
     err = succeed("--mode", "train", "--preset", name, "--data", SHORT, "--out_dir", tmp_path,
                   "--sample_tokens", "3", *flags)
@@ -3999,7 +4144,7 @@ def test_a_run_writes_what_it_promises(tiny_run):
     assert err.count("    | ") >= 3  # a sample at each evaluation
     assert set(load_checkpoint(folder / "best.pt")) == {
         "format", "model", "optimizer", "step", "best_val", "best_step", "tokenizer",
-        "model_config", "train_config", "seconds", "corpus", "torch"}
+        "model_config", "train_config", "seconds", "corpus", "scaler", "wandb", "torch"}
 
 def test_what_a_run_says_of_itself_is_right(tiny_run):
     """The number of tokens and of parameters, the best step, and the units of the score."""
@@ -4160,9 +4305,10 @@ def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatc
     terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
     monkeypatch.setattr(io, "StringIO", terminal)
     shutil.rmtree(tmp_path)
+    monkeypatch.setattr(time, "perf_counter", map(float, itertools.count()).__next__)
     for command in commands:
-        shares = re.findall(r"\revaluating: (\d+)%, 0:00:00 left *(\n?)", run_main(*command)[2])
-        assert shares[-1] == ("100", "\n")
+        shares = re.findall(r"\revaluating: (\d+)%, [\d:]+ left *(\n?)", run_main(*command)[2])
+        assert len(shares) > 3 and shares[-1] == ("100", "\n") and ("43", "") in shares
 
 @pytest.mark.parametrize("on_terminal, expected", [
     (True, ["\rx: 25%, 0:00:30 left", "\rx: 75%, 0:00:10 left", "\rx: 100%, 0:00:00 left"]),
@@ -4174,6 +4320,10 @@ def test_progress_tells_the_time_that_is_left(monkeypatch, on_terminal, expected
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", out := io.StringIO())
     monkeypatch.setattr(minigpt, "is_terminal", lambda stream: on_terminal)
+    quick = minigpt.Progress("y")
+    clock[0] = 0.1
+    quick.show(1)  # what is done at once shows nothing
+    clock[0] = 0
     progress = minigpt.Progress("x")
     for now, share in ((0.1, 0.001), (10, 0.25), (10.1, 0.26), (30, 0.75), (40, 1)):
         clock[0] = now
@@ -4515,7 +4665,8 @@ def ablate_tiny(out_dir, *argv):
     code, out, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", out_dir, *argv)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == "| variant | nats/token | bits/character | seconds | seeds |"
+    assert lines[0] == ("| variant | nats/token | perplexity | bits/character | seconds | "
+                        "seeds |")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     return rows, err
 
@@ -4526,15 +4677,15 @@ def test_an_ablation_is_the_runs_that_it_stands_for(tmp_path):
     bpe = ["--tokenizer", "bpe", "--vocab_size", "300"]
     rows, _ = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", *bpe, "--seed", "5")
     assert [row[0] for row in rows] == ["pos=learned", "pos=rope"]
-    assert [row[4] for row in rows] == ["2 of 2", "2 of 2"]
+    assert [row[5] for row in rows] == ["2 of 2", "2 of 2"]
     figures = []
     for seed in ("5", "6"):
         err = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed, *bpe)
         folder = tmp_path / "ablate_pos" / f"pos=rope_seed={seed}"
         assert_same_run(folder / "latest.pt", tmp_path / seed / "latest.pt")
-        found = re.search(r"([\d.]+) nats.* ([\d.]+) bits", score(err))
-        figures.append([float(found[1]), float(found[2]), metrics_of(folder)[-1]["seconds"]])
-    for cell, a, b, near in zip(rows[1][1:4], *figures, (2e-4, 2e-4, 0.05), strict=True):
+        found = re.search(r"([\d.]+) nats.*perplexity ([\d.]+), ([\d.]+) bits", score(err))
+        figures.append([*map(float, found.groups()), metrics_of(folder)[-1]["seconds"]])
+    for cell, a, b, near in zip(rows[1][1:5], *figures, (2e-4, 0.2, 2e-4, 0.05), strict=True):
         mean, deviation = (float(x) for x in cell.split(" ± "))
         assert mean == pytest.approx((a + b) / 2, abs=near)
         assert deviation == pytest.approx(abs(a - b) / math.sqrt(2), abs=near)
@@ -4545,7 +4696,7 @@ def test_an_ablation_draws_its_curves_and_does_not_count_the_time_for_it(tmp_pat
     rows, _ = ablate_tiny(tmp_path, "--vary", "pos=learned", "--seeds", "1")
     folder = tmp_path / "ablate_pos"
     recorded = metrics_of(folder / "pos=learned_seed=1337")[-1]["seconds"]
-    assert float(rows[0][3]) == pytest.approx(recorded, abs=0.05)
+    assert float(rows[0][4]) == pytest.approx(recorded, abs=0.05)
     if importable("matplotlib"):
         assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -4561,7 +4712,7 @@ def test_an_interrupted_ablation_continues_where_it_stopped(tmp_path):
     before = (finished / "latest.pt").read_bytes()
     shutil.copy(unfinished / "step_000004.pt", unfinished / "latest.pt")
     rows, err = ablate_tiny(tmp_path, *command)
-    assert [row[:3] for row in rows] == [row[:3] for row in complete]
+    assert [row[:4] for row in rows] == [row[:4] for row in complete]
     assert (finished / "latest.pt").read_bytes() == before
     assert "resuming" in err and "step 4 " not in err.split("at step 4")[1]
     assert_same(load_checkpoint(unfinished / "latest.pt")["model"], end["model"])
@@ -4621,10 +4772,10 @@ def test_an_ablation_that_is_stopped_shows_what_it_has_done(tmp_path, monkeypatc
     assert "---- run 1 of 2: n_layer=1, seed 1337" in err and "---- run 2 of 2: " in err
     done, stopped = out.splitlines()[2:]
     assert done.startswith("| n_layer=1 | ") and done.endswith(" | 1 of 1 |")
-    assert stopped == "| n_layer=2 | not run | not run | not run | 0 of 1 |"
+    assert stopped == "| n_layer=2 | not run | not run | not run | not run | 0 of 1 |"
     rows, err = ablate_tiny(tmp_path, "--vary", "n_layer=1,2", "--seeds", "1")
-    assert "resuming" in err and [row[4] for row in rows] == ["1 of 1", "1 of 1"]
-    assert done.split(" | ")[1:3] == rows[0][1:3]
+    assert "resuming" in err and [row[5] for row in rows] == ["1 of 1", "1 of 1"]
+    assert done.split(" | ")[1:4] == rows[0][1:4]
 
 def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
     """Patience works as in training, and a switch is varied by true and false."""
@@ -4641,8 +4792,8 @@ def test_a_variant_that_diverges_is_a_row_of_the_table(tmp_path):
     rows, _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
                           "--grad_clip", "0")
     bad, good = rows
-    assert bad == ["learning_rate=1e30", "diverged", "diverged", "diverged", "0 of 1"]
-    assert 2 < float(good[1]) < 5 and good[4] == "1 of 1"
+    assert bad == ["learning_rate=1e30", *["diverged"] * 4, "0 of 1"]
+    assert 2 < float(good[1]) < 5 and good[5] == "1 of 1"
 
 def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
     """On a small text, a run without --max_steps is shortened by its size of batch. In a comparison
@@ -4679,11 +4830,20 @@ def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
     rows = bench_rows(out)
     if sys.platform == "linux":
         assert 0 <= rows.pop("page faults per step") < 1000
-    assert set(rows) == {"parameters", "training, tokens/s", "writing, tokens/s",
-                         "writing, without the cache"}
     sizes = {**minigpt.PRESETS["laptop"].model, "n_layer": 1, "n_embd": 32, "block_size": 16}
     model = GPT(ModelConfig(65, **sizes))
+    parts = {f"- {part}": n for part, n in minigpt.parameters_by_part(model).items()}
+    assert {name: rows.pop(name) for name in parts} == parts
+    assert set(rows) == {"parameters", "training, tokens/s", "training, FLOPs per token",
+                         "training, million FLOPs/s", "matrix products alone, million FLOPs/s",
+                         "utilization, percent", "writing, tokens/s", "writing, without the cache"}
     assert rows.pop("parameters") == minigpt.count_parameters(model)
+    flops = rows["training, FLOPs per token"]
+    assert flops == minigpt.flops_per_token(model)
+    used, possible = (rows[f"{name}, million FLOPs/s"] for name in ("training",
+                                                                   "matrix products alone"))
+    assert used == pytest.approx(flops * rows["training, tokens/s"] / 1e6, rel=0.01, abs=1)
+    assert rows.pop("utilization, percent") == pytest.approx(100 * used / possible, abs=1)
     assert min(rows.values()) > 0
     assert os.listdir(tmp_path) == []
 
