@@ -3098,8 +3098,11 @@ class FullJournal(Journal):
     def report_score(self, run: FullRun, nats: float) -> None:
         """The end of a run: its last record, its picture, and where its best model is."""
         seconds = self.seconds()
-        self.record(step=run.step, full_val_loss=nats, full_val_perplexity=perplexity(nats),
-                    seconds=seconds, best_step=run.best_step)
+        numbers = {"full_val_loss": nats, "full_val_perplexity": perplexity(nats),
+                   "seconds": seconds, "best_step": run.best_step}
+        if run.device.type == "cuda":
+            numbers["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
+        self.record(step=run.step, **numbers)
         if self.rank == 0:
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
@@ -3302,6 +3305,7 @@ class FullRun(Run):
                  source: dict, journal: FullJournal):
         self.processes = join_processes()
         self.rank = process_rank()
+        self.device = device
         if config.batch_size % self.processes:
             raise UserError(f"--batch_size {config.batch_size}: must be divisible by the number of "
                             f"processes, {self.processes}")

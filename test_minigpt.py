@@ -1526,6 +1526,27 @@ def test_every_entry_of_a_table_is_what_is_built(table, field):
         assert type(built(model)) is kind, key
 
 # ---- Normalization -------------------------------------------------------------------------------
+@pytest.mark.parametrize("norm", minigpt.NORMS_WITHOUT_SCALE)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_without_scale_is_the_same_norm_with_a_gain_of_1(norm, bias):
+    """Its gain is not learned, and decays nowhere, but it is saved, so that the model can be
+    exported. Everything else is as before."""
+    changes = dict(norm=norm, bias=bias, pos="rope", attention="fused", qk_norm=True)
+    model = GPT(small_config(norm_scale=False, **changes))
+    like = GPT(small_config(**changes))
+    assert model.state_dict().keys() == like.state_dict().keys()
+    learned = {name for name, _ in model.named_parameters()}
+    gains = {name for name, _ in like.named_parameters()} - learned
+    assert gains == {name for name in like.state_dict() if "norm.weight" in name or
+                     re.search(r"ln_.\.weight", name)}
+    model.load_state_dict(like.state_dict())
+    idx = random_ids(2, 8)
+    assert torch.equal(model(idx)[0], like(idx)[0])
+    minigpt.train_step(model, minigpt.make_adamw(model, RunConfig()), [pair(random_ids(2, 9))],
+                       RunConfig(grad_accum=1))
+    state = model.state_dict()
+    assert all((state[name] == 1).all() for name in gains)
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rmsnorm_of_16_bits_squares_in_32(dtype):
     """The square of 400 is above the largest number of float16, so squares in 16 bits would give
@@ -2767,6 +2788,67 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         faults[name] = int(printed)
     assert faults["kept"] < 0.01 * faults["given back"]
 
+# ---- The best device that is there ---------------------------------------------------------------
+DEVICE = os.environ.get("MINIGPT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+ON_DEVICE = ["--dropout", "0", "--learning_rate", "1e-3", "--device", DEVICE]
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-3), ("bfloat16", 2e-2), ("float16", 2e-2)])
+def test_training_on_the_best_device_is_training_on_the_cpu(tmp_path, dtype, near):
+    """Up to rounding, in each number format. The checkpoint of one device is used on the other."""
+    train_tiny(tmp_path / "cpu", *ON_DEVICE, "--device", "cpu")
+    train_tiny(tmp_path / "best", *ON_DEVICE, "--dtype", dtype)
+    for a, b in zip(step_losses(tmp_path / "cpu"), step_losses(tmp_path / "best"), strict=True):
+        assert a == pytest.approx(b, rel=near)
+    results = [run_main("--mode", "eval", "--out_dir", tmp_path / "best", "--device", name)
+               for name in ("cpu", DEVICE)]
+    a, b = (float(re.search(r"([\d.]+) nats", out)[1]) for _, out, _ in results)
+    assert a == pytest.approx(b, rel=1e-3)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_run_on_the_best_device_is_resumed(tmp_path, dtype):
+    """Half the steps, --resume and the rest are nearly one go. (GPUs add in no fixed order.)"""
+    argv = [*ON_DEVICE, "--dtype", dtype, "--dropout", "0.1"]
+    train_tiny(tmp_path / "whole", *argv)
+    train_tiny(tmp_path / "parts", *argv, "--max_steps", "3")
+    resume_tiny(tmp_path / "parts", "--max_steps", "6", "--device", DEVICE)
+    whole, parts = (step_losses(tmp_path / name) for name in ("whole", "parts"))
+    for a, b in zip(whole, parts, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+@pytest.mark.gpu
+def test_the_best_device_writes_the_same_with_and_without_the_cache(tmp_path):
+    """And the same as the CPU, if the likeliest token is taken each time."""
+    train_tiny(tmp_path, *ON_DEVICE, "--max_steps", "40")
+    argv = ["--mode", "generate", "--out_dir", tmp_path, "--prompt", "THE", "--temperature", "0",
+            "--max_tokens", "40"]
+    texts = {run_main(*argv, "--device", name, *flags)[1]
+             for name, flags in (("cpu", []), (DEVICE, []), (DEVICE, ["--no_cache"]))}
+    assert len(texts) == 1 and len(texts.pop()) == 44
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_compiled_run_on_the_best_device_is_nearly_the_run_itself(tmp_path):
+    """torch.compile changes the order of sums, and nothing else."""
+    train_tiny(tmp_path / "plain", *ON_DEVICE)
+    train_tiny(tmp_path / "compiled", *ON_DEVICE, "--compile")
+    plain, compiled = (step_losses(tmp_path / name) for name in ("plain", "compiled"))
+    for a, b in zip(plain, compiled, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_are_nearly_one(tmp_path):
+    """With nccl. The losses are the same, up to rounding."""
+    argv = [*TRAIN, *ON_DEVICE[:-2], "--device", "auto"]
+    code, _, err = run_torchrun(2, *argv, "--out_dir", tmp_path / "two")
+    assert code == 0, err
+    succeed(*argv, "--out_dir", tmp_path / "one", "--device", "cuda")
+    one, two = (step_losses(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
 # ---- Loss scaling --------------------------------------------------------------------------------
 def test_a_scaled_loss_has_its_value_and_a_scaled_gradient():
     """The figures that are printed are those of the loss itself. Fails if the factor is applied to
@@ -3917,6 +3999,55 @@ def test_another_file_in_the_place_of_the_corpus_is_refused(tmp_path, monkeypatc
     named = ["input.txt", "not Tiny Shakespeare", why, "download_data.py", "--data"]
     check_mistake(*run_main(*argv, "--out_dir", tmp_path / "out"), named)
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_large_text_is_encoded_in_pieces_to_the_same_corpus(monkeypatch, kind):
+    """Only its memory is another. Fails if a piece is lost, or cut within a word."""
+    text = source_text(SAMPLE.read_text(encoding="utf-8")[:50_000] + "<|endoftext|>end")
+    tokenizer = minigpt.make_tokenizer(RunConfig(tokenizer=kind, vocab_size=300), text.text)
+    expected = minigpt.encode_text(text, tokenizer)
+    shares = []
+    monkeypatch.setattr(minigpt, "in_pieces", functools.partial(minigpt.in_pieces, size=999))
+    corpus = minigpt.encode_in_pieces(text.text, tokenizer, shares.append)
+    for name in ("train", "val"):
+        ours, theirs = getattr(corpus, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert corpus.val_characters == expected.val_characters
+    assert len(shares) > 40 and shares == sorted(shares) and shares[-1] == 1
+    monkeypatch.setattr(minigpt, "LARGE_TEXT", 1000)
+    monkeypatch.setattr(minigpt, "encode_in_pieces", lambda *_: "in pieces")
+    assert minigpt.encode_text(text, tokenizer) == "in pieces"
+
+def test_a_large_text_is_doubted_by_parts_of_it(monkeypatch):
+    """The parts are taken from everywhere, in their order, so that the same is found."""
+    monkeypatch.setattr(minigpt, "LARGE_TEXT", 200_000)
+    verse = SAMPLE.read_text(encoding="utf-8")
+    assert minigpt.doubts_about(verse) == []
+    assert "another kind" in minigpt.doubts_about(verse + SOURCE[:40_000])[0]
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from Linux")
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_large_text_takes_little_memory(tmp_path, kind):
+    """Reading and encoding 60 MB takes at most 2.5 times their size, tokens included."""
+    path = tmp_path / "large.txt"
+    text = SAMPLE.read_text(encoding="ascii") * 240
+    path.write_text(text)
+    script = tmp_path / "encode.py"
+    script.write_text(f"""\
+import resource, minigpt
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+config = minigpt.RunConfig(tokenizer={kind!r}, vocab_size=300)
+tokenizer = minigpt.make_tokenizer(config, {text[:250_000]!r})
+minigpt.word_pattern()
+before = peak()
+corpus = minigpt.encode_text(minigpt.read_corpus({str(path)!r}), tokenizer)
+print((peak() - before) / {len(text)}, len(corpus.train))
+""")
+    done = run_command(script=script)
+    share, n = map(float, done.stdout.split())
+    assert share < 2.5 and n > 10_000_000
+
 # ---- The downloader, against a server on this machine --------------------------------------------
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
 
@@ -4395,6 +4526,113 @@ def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe
                       [*other, "--init_from has"])
 
 # ---- Resuming a run ------------------------------------------------------------------------------
+README_MODELS = [line for line in (HERE / "README.md").read_text(encoding="utf-8").split("\n")
+                 if re.match(r"\| .* \| `--preset ", line)]
+
+@pytest.mark.parametrize("row", README_MODELS, ids=lambda row: row.split("`")[1])
+def test_each_preset_is_the_model_of_the_readmes_table(row):
+    """Layers, heads, width, context, batch, learning rate, dropout and the number of parameters are
+    what the README says, and so is what no row says but a recipe depends on. Fails if a number is
+    changed by mistake, in the program or in the README."""
+    _, _, command, shape, context, batch, rate, dropout, parameters, _ = (
+        re.sub(r"\[\^\d\]", "", cell).replace(",", "").strip() for cell in row.replace(
+            ", ", " ").split("|"))
+    name = re.search(r"--preset (\w+)", command)[1]
+    request = minigpt.parse(["--mode", *command.strip("`").split()]) if "train" in command else (
+        minigpt.parse(["--mode", "train", *command.strip("`").split()]))
+    config = minigpt.training_settings(name, request)
+    vocab_size = {"char": 65, "bpe": 1024, "gpt2": 50257}[config.tokenizer]
+    sizes = minigpt.model_settings(name, request, vocab_size)
+    if name != "bigram":
+        assert shape.split() == [str(n) for n in (sizes.n_layer, sizes.n_head, sizes.n_embd)]
+        assert float(dropout) == sizes.dropout
+    assert int(context) == sizes.block_size
+    assert [int(n) for n in batch.split(" × ")] in ([config.batch_size],
+                                                    [config.batch_size, config.grad_accum])
+    assert float(rate) == config.learning_rate
+    with torch.device("meta"):
+        model = minigpt.MODELS[sizes.model](sizes)
+    assert int(parameters) == minigpt.count_parameters(model)
+    assert sum(minigpt.parameters_by_part(model).values()) == int(parameters)
+    weight_decay, grad_clip, accumulated = {
+        "plain": (0.1, 1.0, 1), "laptop": (0.2, 1.0, 1), "gpt": (0.1, 1.0, 4),
+        "modern": (0.1, 1.0, 1), "mini": (0.1, 1.0, 1), "bpe": (0.1, 1.0, 1),
+        "gpt2": (0.1, 1.0, 8), "bigram": (0.0, 1.0, 1)}[name]
+    assert (config.weight_decay, config.grad_clip) == (weight_decay, grad_clip)
+    assert config.grad_accum == accumulated
+
+def test_the_readmes_table_has_every_preset():
+    assert {re.search(r"--preset (\w+)", row)[1] for row in README_MODELS} == set(minigpt.PRESETS)
+
+def test_gpt2_small_without_its_tokens_says_what_to_do(tmp_path, monkeypatch):
+    """The preset is GPT-2, tokens included. If they cannot be had, there is another way."""
+    def refuse():
+        raise UserError(minigpt.GPT2Tokenizer.not_fetched)
+
+    monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", refuse)
+    check_mistake(*run_main("--mode", "train", "--preset", "gpt2", "--data", SHORT, "--out_dir",
+                            tmp_path), ["--tokenizer gpt2", "could not be fetched",
+                                        "--tokenizer bpe"])
+
+def test_the_size_and_the_work_of_a_model_by_hand():
+    """For one layer of 4 channels with 2 heads, 3 tokens and 5 ids. Each weight of a product counts
+    6 times per token, the tied head as well, and so do the 2 T C products of attention."""
+    model = GPT(small_config(vocab_size=5, block_size=3, n_layer=1, n_head=2, n_embd=4))
+    assert minigpt.parameters_by_part(model) == {
+        "token table": 20, "position table": 12, "attention": 4 * 12 + 12 + 16 + 4,
+        "MLP": 4 * 16 + 16 + 16 * 4 + 4, "norms": 3 * 8, "output head": 0}
+    assert minigpt.flops_per_token(model) == 6 * (80 + 148 + 20 + 2 * 3 * 4)
+
+def test_a_learning_rate_alone_takes_its_minimum_with_it(tmp_path):
+    """--learning_rate 1e-5 is below the min_lr of most presets. What was meant is the same schedule
+    at another height. A typed min_lr stays, and so does that of --vary."""
+    for name, preset in minigpt.PRESETS.items():
+        plain = RunConfig(**preset.training)
+        request = minigpt.parse(["--mode", "train", "--learning_rate", "1e-5"])
+        config = minigpt.training_settings(name, request)
+        assert config.learning_rate == 1e-5
+        assert config.min_lr == pytest.approx(1e-5 * plain.min_lr / plain.learning_rate)
+    typed = minigpt.parse(["--mode", "train", "--learning_rate", "1e-3", "--min_lr", "1e-5"])
+    assert minigpt.training_settings("plain", typed).min_lr == 1e-5
+    argv = ["--preset", "plain", "--learning_rate", "1e-5"]
+    train_tiny(tmp_path, *argv)
+    succeed(*TRAIN, *argv, "--out_dir", tmp_path, "--resume", "--max_steps", "7")
+
+def test_epochs_and_perplexity_stand_beside_steps_and_losses(tmp_path):
+    """An epoch is one pass over the training text. Perplexity is exp(loss)."""
+    said = train_tiny(tmp_path, "--grad_accum", "3", "--batch_size", "5", "--max_steps", "12")
+    tokens = int(0.9 * len(SHORT.read_text(encoding="utf-8")))
+    epochs = re.findall(r"^step (\d+)/.* \| epoch ([\d.]+) \|", said, re.M)
+    assert len(epochs) == 12
+    for step, epoch in epochs:
+        assert float(epoch) == pytest.approx(int(step) * 3 * 5 * 16 / tokens, abs=0.006)
+    lines = re.findall(r"validation loss ([\d.]+), perplexity ([\d.]+)", said)
+    assert len(lines) == 5
+    for loss, shown in lines:
+        assert float(shown) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+    for record in metrics_of(tmp_path):
+        for name in {"val_loss", "full_val_loss"} & record.keys():
+            perplexity = record[name.replace("loss", "perplexity")]
+            assert perplexity == pytest.approx(math.exp(record[name]))
+
+@pytest.mark.skipif(not (HERE / "data" / "input.txt").exists(), reason="needs the real corpus")
+def test_the_real_corpus_has_the_figures_of_the_book():
+    """65 characters, and the sizes of both parts that every log begins with."""
+    text = minigpt.read_corpus("")
+    tokenizer = CharTokenizer.train(text.text)
+    corpus = minigpt.encode_corpus(text, tokenizer, 512)
+    assert tokenizer.vocab_size == 65
+    assert (len(corpus.train), len(corpus.val)) == (1_003_854, 111_540)
+    assert minigpt.doubts_about(text.text) == []
+
+def test_the_command_of_the_readme_writes(tiny_run, monkeypatch):
+    """--mode generate --prompt "ROMEO:" --max_tokens 200, as it is typed most often."""
+    monkeypatch.chdir(tiny_run[0].parent)
+    code, out, err = run_main("--mode", "generate", "--out_dir", tiny_run[0], "--prompt", "ROMEO:",
+                              "--max_tokens", "200")
+    assert code == 0 and out.startswith("ROMEO:"), err
+    assert len(out) == len("ROMEO:") + 200 + 1
+
 @pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
 def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
     """k steps, --resume and the rest give bit-identical weights, optimizer and losses, with dropout
@@ -4776,6 +5014,14 @@ def test_an_ablation_that_is_stopped_shows_what_it_has_done(tmp_path, monkeypatc
     rows, err = ablate_tiny(tmp_path, "--vary", "n_layer=1,2", "--seeds", "1")
     assert "resuming" in err and [row[5] for row in rows] == ["1 of 1", "1 of 1"]
     assert done.split(" | ")[1:4] == rows[0][1:4]
+
+def test_tokenizers_can_be_compared_in_bits_per_character(tmp_path):
+    """--vary tokenizer=char,bpe: a loss per token means something else for each, bits do not."""
+    rows, _ = ablate_tiny(tmp_path, "--vary", "tokenizer=char,bpe", "--seeds", "1", "--max_steps",
+                          "2")
+    (_, char_nats, _, char_bits, *_), (_, bpe_nats, _, bpe_bits, *_) = rows
+    assert float(char_bits) == pytest.approx(float(char_nats) / math.log(2), abs=1e-3)
+    assert float(bpe_nats) > float(char_nats) and float(bpe_bits) < float(bpe_nats) / math.log(2)
 
 def test_typed_settings_reach_the_runs_of_an_ablation(tmp_path):
     """Patience works as in training, and a switch is varied by true and false."""
@@ -6112,6 +6358,21 @@ def test_the_counts_of_the_trainer_are_those_of_its_words_after_each_merge():
                     expected[found] += frequency
             assert {p: n for p, n in learner.counts.items() if n} == expected
 
+@pytest.mark.parametrize("text", [
+    SHORT.read_text(encoding="utf-8"), "a" * 99, " \n" * 40, "ab  cd\n\n ef!?\x1c \u2028x 'll" * 9,
+    "<|endoftext|> a<|endoftext|>" * 9])
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_a_text_in_pieces_has_the_same_words(text, size):
+    """A large text is encoded piece by piece. A piece must not end within a word, nor between a
+    space and the word that it belongs to, nor within white space."""
+    pieces = list(minigpt.in_pieces(text, size=size))
+    assert "".join(pieces) == text and all(pieces)
+    words = [minigpt.split_words(piece) for piece in pieces]
+    assert sum(words, []) == minigpt.split_words(text)
+    if size == 1 and " a" in text[1:]:
+        assert len(pieces) > 5
+    assert "".join(minigpt.in_pieces(text, 3, 40, size)) == text[3:40]
+
 def test_a_long_word_is_merged_as_short_ones_are(monkeypatch):
     """A page without a space is one word. It takes another way through the merges, which must give
     the same ids."""
@@ -6208,6 +6469,26 @@ def test_tokens_that_cross_characters_are_shown_whole(monkeypatch):
         seen, whole = print_tokens(tokenizer, ids, [], monkeypatch)
         assert whole == data.decode("utf-8", "replace") + "\n"
         assert all(whole.startswith(shown) for shown in seen)
+
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_the_library_call_ends_at_the_end_token(attention):
+    """Each row of a batch ends by itself and is filled up with the end token. When all have ended,
+    nothing more is computed. Without end_id, the text goes on."""
+    model = small_model(attention=attention).float()
+    idx = random_ids(3, 2)
+    options = dict(temperature=1.0, generator=torch.Generator().manual_seed(4))
+    free = model.generate(idx, 60, **options)
+    assert free.shape == (3, 62)
+    end_id = free[0, 9].item()
+    options["generator"].manual_seed(4)
+    ended = model.generate(idx, 60, end_id=end_id, **options)
+    lengths = []
+    for row, whole in zip(ended[:, 2:].tolist(), free[:, 2:].tolist()):
+        length = whole.index(end_id) if end_id in whole else 60
+        lengths.append(length)
+        assert row[: length + 1] == whole[: length + 1]
+        assert all(token == end_id for token in row[length:])
+    assert lengths[0] <= 7 and ended.shape[1] == 2 + min(max(lengths) + 1, 60)
 
 def test_showing_a_text_takes_time_in_proportion_to_its_length(monkeypatch):
     """Decoding the whole text again for each token would take hours for a long one."""

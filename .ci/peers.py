@@ -5,7 +5,9 @@ GPT-2, byte-pair encoding beside the Rust library tokenizers. Prints a table of 
 
     python .ci/peers.py --nanogpt FOLDER [--preset plain] [--seconds 60] [any flag of minigpt's]
 
-Needs transformers and tokenizers. The peers compute in float32, as they do by default.
+Needs transformers and tokenizers. On a CPU, the peers compute in float32, as they do by default. On
+a GPU (--device cuda --training_only), nanoGPT computes in bfloat16. With --compile, both are
+compiled.
 """
 
 import argparse
@@ -26,12 +28,14 @@ import minigpt
 
 def take_turns(functions: dict, seconds: float) -> dict[str, float]:
     """The median seconds of a call of each; the first round warms up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = {name: [] for name in functions}
     end = None
     while end is None or time.perf_counter() < end or len(next(iter(times.values()))) < 3:
         for name, function in functions.items():
             begin = time.perf_counter()
             function()
+            wait()
             times[name].append(time.perf_counter() - begin)
         if end is None:
             end = time.perf_counter() + seconds
@@ -41,23 +45,27 @@ def take_turns(functions: dict, seconds: float) -> dict[str, float]:
 
 def ours(flags: list[str]):
     """A run that can train steps, and a function that writes n tokens from idx."""
-    request = minigpt.parse(["--mode", "bench", "--dropout", "0", "--device", "cpu", *flags])
+    request = minigpt.parse(["--mode", "bench", "--dropout", "0", *flags])
     bench = minigpt.Bench(request)
     return bench.run, bench.run.model.generate
 
 
-def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int):
+def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int, device: str, compiled: bool):
     """nanoGPT's model of the same shape, and a function that takes one of its training steps."""
     names = runpy.run_path(str(Path(folder) / "model.py"))
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         model = names["GPT"](names["GPTConfig"](
             block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
             n_embd=c.n_embd, dropout=0.0, bias=c.bias))
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    x, y = torch.randint(c.vocab_size, (2, batch_size, c.block_size))
+        model.to(device)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.split(":")[0])
+    x, y = torch.randint(c.vocab_size, (2, batch_size, c.block_size), device=device)
+    runner = torch.compile(model) if compiled else model
 
     def step():
-        model(x, y)[1].backward()
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
+            _, loss = runner(x, y)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -116,6 +124,8 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="the folder that has its model.py")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each group of figures")
     parser.add_argument("--tokenizers", action="store_true", help="only these")
+    parser.add_argument("--training_only", action="store_true", help="of the models")
+    parser.add_argument("--device", default="cpu")
     args, flags = parser.parse_known_args()
     if args.tokenizers:
         text = minigpt.read_corpus("").text
@@ -123,12 +133,17 @@ def main() -> None:
             for name, taken in tokenizer_times(text, size, args.seconds).items():
                 print(f"| {name}, s | {taken:.3f} |")
         return
-    run, write = ours(flags)
+    run, write = ours([*flags, "--device", args.device])
     c = run.model.config
-    peer, peer_step = nanogpt(args.nanogpt, c, run.config.batch_size)
+    peer, peer_step = nanogpt(args.nanogpt, c, run.config.batch_size, args.device,
+                              run.config.compile)
     tokens = run.config.batch_size * c.block_size
     trained = take_turns({"training": lambda: minigpt.train_step(
         run.runner, run.optimizer, run.batches(), run.config), "nanoGPT": peer_step}, args.seconds)
+    for name, taken in trained.items():
+        print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
+    if args.training_only:
+        return
     idx, n, many = torch.zeros(1, 1, dtype=torch.long), c.block_size - 1, 512
     theirs = huggingface(c)
     peer.eval()
@@ -139,8 +154,6 @@ def main() -> None:
         "weights": lambda: [p.sum() for p in run.model.parameters()]}, args.seconds)
     print(f"| reading all weights, times/s | {1 / written.pop('weights'):,.0f} |")
     lengths = {"writing 512": many, "nanoGPT": many, "8 samples": 8 * many}
-    for name, taken in trained.items():
-        print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
     for name, taken in written.items():
         print(f"| writing, {name}, tokens/s | {lengths.get(name, n) / taken:,.0f} |")
 
