@@ -149,8 +149,7 @@ class CharTokenizer:
         """Text to ids. Raises UserError for a character that is not in the vocabulary."""
         for character in sorted(set(text) - set(self.stoi)):
             raise UserError(f"the character {character!r} (U+{ord(character):04X}) is not in the "
-                            f"vocabulary of {self.vocab_size} characters; leave it out, or train "
-                            "on a text that contains it")
+                            f"vocabulary of {self.vocab_size} characters")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids: list[int]) -> str:
@@ -1460,18 +1459,20 @@ def train(run: Run, after_step=None) -> None:
 #
 #     corpus data/input.txt: 1,003,854 training and 111,540 validation tokens, vocabulary 65
 #     model gpt: 818,048 parameters; cpu, bfloat16, 2 threads, processes: 1
-#     step 0: training loss 4.2285, validation loss 4.2232 (best so far)
+#     parameters: token table 8,320, position table 16,384, attention 264,192, MLP 526,848, norms
+#     2,304, output head 0
+#     step 0: training loss 4.2285, validation loss 4.2232, perplexity 68.25 (best so far)
 #         | t3ZrjmhPPqkARxLsXlLUWHoHca  exhkyyyoNddIgAlsvSBUMyccRD$BygX-fntwzkVrM h&?j DJRbsOEHWl
-#     step 25/1500 | loss 2.8439 | lr 1.49e-03 | 27,122 tokens/s | 0:04:22 left
+#     step 25/1500 | loss 2.8439 | epoch 0.05 | lr 1.49e-03 | 27,122 tokens/s | 0:04:22 left
 #     ...
-#     step 250: training loss 2.3437, validation loss 2.3672 (best so far)
+#     step 250: training loss 2.3437, validation loss 2.3672, perplexity 10.67 (best so far)
 #         | LIZICHh Pe her selte, ouce mes,
 #         | AMy ourese h fot beare hean thig berelis se serimest.
-#     step 500: training loss 1.9139, validation loss 2.0256 (best so far)
+#     step 500: training loss 1.9139, validation loss 2.0256, perplexity 7.58 (best so far)
 #         | thou morde hathen the do a me hand,
 #         | And gelse thancome with fraceher? hear good be eliese.
 #     ...
-#     step 1500: training loss 1.4552, validation loss 1.6792 (best so far)
+#     step 1500: training loss 1.4552, validation loss 1.6792, perplexity 5.36 (best so far)
 #         | To would for means hath think of lies and him
 #         | With so your wakes many send discer name hands
 #     full validation split, 111,539 tokens: 1.6657 nats per token, perplexity 5.289, 2.4030 bits
@@ -1664,8 +1665,8 @@ BLOCKS["post"] = PostNormBlock
 def clock_angles(n_positions: int, n_channels: int) -> torch.Tensor:
     """The angle t w_i of each position t and hand i: (n_positions, n_channels / 2)."""
     if n_channels % 2:
-        raise UserError(f"--pos: {n_channels} channels cannot form pairs; --n_embd / --n_head "
-                        "must be even")
+        raise UserError(f"--pos: {n_channels} channels cannot form pairs; choose --n_embd and "
+                        "--n_head so that their quotient is even")
     w = 10000.0 ** (-torch.arange(0, n_channels, 2) / n_channels)
     t = torch.arange(n_positions).float()
     return torch.outer(t, w)
@@ -2892,11 +2893,13 @@ def files_of_run(out_dir: Path, ending: str = "") -> list[Path]:
 
 def not_a_checkpoint(path: Path) -> UserError:
     """The error for a file that cannot be read, with a remedy that destroys nothing."""
+    others = [other.name for other in files_of_run(path.parent) if other.suffix == ".pt"]
     if path.suffix == ".pt":
         return UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; use "
-                         "another .pt file of the same run, such as best.pt or a step_*.pt, or "
+                         "another .pt file of the same run (best.pt, latest.pt or a step_*.pt), or "
                          "copy it over this one")
-    if (path.parent / "config.json").exists() and path.suffix in (".safetensors", ".json"):
+    is_part = path.suffix in (".safetensors", ".json") and (path.parent / "config.json").exists()
+    if is_part and not others:
         return UserError(f"{path}: this is one file of a model; name its folder, {path.parent}")
     return UserError(f"{path}: this is not a checkpoint; name the .pt file of a run, or the folder "
                      "of a GPT-2")
@@ -2907,8 +2910,7 @@ def check_checkpoint(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:  # PyTorch's files are zip archives
             damaged = archive.testzip() is not None  # compares checksums
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train first, or name another one with "
-                        "--checkpoint") from None
+        raise UserError(f"{path}: no such file; train first, or name another one") from None
     except OSError as problem:
         if problem.filename:
             raise  # the file cannot be read; that says nothing about its content
@@ -2949,8 +2951,8 @@ def insist(write) -> None:
         except PermissionError as problem:
             if pause is None:
                 raise UserError(f"{problem.filename2 or problem.filename}: {problem.strerror}; "
-                                "close what uses this file, or make it writable, and add --resume "
-                                "to the same command") from None
+                                "close what uses this file, or make it writable, and type the same "
+                                "command again (in --mode train with --resume)") from None
             time.sleep(pause)
 
 # ---- What is recorded of a run -------------------------------------------------------------------
@@ -2974,8 +2976,8 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
             points[record["step"]] = float(record[name])
     return dict(sorted(points.items()))
 
-def draw(path: Path, width: float, height: float, paint, *what) -> None:
-    """A picture of width x height inches: paint(figure, *what) draws it.
+def draw(path: Path, width: float, height: float, paint, *what) -> bool:
+    """A picture of width x height inches: paint(figure, *what) draws it. Returns whether it did.
 
     A picture is never worth a result. If it cannot be drawn, one line says why."""
     try:
@@ -2985,11 +2987,13 @@ def draw(path: Path, width: float, height: float, paint, *what) -> None:
         paint(figure, *what)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
+        return True
     except Exception as problem:  # of the disk, or of the library and its settings
         if isinstance(problem, ImportError) and (problem.name or "").startswith("matplotlib"):
             say(f"no {path.name}: pip install matplotlib to get one")
         else:
             say(f"no {path.name} ({type(problem).__name__}: {problem})")
+        return False
 
 def paint_curves(figure, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
     """Curves, each given by a run's folder and the name of a number in its records."""
@@ -3112,7 +3116,8 @@ class FullJournal(Journal):
     def show_progress(self, share: float) -> None:
         """For the final evaluation, which a signal ends at once: everything is saved by then."""
         if self.watch.received:
-            self.say("stopped; add --resume to the same command to repeat the evaluation")
+            self.say("stopped; to repeat the evaluation, type the same command again (in --mode "
+                     "train with --resume)")
             raise Stopped(self.watch.received)
         if self.progress is None:
             self.progress = Progress("evaluating")
@@ -3175,7 +3180,8 @@ def read_corpus(data: str) -> SourceText:
     except UnicodeDecodeError as problem:
         line = encoded.count(b"\n", 0, problem.start) + 1
         raise UserError(f"--data {path}: line {line} is not UTF-8 text (byte "
-                        f"0x{problem.object[problem.start]:02x}); save the file as UTF-8") from None
+                        f"0x{problem.object[problem.start]:02x}); if it is a text, save it as "
+                        "UTF-8") from None
     del encoded
     checksum = hashlib.sha256()
     for piece in in_pieces(text):
@@ -3207,7 +3213,7 @@ def doubts_about(text: str) -> list[str]:
         text = "".join([text[i : i + 10_000] for i in range(0, len(text), 10_000 * every)])
     cut = int(0.9 * len(text))
     train, val = text[:cut], text[cut:]
-    if len(set(val)) < 3:
+    if len(set(val)) < 2 or val.isspace():
         return [f"its last tenth, the validation part, has no characters but {sorted(set(val))}; a "
                 "loss on it shows nothing"]
     doubts = []
@@ -3220,12 +3226,15 @@ def doubts_about(text: str) -> list[str]:
         doubts.append("nine tenths of the validation part occur in the training part line by line; "
                       "a low loss shows memory, not skill")
     known = pieces_of(train)
-    left_out = "".join(known[5::10])
+    left_out = known[5::10]
     del known[5::10]
-    known = "".join(known)
-    if pair_loss(known, "".join(pieces_of(val))) > pair_loss(known, left_out) + 0.3:
-        doubts.append("its last tenth, the validation part, is of another kind than the rest (is "
-                      "it sorted, or put together from several texts?); mix its lines or documents")
+    val_loss, usual_loss = [pair_loss("".join(known), "".join(pieces))
+                            for pieces in (pieces_of(val), left_out)]
+    # Parts of short texts differ by chance.
+    if len(text) >= 20_000 and val_loss > usual_loss + 0.45:
+        doubts.append("its last tenth, the validation part, is of another kind than the rest, so a "
+                      "loss on it tells little; if it is sorted, or put together from several "
+                      "texts, mix its lines or documents")
     return doubts
 
 def pieces_of(text: str, size: int = 1_000_000) -> list[str]:
@@ -3280,7 +3289,8 @@ def encode_text(source: SourceText, tokenizer) -> Corpus:
             return encode_in_pieces(source.text, tokenizer, Progress("encoding").show)
         return Corpus.from_text(source.text, tokenizer)
     except UserError as problem:
-        raise UserError(f"--data {source.path}: {problem}") from None
+        raise UserError(f"--data {source.path}: {problem} of the model; only a model that is "
+                        "trained from the start on this text can know it") from None
 
 def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = False) -> Corpus:
     """The same for training. Raises UserError, too, if a part is too short for a single window.
@@ -3290,6 +3300,9 @@ def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = 
     shorter = min(len(corpus.train), len(corpus.val))
     if shorter > block_size:
         return corpus
+    if shorter < 2:
+        raise UserError(f"--data {source.path}: number of tokens in its shorter part: {shorter}; "
+                        "use a longer text")
     if fixed:
         raise UserError(f"--data {source.path}: its shorter part has {shorter} tokens, but this "
                         f"model is trained on windows of {block_size} + 1; use a longer text")
@@ -3358,7 +3371,8 @@ class FullRun(Run):
         """Raises Diverged if a loss is not a finite number."""
         if not math.isfinite(loss):
             raise Diverged(f"the run has diverged at step {self.step}; use a smaller "
-                           f"--learning_rate than {self.config.learning_rate}")
+                           f"--learning_rate than {self.config.learning_rate}, and another "
+                           "--out_dir")
 
     def save(self, name: str) -> None:
         """Writes a checkpoint, in the first process. Raises Diverged for weights that are not
@@ -3386,6 +3400,10 @@ class FullRun(Run):
         best = self.out_dir / "best.pt"
         if best.exists():
             held = read_checkpoint(best)
+            if (held["model_config"] != state["model_config"]
+                    or held["corpus"]["sha256"] != self.source["sha256"]):
+                raise UserError(f"{best}: this is the model of another run; move it to another "
+                                "folder")
             if held["best_val"] <= self.best_val or self.best_step != self.step:
                 self.best_val = held["best_val"]
                 self.best_step = held["best_step"]
@@ -3407,7 +3425,8 @@ class FullRun(Run):
         if number:
             self.save("latest.pt")
             gather(None)  # nobody leaves before the first process has saved
-            self.journal.say("saved; add --resume to the same command to continue")
+            self.journal.say("saved; to continue, type the same command again (in --mode train "
+                             "with --resume)")
             raise Stopped(number)
 
 # ==================================================================================================
@@ -3448,9 +3467,13 @@ def variants_of(request: Request) -> dict[str, Request]:
         raise UserError(f"--vary {vary}: must be FIELD=A,B,C, where FIELD is a setting of the "
                         "model or of training other than seed and preset")
     variants = {}
-    for value in values.split(","):
+    is_switch = name in {f.name for config_class in (ModelConfig, RunConfig)
+                         for f in fields(config_class) if f.type == "bool"}
+    for value in map(str.strip, values.split(",")):
         flag = [f"--{name}={value}"]
-        if value.lower() in ("true", "false"):
+        if is_switch:
+            if value.lower() not in ("true", "false"):
+                raise UserError(f"--vary {vary}: {name} can be true or false")
             flag = [f"--{name}"] if value.lower() == "true" else [f"--no_{name}"]
         typed = parse(["--mode", "ablate", *flag])
         variants[f"{name}={value}"] = replace(request, model={**request.model, **typed.model},
@@ -3511,9 +3534,9 @@ def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
                         "--out_dir")
     stored = {**state["model_config"], **state["train_config"]}
     training = asdict(training_settings(preset, request))
-    wanted = {**asdict(model_settings(preset, request, stored["vocab_size"])), **training}
+    wanted = {**asdict(model_settings(preset, request, vocab_size=1)), **training}
     for name, value in wanted.items():
-        if name != "vocab_size" and stored[name] != value:
+        if stored[name] != value:
             raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
                             f"but this command needs {value}; name another --out_dir")
 
@@ -3809,7 +3832,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
     files["generation_config.json"] = {"do_sample": True, "temperature": 0.8, "top_k": 0,
                                        "max_length": block_size, **special}
     files["tokenizer_config.json"]["model_max_length"] = block_size
-    folder = folder.absolute()  # so that it has a name, even where "." was typed
+    folder = folder.resolve()  # so that it has a name, even where "." or a link was typed
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -3934,8 +3957,9 @@ def read_folder(folder: Path) -> dict:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a whole model; merge it into its model "
                         "first")
-    if (folder / "best.pt").exists():
-        raise UserError(f"{folder}: this is the folder of a run; name its {folder / 'best.pt'}")
+    for path in files_of_run(folder):
+        if path.suffix == ".pt":
+            raise UserError(f"{folder}: this is the folder of a run; name its {path}")
     try:
         theirs, config = read_gpt2_config(folder)
         tokenizer = read_tokenizer(folder)
@@ -4078,8 +4102,8 @@ def run_inspect(request: Request) -> None:
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
     block_size = used.model.config.block_size
     if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt: its number of tokens is {len(ids)}; it must be from 2 to "
-                        f"{block_size}")
+        raise UserError(f"--prompt {request.writing.prompt[:40]!r}: number of tokens {len(ids)}; "
+                        f"type a prompt of 2 to {block_size}")
     inside = look_inside(used.model, torch.tensor([ids]))
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
@@ -4089,11 +4113,11 @@ def run_inspect(request: Request) -> None:
         weights = [w[:, :T, :T] for w in inside.weights]
         n_layer, n_head = len(weights), len(weights[0])
         path = Path(options.out_dir, "attention.png")
-        say(f"{path}: the attention weights of the first {T} tokens; layers from left to right: "
-            f"{n_layer}, heads from top to bottom: {n_head}")
         # At most 32 inches, which are 3,840 pixels.
         width, height = [min(1 + 0.12 * T * n, 32) for n in (n_layer, n_head)]
-        draw(path, width, height, paint_attention, weights, labels)
+        if draw(path, width, height, paint_attention, weights, labels):
+            say(f"{path}: the attention weights of the first {T} tokens; layers from left to "
+                f"right: {n_layer}, heads from top to bottom: {n_head}")
 
 # ==================================================================================================
 # Part V: The command line
@@ -4104,6 +4128,7 @@ def run_inspect(request: Request) -> None:
 
 import argparse
 import codecs
+import difflib
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 
@@ -4207,8 +4232,9 @@ CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16", "float16"]}
 PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
-          "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999), "beta2": (0, 0.99999),
-          "momentum": (0, 0.99999), "seed": (0, 2**63 - 1), "warmup_steps": (0, 2**31 - 1),
+          "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
+          "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
+          "warmup_steps": (0, 2**31 - 1),
           "sample_tokens": (0, 2**31 - 1), "checkpoint_interval": (0, 2**31 - 1),
           "patience": (0, 2**31 - 1), "max_tokens": (0, 2**31 - 1)}
 
@@ -4252,7 +4278,8 @@ def read_number(name: str, kind: type, text: str):
     if low <= value <= high and math.isfinite(value):
         return value
     what = "a whole number" if kind is int else "a number"
-    raise argparse.ArgumentTypeError(f"{text!r} must be {what} from {low} to {high}")
+    limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}, and finite"
+    raise argparse.ArgumentTypeError(f"{text!r} must be {what} {limits}")
 
 def read_path(name: str, text: str) -> str:
     """The value of a flag that names a file or a folder. ~ is the user's home."""
@@ -4277,7 +4304,17 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         if message.endswith("expected one argument"):
             name = message.split(":")[0]
-            message += f"; if its value begins with -, join them, as in {name}=-5"
+            message += f"; if its value begins with -, type {name}=VALUE"
+        if "ignored explicit argument" in message:
+            yes, no = message.split(":")[0].split("/")
+            message = f"{yes}: takes no value; type {yes} or {no.replace('-no-', '-no_')}"
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(" ")[2].split("=")[0]
+            flags = [f"--{name}" for config_class in GROUPS.values()
+                     for name in field_names(config_class)]
+            close = difflib.get_close_matches(word, flags, n=1)
+            message = f"{word}: unknown; did you mean {close[0]}?" if close else (
+                f"{word}: unknown; see --help")
         raise UserError(message)
 
     def print_help(self, file=None):
@@ -4424,25 +4461,26 @@ class RunStart:
 
 def find_latest(options: Options) -> dict | None:
     """The checkpoint to continue from, or None for a new run. Raises UserError where a new run
-    would overwrite an old one."""
+    would overwrite an old one, or files of somebody else."""
     out_dir = Path(options.out_dir)
     latest = out_dir / "latest.pt"
     if options.resume and latest.exists():
         state = read_checkpoint(latest)
         say(f"resuming {latest} at step {state['step']}")
         return state
-    checkpoints = [path for path in files_of_run(out_dir) if path.suffix == ".pt"]
-    if options.resume and checkpoints:
-        raise UserError(f"--out_dir {out_dir}: has no latest.pt to resume from, but a "
-                        f"{checkpoints[-1].name}; copy one of its checkpoints to latest.pt, or "
+    kept = [path for path in files_of_run(out_dir) if not left_by_failed_start(path)]
+    checkpoints = [path.name for path in kept if path.suffix == ".pt"]
+    if "latest.pt" in checkpoints:
+        raise UserError(f"--out_dir {out_dir}: has a latest.pt already; add --resume to continue "
+                        "that run, or name another folder")
+    if checkpoints:
+        raise UserError(f"--out_dir {out_dir}: has a {checkpoints[-1]} but no latest.pt; copy one "
+                        "of its checkpoints to latest.pt and use --resume, or name another folder")
+    if kept:
+        raise UserError(f"--out_dir {out_dir}: has a {kept[0].name} already, and no checkpoint; "
                         "name another folder")
     if options.resume:
         say(f"--resume: there is no {latest} yet, so a new run begins")
-        return None
-    for path in files_of_run(out_dir):
-        if not left_by_failed_start(path):
-            raise UserError(f"--out_dir {out_dir}: has a {path.name} already; add --resume to "
-                            "continue that run, or name another folder")
     return None
 
 def left_by_failed_start(path: Path) -> bool:
@@ -4640,26 +4678,27 @@ def adapt_text(tokenizer, flag: str, text: str) -> str:
     """A typed text in the form that the corpus uses, where that is certain: its line breaks, and
     whether an accent is a character of its own. Raises UserError if it cannot be encoded."""
     text = unify_line_breaks(text)
+    unknown = []
+    if tokenizer.kind == "char":
+        forms = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
+        if not set(text) <= set(tokenizer.itos):
+            forms = forms[1:]
+        text = min(forms, key=lambda form: len(set(form) - set(tokenizer.itos)))
+        unknown = [character for character in text if character not in tokenizer.stoi]
     hint = ""
     if "\\n" in text:
         hint = ("\\n was typed as two characters; for a line break, type $'\\n' in bash and zsh, "
                 "and \"`n\" in PowerShell")
-    if tokenizer.kind != "char":
-        if hint:
-            say(f"note: {flag} {text!r}: {hint}")
-        return text
-    for form in ("NFC", "NFD"):
-        changed = unicodedata.normalize(form, text)
-        if not set(text) <= set(tokenizer.itos) and set(changed) <= set(tokenizer.itos):
-            text = changed
-    try:
-        tokenizer.encode(text)
-    except UserError as problem:
-        unknown = sorted(set(text) - set(tokenizer.itos))[0]
-        closest = closest_character(unknown, tokenizer.itos)
-        if unknown != "\\" or not hint:
-            hint = f"the closest one that it has is {closest!r}" if closest else ""
-        raise UserError(f"{flag} {text!r}: {problem}" + (f"; {hint}" if hint else "")) from None
+    if unknown:
+        if unknown[0] != "\\" or not hint:
+            closest = closest_character(unknown[0], tokenizer.itos)
+            hint = f"the closest one that it has is {closest!r}" if closest else "leave it out"
+        try:
+            tokenizer.encode(unknown[0])
+        except UserError as problem:
+            raise UserError(f"{flag} {text!r}: {problem}; {hint}") from None
+    if hint:
+        say(f"note: {flag} {text!r}: {hint}")
     return text
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
@@ -4751,8 +4790,8 @@ def run_eval(request: Request) -> None:
         tokens = encode_to_tensor(text.text, used.tokenizer)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
-        raise UserError(f"--data {text.path}: number of tokens {len(corpus.val)}; at least 2 are "
-                        "needed")
+        raise UserError(f"--data {text.path}: number of tokens {len(corpus.val)}; name a text of "
+                        "at least 2")
     nats = evaluate(used.model, corpus.val, progress=Progress("evaluating").show)
     write_result(describe_loss(nats, corpus))
 
@@ -4790,7 +4829,7 @@ def explain(problem: Exception) -> str | None:
     if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
         problem = problem.__context__
     if isinstance(problem, OSError):
-        where = problem.filename or "--out_dir"
+        where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or "--out_dir"))
         what = problem.strerror or problem
         return f"{where}: {what}; correct that, or name another one"
     if is_out_of_memory(problem):
@@ -4808,12 +4847,11 @@ def is_out_of_memory(problem: Exception) -> bool:
 
 def prepare_streams() -> None:
     """Makes stdout and stderr usable: open, and in UTF-8."""
-    if sys.stdout is None:  # it was closed
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a Windows console may use another encoding
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):  # a Windows console may use another encoding
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 def settle_streams() -> None:
@@ -4852,6 +4890,7 @@ def main(argv: list[str] | None = None) -> int:
         if process_rank() > 0:
             time.sleep(3)  # if all processes made the same mistake, let the first one tell it
         with contextlib.suppress(OSError):
+            line = line.replace("\n", "\\n")  # a name may contain a line break
             print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     finally:

@@ -3143,7 +3143,7 @@ def test_processes_that_are_stopped_continue_exactly(tmp_path):
         text = "".join(lines)
         assert sent
         if number == signal.SIGTERM:
-            assert code != 0 and "\nsaved; add --resume" in text, text
+            assert code != 0 and "\nsaved; to continue, " in text, text
             assert step <= step_of(tmp_path / "parts" / "latest.pt") < 22
     assert code == 0 and len(re.findall("^resuming", text, re.M)) == 2, text
     assert_same_run(tmp_path / "whole" / "latest.pt", tmp_path / "parts" / "latest.pt")
@@ -3152,6 +3152,8 @@ def test_processes_that_are_stopped_continue_exactly(tmp_path):
 # ---- Signals and streams -------------------------------------------------------------------------
 STOPPING = [(name, code) for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129))
             if hasattr(signal, name)]
+
+SAVED = "saved; to continue, type the same command again (in --mode train with --resume)"
 
 def before_step(monkeypatch, number, action):
     """Calls action just before the step of that number is computed."""
@@ -3193,7 +3195,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, tiny_run, monkeypatch, g
     before_step(monkeypatch, 4, lambda: signal.raise_signal(number))
     code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
     assert code == expected
-    assert last_line(err) == "saved; add --resume to the same command to continue"
+    assert last_line(err) == SAVED
     assert "once more to stop at once" in capfd.readouterr().err
     assert step_of(tmp_path / "latest.pt") == 4
     assert guarded[number] == 0
@@ -3306,7 +3308,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number, 
     process.join(60)
     lines = log.read_text(encoding="utf-8").splitlines()
     assert process.exitcode == code
-    assert lines[-1] == "saved; add --resume to the same command to continue"
+    assert lines[-1] == SAVED
     assert "stopping after this step; once more to stop at once" in lines
     step = step_of(out_dir / "latest.pt")
     assert step == last_step(log) >= 20
@@ -3415,12 +3417,15 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path):
 def test_closed_streams_are_no_error(tiny_run, tmp_path, monkeypatch):
     """A daemon may be started with stdout and stderr closed; Python then has None in their place.
     What is printed goes nowhere."""
-    for argv in (["--mode", "generate", "--max_tokens", "3", "--out_dir", str(tiny_run[0]),
-                  "--device", "cpu", "--prompt", "THE"],
-                 [*TRAIN, "--max_steps", "1", "--out_dir", str(tmp_path)]):
+    closed = io.StringIO()
+    closed.close()
+    for argv, stream in ((["--mode", "generate", "--max_tokens", "3", "--out_dir", str(tiny_run[0]),
+                           "--device", "cpu", "--prompt", "THE"], None),
+                         ([*TRAIN, "--max_steps", "1", "--out_dir", str(tmp_path)], None),
+                         (["--mode", "eval", "--out_dir", str(tiny_run[0])], closed)):
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", None)
-            patch.setattr(sys, "stderr", None)
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "stderr", stream)
             code = minigpt.main(argv)
         assert code == 0
     assert step_of(tmp_path / "latest.pt") == 1
@@ -3961,12 +3966,14 @@ def test_a_text_must_be_longer_than_a_window():
     with pytest.raises(UserError, match="--data a.txt: .* 17 tokens.* 17 . 1; use a longer text"):
         minigpt.encode_corpus(text, CharTokenizer("a"), 17, fixed=True)
 
-WORDS = sorted({word.strip(".,;:!?") for word in SAMPLE.read_text(encoding="utf-8").split()})
+WORDS = SAMPLE.read_text(encoding="utf-8").lower().split()
+WORDS = sorted({word.strip(".,;:!?") for word in WORDS})
 SHUFFLED = random.Random(0).sample(WORDS, len(WORDS))
 
 @pytest.mark.parametrize("text, doubt", [
     (SAMPLE.read_text(encoding="utf-8"), None), ("\n".join(SHUFFLED), None), (SOURCE, None),
     ("".join(random.Random(1).choices([chr(0x4E00 + i) for i in range(999)], k=9000)), None),
+    ("01" * 30 + "0110" * 900, None), (SAMPLE.read_text(encoding="utf-8")[5000:5800], None),
     ("\n".join(WORDS), "another kind"), (SAMPLE.read_text(encoding="utf-8") + SOURCE[:30000],
                                          "another kind"),
     ("the same line\n" * 500, "line by line"), (SHORT.read_text(encoding="utf-8") + "\n" * 5000,
@@ -3975,7 +3982,8 @@ SHUFFLED = random.Random(0).sample(WORDS, len(WORDS))
 def test_what_is_odd_about_a_text_is_told(text, doubt):
     """A sorted list of words, two texts one after the other, one line again and again, a blank end,
     UTF-16: in each case, the loss on the validation part shows something else than expected. Verse,
-    words in random order, a program and many rare characters are nothing odd."""
+    also a few lines of it, words in random order, a program, many rare characters and a text of two
+    characters are nothing odd."""
     doubts = minigpt.doubts_about(text)
     assert len(doubts) == (doubt is not None) and all(doubt in found for found in doubts), doubts
 
@@ -4763,8 +4771,7 @@ def test_resume_without_latest_is_refused_where_another_checkpoint_is(tmp_path, 
     before = contents(tmp_path)
     for argv in ([*TRAIN, "--resume", "--out_dir", tmp_path], [*RESUME, tmp_path]):
         code, _, err = run_main(*argv)
-        assert code == 2 and "has no latest.pt to resume from" in last_line(err)
-        assert name in last_line(err)
+        assert code == 2 and f"has a {name} but no latest.pt; copy one" in last_line(err)
         assert contents(tmp_path) == before
     shutil.copy(tmp_path / name, tmp_path / "latest.pt")
     resume_tiny(tmp_path)
@@ -4869,16 +4876,30 @@ def test_a_corpus_that_was_moved_is_named_by_data(tmp_path):
     resume_tiny(tmp_path / "out", "--data", tmp_path / "moved.txt", "--max_steps", "3")
     resume_tiny(tmp_path / "out", "--max_steps", "4")  # the new place is remembered
 
+@pytest.mark.parametrize("changes", [["--n_embd", "32"], ["--data", str(SAMPLE)]])
+def test_the_best_model_of_another_run_is_refused_at_once(tmp_path, changes):
+    """A best.pt of another size would be noticed only when the training is over, and one of another
+    text not at all: its model would be taken for the result."""
+    train_tiny(tmp_path / "a", "--max_steps", "3")
+    train_tiny(tmp_path / "b", *changes, "--max_steps", "3")
+    shutil.copy(tmp_path / "b" / "best.pt", tmp_path / "a" / "best.pt")
+    check_mistake(*run_main(*RESUME, tmp_path / "a", "--max_steps", "6"),
+                  ["best.pt: this is the model of another run"])
+    assert step_of(tmp_path / "a" / "latest.pt") == 3
+
 @pytest.mark.parametrize("name", ["best.pt", "latest.pt", "step_1000000.pt", "config.json",
                                   "metrics.jsonl"])
 def test_a_new_run_overwrites_nothing(tmp_path, name):
-    """A forgotten --resume must not cost a night's work, nor a file of that name that is not
-    ours."""
+    """A forgotten --resume must not cost a night's work, nor a file of that name that is not ours.
+    --resume is only named where there is something to resume, and does no harm elsewhere."""
     (tmp_path / name).write_text("mine")
-    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
-    assert code == 2 and f"has a {name} already; add --resume" in last_line(err)
-    assert (tmp_path / name).read_text() == "mine"
-    assert len(os.listdir(tmp_path)) == 1
+    for flags in ([], ["--resume"]):
+        code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, *flags)
+        assert code == 2 and name in last_line(err)
+        if not flags:
+            assert ("add --resume" in err) == (name == "latest.pt")
+        assert (tmp_path / name).read_text() == "mine"
+        assert len(os.listdir(tmp_path)) == 1
 
 def test_training_leaves_the_users_files_alone(tmp_path):
     """Files in out_dir that are not a run's are neither deleted nor moved nor changed, by a new run
@@ -4966,10 +4987,19 @@ def test_an_ablation_never_reports_the_run_of_another_command(tmp_path):
     ablate_tiny(tmp_path, *command)
     before = contents(tmp_path)
     for flag, value in (("--max_steps", "3"), ("--max_steps", "9"), ("--learning_rate", "0.01"),
+                        ("--tokenizer", "bpe"),
                         ("--n_embd", "32"), ("--preset", "plain")):
         argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, flag, value]
         check_mistake(*run_main(*argv), ["--out_dir", "this command needs"])
     assert contents(tmp_path) == before
+
+def test_an_ablation_never_reports_the_run_of_another_vocabulary(tmp_path):
+    """Also if the size is that of the defaults and was not typed."""
+    command = ["--vary", "activation=gelu", "--seeds", "1", "--tokenizer", "bpe"]
+    ablate_tiny(tmp_path, *command, "--vocab_size", "300")
+    for flags in ([], ["--vocab_size", "320"]):
+        argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, *flags]
+        check_mistake(*run_main(*argv), ["--vocab_size 300", "this command needs", "--out_dir"])
 
 def test_an_ablation_on_another_text_is_refused_before_anything_is_trained(tmp_path):
     """Also if only the last variant has a folder already."""
@@ -5440,6 +5470,17 @@ class WithoutSafetensors:
         if name.partition(".")[0] == "safetensors":
             raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
 
+@POSIX
+def test_a_link_to_an_empty_folder_can_be_exported_to(tmp_path):
+    """The folder behind it is filled, and the link stays."""
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir",
+                    tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_folder_whose_name_is_not_utf8_can_be_exported_to(tmp_path):
     """Linux allows any bytes in a name. The library that writes the weights does not."""
@@ -5851,7 +5892,7 @@ def test_inspect_prints_what_is_inside(tiny_run, tmp_path, pictures):
             place = "embedding" if r["layer"] < 0 else f"layer {r['layer']}"
             assert line.startswith(f"next, after {place}:")
     assert (tmp_path / "attention.png").stat().st_size > 10_000 or not importable("matplotlib")
-    for prompt, why in (("ï", "'ï'"), ("T", "tokens is 1"), ("T" * 17, "tokens is 17")):
+    for prompt, why in (("ï", "'ï'"), ("T", "tokens 1"), ("T" * 17, "tokens 17")):
         check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
 
 def test_each_head_is_drawn_in_its_place():
@@ -5893,8 +5934,8 @@ def test_a_picture_of_many_heads_stays_small_and_draws_quickly(tmp_path, picture
 MISTAKES = [line.split(" => ") for line in """\
  => --mode is missing & generate
 --mode dance => --mode & dance & eval
---mode train --max_stepz 5 => --max_stepz
---mode train --max 5 => --max
+--mode train --max_stepz 5 => --max_stepz: unknown; did you mean --max_steps?
+--mode train --max 5 => --max: unknown
 --mode train --max_steps => --max_steps
 --mode train --max_steps many => --max_steps & 'many' & whole number
 --mode train --bias maybe => maybe
@@ -5918,14 +5959,22 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode ablate --vary n_layer => --vary n_layer & FIELD
 --mode ablate --vary n_layer=1,,2 => --n_layer & ''
 --mode ablate --vary n_layer=a,b => --n_layer & 'a'
---mode ablate --vary bias=maybe => --bias
+--mode ablate --vary bias=maybe => --vary bias=maybe & true or false
 --mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
 --mode train --n_embd 2000000000 => memory & --n_embd
 --mode train --data nowhere.txt => nowhere.txt & No such file
---mode train --data {tmp}/empty.txt => --block_size 512 & a longer --data
+--mode train --data {tmp}/empty.txt => {tmp}/empty.txt & shorter part: 0; use a longer text
 --mode train --data {tmp} => --data {tmp} & name a text
 --mode train --data {tmp}/latin.txt => latin.txt & line 1 is not UTF-8 & 0xe9
---mode train --data {tmp}/few.txt => --block_size 512 & part, 1; & --data
+--mode train --data {tmp}/few.txt => {tmp}/few.txt & shorter part: 1; use a longer text
+--mode train --data {tmp}/some.txt => --block_size 512 & part, 5; & --data
+--mode train --bias=true => --bias & takes no value & --no_bias
+--mode train --learning_rate inf => --learning_rate & of at least 0, and finite
+--mode generate --temperature 1e39 => --temperature & from 0 to 1000
+--mode train --init_from nowhere.pt => nowhere.pt: no such file
+--mode train -d x => -d: unknown; see --help
+--mode generate --checkpoint {run}/config.json => config.json & name the .pt file of a run
+--mode generate --checkpoint {tmp}/run => {tmp}/run & name its {tmp}/run/latest.pt
 --mode train --n_layer 0 => --n_layer & '0'
 --mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
 --mode train --n_head 3 => --n_embd 128 & --n_head 3
@@ -5961,20 +6010,21 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode eval --checkpoint= => --checkpoint & '' is empty
 --mode export --export_dir= => --export_dir & '' is empty
 --mode generate --stop= => --stop & '' is empty
---mode generate --prompt -alpha => --prompt & --prompt=-5
+--mode generate --prompt -alpha => --prompt & type --prompt=VALUE
 --mode train --max_steps -5 => --max_steps
 --mode generate --out_dir {run} --seed 99999999999999999999 => --seed & 9999
 --mode train --out_dir {run} => --out_dir {run} & has a & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --top_k 0 => --top_k & '0'
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
---mode inspect --out_dir {run} => --prompt & tokens is 1
+--mode inspect --out_dir {run} => --prompt '' & number of tokens 1; type a prompt of 2 to 16
 --mode generate --out_dir {run} --prompt a\\nb => --prompt & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop \\n => --stop & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop Ö => --stop 'Ö' & the closest one that it has is 'O'
 --mode generate --out_dir {run} --prompt don’t => --prompt & U+2019 & closest one that it has is "'"
 --mode eval --out_dir {run} --data {tmp}/one.txt => --data {tmp}/one.txt & at least 2
---mode train --init_from {run}/best.pt --data {tmp}/few.txt => few.txt & 16 + 1; use a longer text
+--mode train --init_from {run}/best.pt --data {tmp}/few.txt => few.txt & shorter part: 1; use
+--mode train --init_from {run}/best.pt --data {tmp}/some.txt => some.txt & 16 + 1; use a longer text
 --mode train --init_from {run}/best.pt --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
 --mode eval --out_dir {run} --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
 """.rstrip().split("\n")]
@@ -5985,8 +6035,11 @@ def mistaken(tiny_run, tmp_path_factory):
     run, tmp = tiny_run[0], tmp_path_factory.mktemp("mistakes")
     for name, data in (("empty.txt", b""), ("latin.txt", b"caf\xe9 " * 500), ("few.txt", b"to be"),
                        ("greek.txt", "λόγος ".encode() * 500), ("one.txt", b"t"),
+                       ("some.txt", b"to be or not to be, that is the question"[:-1] + b"oon"),
                        ("cut.pt", (run / "best.pt").read_bytes()[:5000])):
         (tmp / name).write_bytes(data)
+    (tmp / "run").mkdir()
+    shutil.copy(run / "latest.pt", tmp / "run")
     (tmp / "hf").mkdir()
     (tmp / "hf" / "config.json").write_text("{}")
     (tmp / "hf" / "model.safetensors").write_bytes(b"x")
@@ -6114,6 +6167,17 @@ def test_two_dashes_as_a_value_are_a_mistake_and_no_crash(tmp_path, monkeypatch)
         for argv in ([f"{flag}=--"], [flag.replace("_", "-") + "=--"], [flag, "--"]):
             code, out, err = run_main(*mode, *argv)
             check_mistake(code, out, err.replace("-", "_"), [flag.replace("-", "_")])
+
+@pytest.mark.parametrize("flag", ["--data", "--out_dir"])
+def test_a_line_break_in_a_name_does_not_break_the_message(tmp_path, flag):
+    """It is one line, whatever the name is, and names the file that was typed, not a temporary."""
+    (tmp_path / "file").write_text("x")
+    argv = [*TRAIN, "--out_dir", tmp_path / "out", flag, f"{tmp_path}/file/a\nb"]
+    check_mistake(*run_main(*argv), ["file/a\\nb" if flag == "--data" else "/file/a"])
+    export = ["--mode", "export", "--out_dir", tmp_path, "--export_dir", tmp_path / "file" / "x"]
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    code, _, err = run_main(*export)
+    assert code == 2 and last_line(err).startswith(f"error: {tmp_path / 'file' / 'x'}: ")
 
 def test_only_a_users_mistake_is_explained():
     """An error in the program must show its traceback, or nobody could find it."""
@@ -6311,6 +6375,22 @@ def test_a_prompt_takes_the_form_that_the_corpus_has(bpe, capsys):
     assert minigpt.adapt_text(bpe, "--prompt", decomposed + "\r") == decomposed + "\n"
     assert capsys.readouterr().err == ""
     assert minigpt.adapt_text(bpe, "--stop", "a\\n") == "a\\n"
+    assert "note: --stop" in capsys.readouterr().err
+
+def test_an_unknown_character_is_told_after_all_others_are_adapted():
+    """One that the corpus has in no form must not keep the others from being adapted, nor be hidden
+    behind them. A typed line break is told even if the vocabulary has a backslash."""
+    decomposed = CharTokenizer.train('Noe\u0308l "')
+    with pytest.raises(UserError, match="--prompt .*U.201C.* closest one that it has is '\"'"):
+        minigpt.adapt_text(decomposed, "--prompt", "\u201cNo\u00ebl")
+    with pytest.raises(UserError, match="U.00E9.* closest one that it has is 'e'"):
+        minigpt.adapt_text(CharTokenizer.train("cafe"), "--prompt", "cafe\u0301")
+    with pytest.raises(UserError, match="U.4E2D.*vocabulary of 4 characters; leave it out"):
+        minigpt.adapt_text(CharTokenizer.train("cafe"), "--prompt", "a\u4e2d")
+
+def test_a_typed_line_break_is_noted_where_a_backslash_is_known(capsys):
+    """Then it is no mistake, but hardly what was meant."""
+    assert minigpt.adapt_text(CharTokenizer.train("\\n"), "--stop", "\\n") == "\\n"
     assert "note: --stop" in capsys.readouterr().err
 
 def test_the_first_of_several_stop_texts_ends_a_text(tiny_run):
