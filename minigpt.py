@@ -3514,13 +3514,12 @@ def run_ablate(request: Request) -> None:
 def check_runs(runs: dict[tuple, Request], preset: str) -> None:
     """Builds each variant once, so that a mistake is found before the first one is trained. Raises
     UserError, also if a folder holds another run."""
-    built = {}
+    built = set()
     for (label, _), request in runs.items():
         if label not in built:
             start = begin_anew(request, preset)
-            OPTIMIZERS[start.config.optimizer](start.model, start.config)
-            built[label] = start.source["sha256"]
-        refuse_other_run(request, preset, built[label])
+            built.add(label)
+        refuse_other_run(request, preset, start.source["sha256"])  # all have the same text
 
 def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
     """Raises UserError if the folder holds a run with other settings or another text, for instance
@@ -4517,14 +4516,14 @@ def begin_again(request: Request, state: dict) -> RunStart:
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    unused = state["corpus"].get("unused", [])
+    unused = state["corpus"].get("unused", [])  # older checkpoints do not have it
     return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused), state)
 
 def tokenizer_settings(origin: dict) -> dict:
     """The settings that made the tokenizer of a checkpoint, as the command line names them."""
     kind, _ = origin["tokenizer"]
     size = origin["model_config"]["vocab_size"]
-    if "train_config" in origin:
+    if "train_config" in origin:  # a checkpoint of ours
         made = origin["train_config"]
         kind, size = made["tokenizer"], made["vocab_size"]
     elif kind == "bpe" and size == GPT2Tokenizer.size:  # a folder with GPT-2's own tokens
@@ -4683,7 +4682,7 @@ def adapt_text(tokenizer, flag: str, text: str) -> str:
         forms = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
         if not set(text) <= set(tokenizer.itos):
             forms = forms[1:]
-        text = min(forms, key=lambda form: len(set(form) - set(tokenizer.itos)))
+        text = min(forms, key=lambda form: sum(c not in tokenizer.stoi for c in form))
         unknown = [character for character in text if character not in tokenizer.stoi]
     hint = ""
     if "\\n" in text:
