@@ -5,7 +5,7 @@ minigpt: a GPT trained on Shakespeare, from scratch, in one file
 A language model answers one question again and again: given the text so far, what comes next? This
 file builds a model that answers it well enough to write verse in the style of Shakespeare.
 
-    python minigpt.py --mode train                        # three to four minutes on a laptop
+    python minigpt.py --mode train                        # three to four minutes, two cores
     python minigpt.py --mode generate --prompt "ROMEO:"   # write text with the trained model
 
 The file is a book in five parts. You can read Part I from top to bottom without skipping anything.
@@ -22,8 +22,8 @@ Part I stands alone: it uses nothing from the later parts. And it is what runs. 
 
 trains the model of Part I with the functions of Part I, in two to three minutes on two CPU cores.
 If you edit them, you change that run. (Around them, Part III adds what a long run needs: files, a
-longer status line, and 16-bit arithmetic where the processor has it.) The presets of the first
-command above, and the variations of Part II, stand under names of their own.
+longer status line, and 16-bit arithmetic where the processor has it.) A preset is a named set of
+settings. The first command above uses the preset `laptop`, which has variations from Part II.
 
 What you need to know: Python, and a little PyTorch. PyTorch provides tensors, automatic
 derivatives, the layers Linear (y = x W^T + b) and Embedding (a table of vectors, looked up by row
@@ -74,7 +74,7 @@ class UserError(ValueError):
 
 # ---- The sizes -----------------------------------------------------------------------------------
 # Eight settings define a model. Each is explained in the chapter that uses it, so you can pass over
-# them for now. All except vocab_size, which follows from the text, are flags: --n_layer 8. The
+# them for now. All except vocab_size, which follows from the text here, are flags: --n_layer 8. The
 # defaults are those of a larger model. The preset `plain` has 4 layers, 4 heads, 128 channels, a
 # context of 128 tokens, and no dropout.
 @dataclass
@@ -89,9 +89,9 @@ class GPTConfig:
     dropout: float = 0.2  # share of values that are set to zero during training
     bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
 
-    # Each part of the model is looked up in a table, under one of these names. Part I has one entry
-    # in each table. Part II adds entries, and its ModelConfig makes the names settings. (Without a
-    # type, they are constants of the class and not fields of the dataclass.)
+    # Each part of the model is looked up in a table, under one of these names. Part I has the
+    # entries that are named here. Part II adds entries, and its ModelConfig makes the names
+    # settings. (Without a type, they are constants of the class and not fields of the dataclass.)
     model = "gpt"
     block = "pre"
     attention = "explicit"
@@ -358,7 +358,7 @@ class Bigram(nn.Module):
 # [0.67, -0.76, 0.09]
 #
 # Try it    Train the bigram model on Shakespeare: `python minigpt.py --mode train --preset bigram
-#           --out_dir bigram`. It takes seconds and ends at 2.48 nats per character. Counting the
+#           --out_dir bigram`. It takes seconds and ends at 2.49 nats per character. Counting the
 #           pairs of the training part (each once more than it occurs, so that no pair is
 #           impossible) gives 2.4819. What a GPT gains over that, it gains by looking further back.
 
@@ -824,11 +824,11 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, end_id=None,
                  **options):
-        """Continues idx (B, T): returns (B, T + max_new_tokens).
+        """Continues idx (B, T): returns at most (B, T + max_new_tokens).
 
         end_id, if given, is the token that ends a text. A row that has drawn it is filled up with
-        it, and when all rows have, the result is complete. The next chapter explains the other
-        arguments; options are those of stream_tokens."""
+        it, and generation stops early when every row has drawn it. The next chapter explains the
+        other arguments; options are those of stream_tokens."""
         parts = [idx]
         ended = torch.zeros(len(idx), 1, dtype=torch.bool)
         for token in stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, **options):
@@ -1229,9 +1229,9 @@ def perplexity(nats: float) -> float:
     """exp(loss), limited so that it cannot overflow."""
     return math.exp(min(nats, 700.0))
 
-def describe_loss(nats: float, corpus: Corpus) -> str:
+def describe_loss(nats: float, corpus: Corpus, what: str = "full validation split") -> str:
     """A loss on the whole validation part, in three units."""
-    return (f"full validation split, {len(corpus.val) - 1:,} tokens: {nats:.4f} nats per token, "
+    return (f"{what}, {len(corpus.val) - 1:,} tokens: {nats:.4f} nats per token, "
             f"perplexity {perplexity(nats):.4g}, "
             f"{bits_per_character(nats, corpus):.4f} bits per character")
 
@@ -1397,14 +1397,16 @@ class Run:
         self.best_step = state["best_step"]
 
     def score(self, progress=None) -> float:
-        """Loads best.pt into the model. Returns its loss on the whole validation part, in nats."""
+        """Loads best.pt into the model, in place of the last weights. Returns its loss on the whole
+        validation part, in nats."""
         self.model.load_state_dict(load_checkpoint(self.out_dir / "best.pt")["model"])
         nats = evaluate(self.model, self.corpus.val, progress=progress)
         self.journal.say(describe_loss(nats, self.corpus))
         return nats
 
 def evaluate_and_save(run: Run) -> None:
-    """Estimates both losses, shows a sample, and writes latest.pt and, if it is better, best.pt."""
+    """Estimates both losses and shows a sample. Writes latest.pt, and also best.pt if the
+    validation loss is the lowest so far."""
     losses = run.estimate()
     better = losses["val"] < run.best_val
     if better:
@@ -1520,7 +1522,8 @@ def train(run: Run, after_step=None) -> None:
 #     dropout            setting random values to zero in training (Attention with several heads)
 #     embedding          the learned vector of a token or a position (The model)
 #     epoch              one pass over the training text (What you should see)
-#     gradient           the derivatives of the loss by all weights (The simplest model)
+#     gradient           the derivatives of the loss with respect to the weights (The simplest
+#                        model)
 #     head               one of several attentions side by side (Attention with several heads)
 #     head, output       the layer that turns vectors into logits, lm_head (The model)
 #     learning rate      how far one step moves the weights (The learning rate)
@@ -1539,8 +1542,8 @@ def train(run: Run, after_step=None) -> None:
 # Part II: Better
 #
 # Part I is the architecture of GPT-2 (2019). This part varies it, one chapter for each variation,
-# and ends at the architecture that today's open models share. Every variation is an entry in one of
-# the tables of Part I, under a key of its own. Nothing of Part I is changed.
+# and ends at the architecture that today's open models share. A variation is an entry in one of the
+# tables of Part I, under a key of its own, or a switch of its own. Nothing of Part I is changed.
 #
 # "Here" tells what a variation did on this machine: the loss of the preset `plain` after 300 steps
 # with this one change, in nats per character on the full validation split, mean and standard
@@ -1549,9 +1552,9 @@ def train(run: Run, after_step=None) -> None:
 #     python minigpt.py --mode ablate --preset plain --max_steps 300 --seeds 3 --vary norm=rmsnorm
 #
 # 300 steps are a fifth of a full run, so these figures tell what learns quickly. The chapter "What
-# it all adds up to" has full runs. The figures of `plain`, RoPE, QK-norm and even windows are of
-# this code. The others were measured before it was rewritten, when `plain` itself ended at 2.279 ±
-# 0.004.
+# it all adds up to" has full runs. The figures of `plain`, RMSNorm, post-norm at 8 layers, RoPE,
+# QK-norm and even windows were measured with this code. The others were measured before it was
+# rewritten, when `plain` itself ended at 2.279 ± 0.004.
 # ==================================================================================================
 
 import collections
@@ -1598,8 +1601,9 @@ class ModelConfig(GPTConfig):
 # Where     It takes the place of every LayerNorm: before the attention and before the MLP of each
 #           block, and before the output head. With qk_norm, it also normalizes queries and keys.
 # Gain      The matrix that follows a norm could do what the gain does, so it can be left out:
-#           --no_norm_scale. But the gains are few, and they are learned quickly.
-# Here      --norm rmsnorm: 2.277 ± 0.011. --norm none, no normalization at all: 2.449 ± 0.002.
+#           --no_norm_scale.
+# Here      --norm rmsnorm: 2.278 ± 0.012, and without the gain 2.282 ± 0.009: no difference that
+#           three seeds can show. --norm none, no normalization at all: 2.449 ± 0.002.
 class RMSNorm(nn.Module):
     """Scales the channels of each token to a root mean square of 1, then applies a gain."""
     eps = 1e-5
@@ -1753,8 +1757,8 @@ ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
 # Memory    When a text is written, earlier keys and values need not be computed again. The chapter
 #           "The key/value cache" explains `memory`. In training it is not used.
 # Here      --qk_norm --attention extended: 2.341 ± 0.022. In this comparison it is worse.
-#           `laptop` has it all the same: with its larger learning rate, training is more stable
-#           with it (the chapter "What it all adds up to"), and other programs expect it (Qwen3).
+#           `laptop` has it all the same, because the form in which other programs can read it,
+#           Qwen3's, has it.
 class Attention(CausalSelfAttention):
     """Part I's attention, whose queries and keys may be normalized, rotated and remembered."""
     def __init__(self, config: GPTConfig):
@@ -1868,8 +1872,8 @@ class ShiftBlock(Block):
 BLOCKS["shift"] = ShiftBlock
 
 # ---- Byte-pair encoding --------------------------------------------------------------------------
-# Problem   Characters never fail, but they are slow: "the" takes three steps of the model. Words
-#           are short, but the next text contains new ones.
+# Problem   Characters make long sequences: "the" takes three steps of the model. Whole words make
+#           short ones, but a new text contains words that are not in the vocabulary.
 # Answer    Begin with the 256 bytes, of which every text in UTF-8 consists. Find the pair of
 #           neighbours that occurs most often, make it a new token, and repeat until the vocabulary
 #           is full [Sennrich et al. 2016, section 3.2; with bytes: Radford et al. 2019, section
@@ -1926,8 +1930,9 @@ def word_pattern() -> re.Pattern:
     r"""GPT-2's pattern: '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
     Python's re does not know \p{L} (letters) and \p{N} (numbers), so we write these classes out
-    from Python's tables of Unicode. Its \s contains four characters more than GPT-2's. The second
-    branch is an addition, a short cut for words of A-Z that no other letter can follow.
+    from Python's tables of Unicode. Python's \s contains four characters more than GPT-2's. The
+    second branch is an addition for speed: it matches a word of ASCII letters if no further letter
+    follows.
 
     >>> word_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
@@ -1961,7 +1966,7 @@ def split_words(text: str) -> list[str]:
 def in_pieces(text: str, start: int = 0, end: int | None = None, size: int = 2**20):
     """Yields text[start:end] in pieces of about `size` characters, so that a large text can be
     processed without several copies of it. No word crosses from one piece to the next: a piece
-    ends before a space or a line break that follows another character."""
+    ends before a space or a line break that follows a character that is not white space."""
     end = len(text) if end is None else end
     boundary = re.compile(r"(?<=\S)[ \n]")
     while start < end:
@@ -2109,6 +2114,8 @@ class BPETokenizer:
         while len(tokens) < vocab_size - 1:  # one place is for END_OF_TEXT
             pair = learner.most_frequent()
             if pair is None:
+                if progress is not None:
+                    progress(1.0)
                 break
             learner.merge(pair, chr(len(tokens)))
             a, b = tokens[ord(pair[0])], tokens[ord(pair[1])]
@@ -2130,8 +2137,8 @@ class BPETokenizer:
         """The ids of one word: merges the pair that was learned first, until none is left."""
         tokens = to_token_str(word)
         if len(tokens) > 1000:
-            # A merge makes a token that only later merges use. So going once through all merges
-            # gives the same result. It is faster if a whole page has no space.
+            # Only later merges can use the token that a merge makes, so one pass through all merges
+            # gives the same result. For very long words this is faster.
             for pair, token in self.merged.items():
                 tokens = tokens.replace(pair, token)
             return [ord(token) for token in tokens]
@@ -2203,9 +2210,10 @@ def unshow_bytes(shown: str) -> bytes:
     """The opposite of show_bytes."""
     return bytes([SHOWN_TO_BYTE[character] for character in shown])
 
-# The library tiktoken encodes faster. It knows a token by its bytes and its rank, and merges the
-# two neighbours whose bytes together have the lowest rank. For tokens that were learned by merging,
-# this is the same thing. Its pattern is the one that `word_pattern` spells out.
+# If you want to use our tokens in another program, hand them to the library tiktoken, which encodes
+# faster. It knows a token by its bytes and its rank, and merges the two neighbours whose bytes
+# together have the lowest rank. For tokens that were learned by merging, this is the same thing.
+# Its pattern is the one that `word_pattern` spells out.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def to_tiktoken(tokenizer: BPETokenizer):
@@ -2217,8 +2225,8 @@ def to_tiktoken(tokenizer: BPETokenizer):
                              special_tokens={END_OF_TEXT: tokenizer.end_id})
 
 def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that make each token, from tiktoken's ranks: which two tokens become a longer one
-    is what the earlier merges leave of its bytes."""
+    """Recovers the merges from tiktoken's ranks. Apply all earlier merges to a token's bytes: the
+    two tokens that are left are the pair that made it."""
     merges = []
     for token in sorted(ranks, key=ranks.get)[256:]:
         parts = [bytes([byte]) for byte in token]
@@ -2230,13 +2238,13 @@ def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's own 50,257 tokens. Its files are fetched at the first use."""
+    """GPT-2's own 50,257 tokens, which are downloaded at the first use."""
     size = 50257
 
     @classmethod
     def fetch(cls) -> BPETokenizer:
         """From tiktoken if it is installed, otherwise from Hugging Face. Both keep what they have
-        fetched. Raises UserError if it cannot be had, and ImportError if neither is installed."""
+        downloaded. Raises UserError if that fails, and ImportError if neither is installed."""
         if importlib.util.find_spec("tiktoken") is not None:
             import tiktoken
 
@@ -2253,9 +2261,8 @@ class GPT2Tokenizer(BPETokenizer):
             raise UserError(cls.not_fetched) from None
         return BPETokenizer.load(folder)
 
-    not_fetched = ("--tokenizer gpt2: GPT-2's tokens (vocab.json and merges.txt of "
-                   "openai-community/gpt2) could not be fetched; connect to the network once, or "
-                   "use --tokenizer bpe")
+    not_fetched = ("--tokenizer gpt2: GPT-2's tokens (vocab.json and merges.txt) could not be "
+                   "downloaded; connect to the network once, or use --tokenizer bpe")
 
 def gpt2_ranks(encoding) -> dict[bytes, int]:
     """The bytes and the rank of each token of a tiktoken.Encoding, without the special ones."""
@@ -2274,7 +2281,7 @@ TOKENIZERS["gpt2"] = GPT2Tokenizer
 #           the result. U and V are orthogonal: they turn (or mirror), but do not stretch.
 # Answer    Make all directions equally strong: leave out S.
 # Equation  M = momentum M + (1 - momentum) G       the running mean of the gradient G of a matrix
-#           N = (1 - momentum) G + momentum M       a look ahead, with the new M
+#           N = (1 - momentum) G + momentum M       a look ahead (Nesterov), with the new M
 #           U S V^T = N                             the decomposition of N
 #           W = W - lr (0.2 sqrt(max(rows, columns)) U V^T + weight_decay W)
 #           [Jordan 2024. The factor gives the numbers of a step about the size that AdamW's have,
@@ -2408,8 +2415,9 @@ SAMPLING["even"] = even_batches
 # Answer    A fused kernel is one compiled routine that does several operations at once. Attention
 #           can be computed without ever storing the matrix of weights [Dao et al. 2022, section 3].
 # Here      --attention fused --norm fused_layernorm compute the same function as their originals.
-#           With both, `plain` trains 1.3 and 1.03 times as fast (two rounds of --mode bench, on a
-#           machine whose speed varied).
+#           With both, `plain` trains 1.3 times as fast in one round of --mode bench and 1.03
+#           times in another, on a machine whose speed varied. (On a CPU in bfloat16, the gain is
+#           that of the norm alone: see below.)
 class FusedAttention(Attention):
     """The same function as Attention, computed by one kernel."""
     def attend(self, q, k, v):
@@ -2450,8 +2458,8 @@ NORMS["fused_layernorm"] = fused_layer_norm
 #
 # Cost      Each pass handles one token instead of up to block_size. Most of its time then goes into
 #           reading the weights from memory: once for all texts that are written side by side.
-# Here      With fused attention, a model of the size of `plain` writes 956 and 812 tokens per
-#           second with the cache, and 273 and 272 without it (two rounds of --mode bench).
+# Here      With fused attention, a model of the size of `plain` writes 956 tokens per second with
+#           the cache and 273 without it; in a second round of --mode bench, 812 and 272.
 # Shapes    keys and values of each layer: (B, nh, S, hs), where S grows up to block_size
 class LayerMemory:
     """What one block remembers of the tokens that it has read."""
@@ -2524,7 +2532,8 @@ READERS["fused"] = CachedReader
 # compared by --mode ablate. This is how the entries are called, and what they return:
 #
 #     ACTIVATIONS[key](config)       a module (B, T, C) -> (B, T, C), usually a subclass of MLP
-#     ATTENTION[key](config)         the same; subclasses of Attention have RoPE and the cache
+#     ATTENTION[key](config)         the same, and a class; subclasses of Attention have RoPE and
+#                                    the cache
 #     READERS[key](model)            a reader, by the key of the attention; otherwise PlainReader
 #     BLOCKS[key](config)            the same as for ACTIVATIONS, usually a subclass of Block
 #     NORMS[key](n, config)          a module for n channels
@@ -2536,15 +2545,16 @@ READERS["fused"] = CachedReader
 #     SCHEDULES[key](r)              from 1 to 0 as r goes from 0 to 1
 #     SAMPLING[key](tokens, block_size, config, step)    the batches of a step
 #
-# A term that is added to the attention scores, such as ALiBi [Press et al. 2022], belongs into the
-# method `mask` of a subclass of Attention.
+# A term that is added to the attention scores, such as ALiBi [Press et al. 2022], belongs in the
+# method `mask` of a subclass of Attention (not of FusedAttention, which calls `mask` only when it
+# reads a text in several pieces).
 
 # ---- From GPT-2 to Qwen3 -------------------------------------------------------------------------
 # The chapters above contain nearly everything that separates Part I from an open model of today,
 # for instance Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned
-# positions, QK-norm, SwiGLU instead of GELU, and no biases. (Large models also let several queries
-# share one key and value, which makes the cache smaller. We leave that out.) These settings build
-# such a model:
+# positions, QK-norm, SwiGLU instead of GELU, and no biases. (Large models also use grouped-query
+# attention: several query heads share one key head and one value head, which makes the cache
+# smaller. We leave that out.) These settings build such a model:
 #
 # >>> qwen3 = ModelConfig(65, block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False,
 # ...     norm="rmsnorm", pos="rope", attention="fused", qk_norm=True, activation="swiglu")
@@ -2555,7 +2565,7 @@ READERS["fused"] = CachedReader
 
 # ---- What it all adds up to ----------------------------------------------------------------------
 # Which of these variations are worth their time? From `plain` to `laptop`, one change after the
-# other. Each rung is trained for as many steps as fit into the time of the last rung, 204 s on two
+# other. Each model is trained for as many steps as fit into the time of the last rung, 204 s on two
 # cores, so a slower step has to pay for itself. Nats per character on the full validation split,
 # mean and standard deviation over the seeds 1337, 1338 and 1339, by `python .ci/ladder.py`. (The
 # table was made before queries and keys got a norm each.)
@@ -2607,7 +2617,7 @@ class RunConfig(TrainConfig):
     """TrainConfig, with the settings of Parts II and III."""
     preset: str = "auto"  # the named set of settings that the run starts from
     tokenizer: str = "char"  # what a token is
-    vocab_size: int = 1024  # tokens that --tokenizer bpe may learn; fewer from a small text
+    vocab_size: int = 1024  # size of the vocabulary with --tokenizer bpe; smaller for a small text
     sampling: str = "random"  # where the windows of a batch are
     short_share: float = 0.0  # share of the steps, from the first, with short windows
     short_block: int = 128  # tokens in a short window
@@ -2629,7 +2639,7 @@ class RunConfig(TrainConfig):
 # Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
 #           stay in float32, and `autocast` computes each matrix product in bfloat16. That format
 #           has the range of float32 (8 bits of exponent) but only 8 bits of precision. Older GPUs
-#           have float16 instead, which needs the next chapter.
+#           have float16 instead, which needs loss scaling (the next chapter).
 # Here      `plain` trains 1.4 times as fast as with --dtype float32 (--mode bench).
 def find_device(name: str) -> torch.device:
     """The device of that name; auto means the best one. Raises UserError if it is not present."""
@@ -2680,11 +2690,12 @@ class MixedPrecision(nn.Module):
 #           as large. Divide them by S, in float32, before they are used [Micikevicius et al. 2018,
 #           section 3.2]. If S is too large, gradients become infinite; then skip the step, and
 #           halve S. After 2,000 steps in which that did not happen, double S. PyTorch's GradScaler
-#           keeps this account.
-# Where     Part I's train_step does not know of it. The model's loss has its true value, but S
-#           times its gradient. The gradients are divided when the last batch of a step is used.
+#           does this bookkeeping.
+# Where     Part I's train_step does not know of it. ScaledLoss returns the true loss, but with a
+#           gradient that is S times as large. FullRun.batches divides the gradients when
+#           train_step asks for a batch after the last one.
 class ScaledLoss(nn.Module):
-    """A model whose loss has S times its gradient."""
+    """A model whose loss has its true value and S times its gradient."""
     def __init__(self, model, scaler):
         super().__init__()
         self.model = model
@@ -2696,7 +2707,8 @@ class ScaledLoss(nn.Module):
         return logits, loss.detach() + (scaled - scaled.detach())  # the value of loss, plus 0
 
 class ScaledOptimizer:
-    """An optimizer that skips steps whose gradients are not finite. It is used in the same way."""
+    """An optimizer that skips steps with gradients that are not finite. It is used like the one
+    that it wraps."""
     def __init__(self, optimizer, scaler):
         self.optimizer = optimizer
         self.scaler = scaler
@@ -2704,7 +2716,8 @@ class ScaledOptimizer:
         self.zero_grad = optimizer.zero_grad
         self.state_dict = optimizer.state_dict
         self.skipped = 0  # steps
-        # Otherwise GradScaler leaves it to fused kernels to skip a step, and Muon has more to skip.
+        # Otherwise GradScaler would leave the skipping to the fused kernel of AdamW, and Muon's own
+        # update would still be made.
         optimizer._step_supports_amp_scaling = False
 
     def load_state_dict(self, state: dict) -> None:
@@ -2725,12 +2738,14 @@ class ScaledOptimizer:
 # ---- Memory that is not given back ---------------------------------------------------------------
 # Problem   Each step asks for the same blocks of memory that the step before has freed. The C
 #           library of Linux returns large blocks to the system at once. When they are needed again,
-#           the system maps and clears them in pieces of 4 KB, and each piece interrupts the
-#           program.
+#           the system maps and clears them in pieces of 4 KB, and each piece interrupts the program
+#           (a page fault).
 # Answer    Tell the library to keep what it has.
-# Here      `laptop` trains about 1.2 times as fast: in four pairs of runs of 300 steps, 34.4 and
-#           29.0, 34.0 and 26.8, 26.5 and 22.2, 25.8 and 30.5 thousand tokens per second with and
-#           without it. (The machine changed its speed during the last pair.)
+# Here      `laptop` trains about 1.2 times as fast. Four pairs of runs of 300 steps, in thousand
+#           tokens per second (the machine changed its speed during the last pair):
+#
+#               with      34.4   34.0   26.5   25.8
+#               without   29.0   26.8   22.2   30.5
 def keep_memory() -> None:
     """Makes the C library keep freed memory. Where it is not glibc, nothing happens."""
     try:
@@ -2764,7 +2779,7 @@ def join_processes() -> int:
     return torch.distributed.get_world_size()
 
 def gather(value) -> list:
-    """The values that all processes give, in each of them. It waits until all have given one."""
+    """Collects one value from each process, and gives every process the whole list."""
     if not torch.distributed.is_initialized():
         return [value]
     values = [None] * torch.distributed.get_world_size()
@@ -2773,7 +2788,8 @@ def gather(value) -> list:
 
 # ---- What is printed -----------------------------------------------------------------------------
 # Texts and results go to stdout, everything else to stderr. If a result cannot be written, the
-# command has failed. If a remark cannot be written, the command goes on.
+# command has failed. If a remark cannot be written, the command goes on. (In training, FullJournal
+# prints. If the reader of its pipe has left, the run saves and stops.)
 def say(text: str, end: str = "\n") -> None:
     """Prints a line to stderr, in the first process only."""
     if process_rank() == 0:
@@ -2791,7 +2807,7 @@ def write_result(text: str, end: str = "\n") -> None:
         raise UserError(f"stdout: {problem.strerror}; send the results to another place") from None
 
 def is_terminal(stream) -> bool:
-    """Whether a person sees what is printed at once. Streams of notebooks may not know."""
+    """Whether a person sees what is printed at once. Streams in notebooks may lack isatty."""
     return hasattr(stream, "isatty") and stream.isatty()
 
 class Progress:
@@ -2806,8 +2822,8 @@ class Progress:
     def show(self, share: float) -> None:
         """share is the part that is done, above 0 and at most 1."""
         now = time.perf_counter()
-        nothing_shown = self.shown == self.began
-        if now - self.shown < (0.2 if self.on_terminal else 30) and (share < 1 or nothing_shown):
+        is_end = share == 1 and self.shown > self.began  # what is done at once shows nothing
+        if now - self.shown < (0.2 if self.on_terminal else 30) and not is_end:
             return
         self.shown = now
         left = timedelta(seconds=round((now - self.began) * (1 - share) / share))
@@ -2822,6 +2838,8 @@ class Progress:
 #           middle of a step.
 # Answer    A handler records the signal. The run saves a checkpoint and exits when the step is
 #           done. A second signal ends the process at once.
+AGAIN = "run the same command again (add --resume if the mode is train)"
+
 class Stopped(Exception):
     """The run was stopped by a signal and has saved what is needed to continue."""
     def __init__(self, number: int):
@@ -2854,21 +2872,22 @@ class SignalWatch:
         if process_rank() == 0:
             # print is not safe here, because the signal may have interrupted a print.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step; once more to stop at once\n")
+                os.write(2, b"\nstopping as soon as this step is done; a second signal ends the "
+                            b"process at once\n")
 
 # ---- The size of a model -------------------------------------------------------------------------
 PARTS = {"wte": "token table", "wpe": "position table", "attn": "attention", "mlp": "MLP",
-         "lm_head": "output head"}
+         "norm": "norms", "lm_head": "output head"}
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
     """How many parameters each part of a model has. A tied head has none of its own."""
-    counts = dict.fromkeys(["token table", "position table", "attention", "MLP", "norms",
-                            "output head"], 0)
+    counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in model.named_parameters():  # a tied matrix comes once, as wte
-        words = name.split(".")
-        is_norm = any(word.startswith("ln_") or word.endswith("_norm") for word in words)
-        part = "norms" if is_norm else next(PARTS[word] for word in words if word in PARTS)
-        counts[part] += parameter.numel()
+        part = "other"
+        for word in name.split("."):  # such as h.0.attn.q_norm.weight: the last one decides
+            is_norm = word.startswith("ln_") or word.endswith("_norm")
+            part = PARTS.get("norm" if is_norm else word, part)
+        counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 def flops_per_token(model: GPT) -> int:
@@ -2887,7 +2906,7 @@ def flops_per_token(model: GPT) -> int:
 RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
 
 def files_of_run(out_dir: Path, ending: str = "") -> list[Path]:
-    """The files in a folder that a run has written, or those with an addition to their names."""
+    """The files in a folder that a run has written, or those whose names have an ending more."""
     return [path for path in sorted(out_dir.glob("*"))
             if re.fullmatch(f"({RUN_FILES}){re.escape(ending)}", path.name)]
 
@@ -2897,7 +2916,7 @@ def not_a_checkpoint(path: Path) -> UserError:
     if path.suffix == ".pt":
         return UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; use "
                          "another .pt file of the same run (best.pt, latest.pt or a step_*.pt), or "
-                         "copy it over this one")
+                         "copy that one over this one")
     is_part = path.suffix in (".safetensors", ".json") and (path.parent / "config.json").exists()
     if is_part and not others:
         return UserError(f"{path}: this is one file of a model; name its folder, {path.parent}")
@@ -2951,8 +2970,8 @@ def insist(write) -> None:
         except PermissionError as problem:
             if pause is None:
                 raise UserError(f"{problem.filename2 or problem.filename}: {problem.strerror}; "
-                                "close what uses this file, or make it writable, and type the same "
-                                "command again (in --mode train with --resume)") from None
+                                f"close what uses this file, or make it writable; then {AGAIN}"
+                                ) from None
             time.sleep(pause)
 
 # ---- What is recorded of a run -------------------------------------------------------------------
@@ -2979,7 +2998,7 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
 def draw(path: Path, width: float, height: float, paint, *what) -> bool:
     """A picture of width x height inches: paint(figure, *what) draws it. Returns whether it did.
 
-    A picture is never worth a result. If it cannot be drawn, one line says why."""
+    A picture that cannot be drawn must not cost the result of a run; then one line says why."""
     try:
         from matplotlib.figure import Figure
 
@@ -3005,8 +3024,8 @@ def paint_curves(figure, curves: dict[str, tuple[Path, str]], ylabel: str) -> No
     axes.legend(frameon=False)
 
 def start_wandb(run: FullRun):
-    """A run of Weights & Biases, or None if it is not wanted or cannot be had. After --resume, it
-    is the same one."""
+    """A run of Weights & Biases, or None if it is switched off or not available. A resumed run
+    continues the same one."""
     asked_for = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
     installed = importlib.util.find_spec("wandb") is not None
     if not run.config.wandb or not (asked_for or installed):
@@ -3015,8 +3034,8 @@ def start_wandb(run: FullRun):
         import wandb
 
         if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not has_login(wandb):
-            say("no Weights & Biases: not logged in; `wandb login` or WANDB_MODE=offline changes "
-                "that, --no_wandb leaves it out")
+            say("Weights & Biases is off, because you are not logged in: run `wandb login`, set "
+                "WANDB_MODE=offline, or silence this line by --no_wandb")
             return None
         settings = {**asdict(run.model.config), **asdict(run.config)}
         return wandb.init(project="minigpt", dir=run.out_dir, config=settings,
@@ -3089,7 +3108,7 @@ class FullJournal(Journal):
         details = f" | epoch {run.epochs():.2f} | lr {lr:.2e} | {rate:,.0f} tokens/s | {left} left"
         skipped = getattr(run.optimizer, "skipped", 0)
         if skipped:
-            details += f" | skipped, too large for float16: {skipped}"
+            details += f" | steps skipped (float16 overflow): {skipped}"
         super().report_step(run, loss, norm, details)
 
     def report_evaluation(self, run: FullRun, losses: dict[str, float], better: bool) -> None:
@@ -3111,13 +3130,12 @@ class FullJournal(Journal):
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
         self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; the best "
-                 f"model, of step {run.best_step}: {self.out_dir / 'best.pt'}")
+                 f"model (step {run.best_step}): {self.out_dir / 'best.pt'}")
 
     def show_progress(self, share: float) -> None:
         """For the final evaluation, which a signal ends at once: everything is saved by then."""
         if self.watch.received:
-            self.say("stopped; to repeat the evaluation, type the same command again (in --mode "
-                     "train with --resume)")
+            self.say(f"stopped; to repeat the evaluation, {AGAIN}")
             raise Stopped(self.watch.received)
         if self.progress is None:
             self.progress = Progress("evaluating")
@@ -3135,8 +3153,8 @@ class FullJournal(Journal):
                 self.wandb.log(numbers, step=numbers["step"])
 
     def forget_after(self, step: int) -> None:
-        """Puts the folder into the state that it had after a step: removes the records of later
-        steps and of the score, which the run makes again, and halves of files (after a kill)."""
+        """Removes the records of later steps and of the final score from metrics.jsonl, which the
+        run makes again, and files that a killed process has left half-written."""
         if self.rank > 0:
             return
         for partial in files_of_run(self.out_dir, ending=".partial"):
@@ -3176,7 +3194,7 @@ def read_corpus(data: str) -> SourceText:
     except OSError as problem:
         raise UserError(f"--data {path}: {problem.strerror}; name a text, by --data FILE") from None
     try:
-        text = unify_line_breaks(encoded.decode("utf-8-sig"))  # -sig: without Windows' mark
+        text = unify_line_breaks(encoded.decode("utf-8-sig"))  # -sig: no byte order mark
     except UnicodeDecodeError as problem:
         line = encoded.count(b"\n", 0, problem.start) + 1
         raise UserError(f"--data {path}: line {line} is not UTF-8 text (byte "
@@ -3189,8 +3207,8 @@ def read_corpus(data: str) -> SourceText:
     return SourceText(path, text, checksum.hexdigest())
 
 def find_shakespeare() -> Path:
-    """data/input.txt, or the sample if it cannot be had. Raises UserError if that file has another
-    content, such as an error page that was saved under this name."""
+    """data/input.txt, or the sample if it cannot be downloaded. Raises UserError if that file has
+    another content, such as an error page that was saved under this name."""
     import download_data
 
     path = download_data.find(PROGRAM.parent / "data" / "input.txt")
@@ -3205,17 +3223,18 @@ def find_shakespeare() -> Path:
 def doubts_about(text: str) -> list[str]:
     """What is odd about a text that a model should learn from, in one line each.
 
-    A table of character pairs, such as the bigram model is, shows whether both parts of a text are
-    alike. It is made of nine tenths of the training part. If it predicts the validation part much
-    worse than what was left out of the training part, the two parts differ in kind."""
+    A table of character pairs (a bigram model) shows whether both parts of a text are alike. We
+    make it from nine of ten pieces of the training part. If it predicts the validation part much
+    worse than the pieces that were left out, the two parts differ in kind. On Tiny Shakespeare, the
+    two losses differ by 0.02 nats, and on a sorted list of its words by 0.9."""
     if len(text) > LARGE_TEXT:  # then parts of it are enough
         every = len(text) // LARGE_TEXT + 1
         text = "".join([text[i : i + 10_000] for i in range(0, len(text), 10_000 * every)])
     cut = int(0.9 * len(text))
     train, val = text[:cut], text[cut:]
     if len(set(val)) < 2 or val.isspace():
-        return [f"its last tenth, the validation part, has no characters but {sorted(set(val))}; a "
-                "loss on it shows nothing"]
+        return [f"its last tenth, the validation part, consists only of {sorted(set(val))}; a loss "
+                "on it means nothing"]
     doubts = []
     if "\0" in text:
         doubts.append("it has NUL characters; if it is UTF-16 or a binary file, save it as UTF-8")
@@ -3223,8 +3242,8 @@ def doubts_about(text: str) -> list[str]:
     known_lines = set(train.split("\n"))
     repeated = sum(len(line) for line in lines if line in known_lines)
     if repeated > 0.9 * sum(len(line) for line in lines):
-        doubts.append("nine tenths of the validation part occur in the training part line by line; "
-                      "a low loss shows memory, not skill")
+        doubts.append("nine tenths of its validation part are lines that also occur in the "
+                      "training part; a low loss would only show memorization")
     known = pieces_of(train)
     left_out = known[5::10]
     del known[5::10]
@@ -3232,13 +3251,13 @@ def doubts_about(text: str) -> list[str]:
                             for pieces in (pieces_of(val), left_out)]
     # Parts of short texts differ by chance.
     if len(text) >= 20_000 and val_loss > usual_loss + 0.45:
-        doubts.append("its last tenth, the validation part, is of another kind than the rest, so a "
-                      "loss on it tells little; if it is sorted, or put together from several "
-                      "texts, mix its lines or documents")
+        doubts.append("its last tenth, the validation part, differs in kind from the rest, so a "
+                      "loss on it tells little; if the text is sorted, or put together from "
+                      "several texts, mix its lines or documents")
     return doubts
 
 def pieces_of(text: str, size: int = 1_000_000) -> list[str]:
-    """Pieces of 200 characters from everywhere in a text, together about as many as size."""
+    """Pieces of 200 characters from everywhere in a text, together at most `size` characters."""
     every = len(text) // size + 1
     return [text[i : i + 200] for i in range(0, len(text), 200 * every)]
 
@@ -3293,7 +3312,7 @@ def encode_text(source: SourceText, tokenizer) -> Corpus:
                         "trained from the start on this text can know it") from None
 
 def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = False) -> Corpus:
-    """The same for training. Raises UserError, too, if a part is too short for a single window.
+    """Both parts of a text for training. Raises UserError, too, if one is too short for a window.
 
     fixed says that block_size is that of a trained model and cannot change."""
     corpus = encode_text(source, tokenizer)
@@ -3301,8 +3320,8 @@ def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = 
     if shorter > block_size:
         return corpus
     if shorter < 2:
-        raise UserError(f"--data {source.path}: number of tokens in its shorter part: {shorter}; "
-                        "use a longer text")
+        raise UserError(f"--data {source.path}: too short: one of its parts has only {shorter} "
+                        f"token{'s' * (shorter != 1)}; use a longer text")
     if fixed:
         raise UserError(f"--data {source.path}: its shorter part has {shorter} tokens, but this "
                         f"model is trained on windows of {block_size} + 1; use a longer text")
@@ -3344,7 +3363,11 @@ class FullRun(Run):
         return model
 
     def batches(self):
-        """This process's rows of each batch of the step."""
+        """This process's rows of each batch of the step.
+
+        What must happen before and after the gradients are computed stands here, too, so that Part
+        I's train_step need not know of it: the clock, dropout's random numbers in other processes,
+        and the division by the scale of a loss in float16."""
         self.journal.begin_step()
         if self.rank > 0:  # other processes need other random numbers for dropout
             torch.manual_seed(derived_seed(self.config.seed, self.step, self.rank))
@@ -3370,15 +3393,18 @@ class FullRun(Run):
     def check_finite(self, loss: float) -> None:
         """Raises Diverged if a loss is not a finite number."""
         if not math.isfinite(loss):
-            raise Diverged(f"the run has diverged at step {self.step}; use a smaller "
-                           f"--learning_rate than {self.config.learning_rate}, and another "
-                           "--out_dir")
+            raise self.diverged()
+
+    def diverged(self) -> Diverged:
+        """The error for a run whose numbers are no longer finite."""
+        return Diverged(f"the run has diverged at step {self.step}; use a smaller --learning_rate "
+                        f"than {self.config.learning_rate}, and another --out_dir")
 
     def save(self, name: str) -> None:
         """Writes a checkpoint, in the first process. Raises Diverged for weights that are not
         finite, so that they never replace good ones."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.check_finite(math.nan)
+            raise self.diverged()
         if self.rank == 0:
             insist(lambda: super(FullRun, self).save(name))
 
@@ -3404,13 +3430,15 @@ class FullRun(Run):
                     or held["corpus"]["sha256"] != self.source["sha256"]):
                 raise UserError(f"{best}: this is the model of another run; move it to another "
                                 "folder")
+            # It stays what it is if it is at least as good as what this checkpoint knows of, or if
+            # that was the model of another step, which nobody has any more.
             if held["best_val"] <= self.best_val or self.best_step != self.step:
                 self.best_val = held["best_val"]
                 self.best_step = held["best_step"]
                 return
         if self.best_step == self.step:  # this checkpoint is the best one
             self.save("best.pt")
-        else:
+        else:  # there is no best model, so the next evaluation makes one
             self.best_val = math.inf
             self.best_step = self.step
 
@@ -3425,8 +3453,7 @@ class FullRun(Run):
         if number:
             self.save("latest.pt")
             gather(None)  # nobody leaves before the first process has saved
-            self.journal.say("saved; to continue, type the same command again (in --mode train "
-                             "with --resume)")
+            self.journal.say(f"saved; to continue, {AGAIN}")
             raise Stopped(number)
 
 # ==================================================================================================
@@ -3467,8 +3494,8 @@ def variants_of(request: Request) -> dict[str, Request]:
         raise UserError(f"--vary {vary}: must be FIELD=A,B,C, where FIELD is a setting of the "
                         "model or of training other than seed and preset")
     variants = {}
-    is_switch = name in {f.name for config_class in (ModelConfig, RunConfig)
-                         for f in fields(config_class) if f.type == "bool"}
+    owner = ModelConfig if name in field_names(ModelConfig) else RunConfig
+    is_switch = kind_of(owner, name) is bool
     for value in map(str.strip, values.split(",")):
         flag = [f"--{name}={value}"]
         if is_switch:
@@ -3508,7 +3535,7 @@ def run_ablate(request: Request) -> None:
             except Diverged as problem:
                 outcomes[label].append(None)
                 say(str(problem))
-    finally:  # also of a command that is stopped: what is done
+    finally:  # reports the finished runs even if the command is stopped
         report_ablation(folder, runs, outcomes, request.options.seeds)
 
 def check_runs(runs: dict[tuple, Request], preset: str) -> None:
@@ -3517,7 +3544,7 @@ def check_runs(runs: dict[tuple, Request], preset: str) -> None:
     built = set()
     for (label, _), request in runs.items():
         if label not in built:
-            start = begin_anew(request, preset)
+            start = new_run(request, preset)
             built.add(label)
         refuse_other_run(request, preset, start.source["sha256"])  # all have the same text
 
@@ -3713,8 +3740,8 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
 
 # ---- Exchange: Qwen3's form ----------------------------------------------------------------------
 # Qwen3     has RMSNorm, RoPE, QK-norm, SwiGLU and no biases. A model with exactly these parts only
-#           needs other names. But `laptop` has LayerNorm and squared ReLU, and is exactly a Qwen3
-#           all the same, after a change of its weights.
+#           needs other names. But `laptop` has LayerNorm and squared ReLU. A change of its weights
+#           makes it a Qwen3 with the same outputs, up to rounding.
 # Centring  LayerNorm without bias is RMSNorm of x - mean(x) [Jiang et al. 2023, section 3]. So if
 #           the mean of x is always zero, both norms agree. The residual stream is the sum of a row
 #           of the token table and of the outputs of the c_proj layers. Subtract from each row of
@@ -3862,7 +3889,7 @@ def run_export(request: Request) -> None:
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 # The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. Its settings must be
-# ones that our model has, for we compute nothing else.
+# ones that our model has, because we compute nothing else.
 GPT2_NEEDS = {"model_type": "gpt2", "layer_norm_epsilon": LayerNorm.eps, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
@@ -3877,7 +3904,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: this file is damaged; fetch it again") from None
 
 def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
-    """config.json, and the same as our settings. Raises UserError for what we do not compute."""
+    """config.json, and the ModelConfig that corresponds to it. Raises UserError if none does."""
     theirs = read_json(folder / "config.json")
     for name, needed in GPT2_NEEDS.items():
         value = theirs.get(name, None if name == "model_type" else needed)
@@ -3958,7 +3985,7 @@ def read_folder(folder: Path) -> dict:
                         "first")
     for path in files_of_run(folder):
         if path.suffix == ".pt":
-            raise UserError(f"{folder}: this is the folder of a run; name its {path}")
+            raise UserError(f"{folder}: this is the folder of a run; name the file {path}")
     try:
         theirs, config = read_gpt2_config(folder)
         tokenizer = read_tokenizer(folder)
@@ -4059,7 +4086,8 @@ def paint_attention(figure, weights: list, labels: list[str]) -> None:
     axes.tick_params(axis="x", which="minor", labelrotation=90)
 
 def printable(label: str) -> str:
-    """A label without characters that matplotlib's font lacks: U+4E2D instead."""
+    """A label in which characters that matplotlib's font lacks are replaced by their code, such as
+    U+4E2D."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     known = get_font(findfont(FontProperties())).get_charmap()
@@ -4085,7 +4113,7 @@ def print_inside(inside: Inside, ids: list[int], tokenizer) -> None:
         write_result(f"next, after {name}:{guesses}")
 
 def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
-    """The same, with one JSON record in each line."""
+    """The same, with one JSON record in each line. Layer -1 is the embedding."""
     for p, i in zip(inside.probabilities, ids[1:]):
         write_result(json.dumps({"token": tokenizer.decode([i]), "p": p[i].item(),
                                  "likeliest": most_likely(p, tokenizer)}))
@@ -4101,8 +4129,8 @@ def run_inspect(request: Request) -> None:
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
     block_size = used.model.config.block_size
     if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt {request.writing.prompt[:40]!r}: number of tokens {len(ids)}; "
-                        f"type a prompt of 2 to {block_size}")
+        raise UserError(f"--prompt {request.writing.prompt[:40]!r}: type a prompt of 2 to "
+                        f"{block_size} tokens; this one has {len(ids)}")
     inside = look_inside(used.model, torch.tensor([ids]))
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
@@ -4121,8 +4149,9 @@ def run_inspect(request: Request) -> None:
 # ==================================================================================================
 # Part V: The command line
 #
-# Every field of a settings class is a flag. Its default and the comment beside it are what --help
-# shows. A setting comes from the defaults, then from the preset, then from what was typed.
+# Every field of a settings class is a flag (except ModelConfig's vocab_size, which follows from the
+# tokenizer). Its default and the comment beside it are what --help shows. A preset overrides the
+# defaults, and a typed flag overrides both.
 # ==================================================================================================
 
 import argparse
@@ -4140,7 +4169,7 @@ class Preset:
 
 PRESETS = {
     "plain": Preset(
-        "Part I and nothing else, at the laptop's size",
+        "exactly Part I, with about as many parameters as laptop",
         model=dict(n_layer=4, n_head=4, n_embd=128, block_size=128, dropout=0.0),
         training=dict(batch_size=16, grad_accum=1, max_steps=1500, learning_rate=6e-3,
                       min_lr=1e-4)),
@@ -4181,7 +4210,7 @@ PRESETS = {
         training=dict(tokenizer="gpt2", batch_size=8, grad_accum=8, learning_rate=6e-4,
                       min_lr=6e-5, beta2=0.95)),
     "bigram": Preset(
-        "the baseline: the next character from this one alone",
+        "the baseline: predicts the next character from the current one alone",
         model=dict(model="bigram", dropout=0.0, block_size=64),
         training=dict(grad_accum=1, max_steps=1000, learning_rate=5e-2, min_lr=5e-3,
                       weight_decay=0.0, log_interval=100)),
@@ -4191,13 +4220,13 @@ PRESETS = {
 class Options:
     """What to do, with which files, on which device."""
     mode: str = ""  # what to do
-    data: str = ""  # a UTF-8 text; otherwise data/input.txt, or the text of the checkpoint
+    data: str = ""  # a UTF-8 text file; by default the checkpoint's text, or data/input.txt
     out_dir: str = "out"  # the folder of the run
-    checkpoint: str = ""  # the model to use: a .pt file or a folder; otherwise best.pt of out_dir
+    checkpoint: str = ""  # the model to use: a .pt file or a folder; by default out_dir/best.pt
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     resume: bool = False  # train: continue from latest.pt of out_dir
     init_from: str = ""  # train: begin with the weights of this .pt file or folder
-    export_dir: str = ""  # export: the folder to write; otherwise out_dir/hf
+    export_dir: str = ""  # export: the folder to write; by default out_dir/hf
     json: bool = False  # inspect: print JSON records
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
@@ -4206,13 +4235,13 @@ class Options:
 @dataclass
 class WritingConfig:
     """How text is written with a trained model."""
-    prompt: str = ""  # the text to continue; otherwise the first character of the vocabulary
+    prompt: str = ""  # the text to continue; by default a line break, or the first character known
     max_tokens: int = 200  # tokens to add to the prompt
     temperature: float = 0.8  # 0: always the most likely token; 1: as learned
     top_k: int | None = None  # draw from the k most likely tokens only
     top_p: float | None = None  # draw from the most likely tokens that reach this probability
     num_samples: int = 1  # how many texts to write, one after the other
-    stop: list[str] = field(default_factory=list)  # end before this text; may be given again
+    stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     cache: bool = True  # keep keys and values instead of computing them again
 
 @dataclass
@@ -4397,12 +4426,12 @@ def pick(typed: dict, config_class) -> dict:
 def choose_preset(request: Request, device: torch.device) -> str:
     """The name of the preset; auto chooses by device. Says which one it is."""
     name = request.training.get("preset", "auto")
-    why = "as asked"
+    reason = "as asked"
     if name == "auto":
         name = "gpt" if device.type == "cuda" else "laptop"
-        why = f"chosen for {device.type}"
+        reason = f"chosen for {device.type}"
     others = ", ".join(other for other in PRESETS if other != name)
-    say(f"preset {name} ({why}): {PRESETS[name].about}. Others, by --preset: {others}")
+    say(f"preset {name} ({reason}): {PRESETS[name].about}. Other presets (--preset NAME): {others}")
     return name
 
 def training_settings(preset: str, request: Request) -> RunConfig:
@@ -4423,14 +4452,15 @@ def model_settings(preset: str, request: Request, vocab_size: int) -> ModelConfi
     """The settings of the model for a new run. Raises UserError if they do not fit together."""
     return ModelConfig(**{**PRESETS[preset].model, **request.model, "vocab_size": vocab_size})
 
-def refuse_changes(typed: dict, stored: dict, reason: str) -> None:
-    """Raises UserError for a typed setting that differs from the stored one."""
+def refuse_changes(typed: dict, stored: dict, who: str) -> None:
+    """Raises UserError for a typed setting that differs from the stored one, which `who` has."""
     for name, value in typed.items():
         if name in stored and value not in (stored[name], "auto"):
-            raise UserError(f"--{name} {value}: {reason} has {stored[name]}; leave it out")
+            raise UserError(f"--{name} {value}: {who} has {stored[name]}; leave the flag out")
 
 def limit_steps(config: RunConfig, sizes: ModelConfig, corpus: Corpus, typed: dict) -> RunConfig:
-    """On a small text, fewer steps, so that the model does not memorize it (seen on 64 and 254 KB).
+    """Lowers max_steps for a small text to six passes over it, so that a model without dropout does
+    not memorize it (which was seen on texts of 64 and 254 KB).
 
     The schedule of the learning rate stays complete. What was typed is left as it is."""
     if "max_steps" in typed or sizes.dropout:
@@ -4501,7 +4531,7 @@ def unused_tokens(corpus: Corpus, tokenizer) -> list[int]:
     targets = set(corpus.train[1:].tolist())
     return [i for i in range(tokenizer.vocab_size) if i not in targets]
 
-def begin_again(request: Request, state: dict) -> RunStart:
+def resume_run(request: Request, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
     options = request.options
     fixed = {name: value for name, value in request.training.items() if name not in MAY_CHANGE}
@@ -4530,14 +4560,14 @@ def tokenizer_settings(origin: dict) -> dict:
         kind = "gpt2"
     return {"tokenizer": "bpe", "vocab_size": size} if kind == "bpe" else {"tokenizer": kind}
 
-def begin_from_weights(request: Request, preset: str) -> RunStart:
+def run_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
     origin = read_model(Path(options.init_from))
     made = tokenizer_settings(origin)
     stored = {**origin["model_config"], **made}
     stored.pop("dropout")  # it may differ
-    refuse_changes({**request.model, **request.training}, stored, "--init_from")
+    refuse_changes({**request.model, **request.training}, stored, "the model of --init_from")
     config = training_settings(preset, replace(request, training={**request.training, **made}))
     sizes = {**origin["model_config"], **request.model}
     model, tokenizer = model_from_checkpoint({**origin, "model_config": sizes}, ModelConfig)
@@ -4548,7 +4578,7 @@ def begin_from_weights(request: Request, preset: str) -> RunStart:
     unused = [i for i in unused_tokens(corpus, tokenizer) if i in known]
     return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused))
 
-def begin_anew(request: Request, preset: str) -> RunStart:
+def new_run(request: Request, preset: str) -> RunStart:
     """A new run with random weights."""
     data = request.options.data
     config = training_settings(preset, request)
@@ -4571,18 +4601,18 @@ def report_corpus(start: RunStart) -> None:
             say(f"warning: about this text: {doubt}")
 
 def begin(request: Request, device: torch.device) -> RunStart:
-    """What the run of a request begins with: anew, from weights, or from where it was."""
+    """What a run begins with: a new run, one from given weights, or a resumed one."""
     options = request.options
     if options.checkpoint:
         raise UserError(f"--checkpoint {options.checkpoint}: to train from it, use --init_from, or "
                         f"copy it to {Path(options.out_dir, 'latest.pt')} and use --resume")
     state = find_latest(options)
     if state is not None:
-        start = begin_again(request, state)
+        start = resume_run(request, state)
         report_corpus(start)
         return start
     preset = choose_preset(request, device)
-    start_run = begin_from_weights if options.init_from else begin_anew
+    start_run = run_from_weights if options.init_from else new_run
     start = start_run(request, preset)
     report_corpus(start)
     sizes = start.model.config
@@ -4656,7 +4686,7 @@ def load_for_use(options: Options) -> LoadedModel:
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return LoadedModel(model.to(device), tokenizer, state)
 
-# What many programs type by themselves, and the character that a plain text has in its place.
+# Characters that many programs insert automatically, and what a plain text has in their place.
 PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
                              "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2026": ".",
                              "\u00a0": " "})
@@ -4673,32 +4703,39 @@ def closest_character(character: str, known) -> str | None:
             return candidate
     return None
 
-def adapt_text(tokenizer, flag: str, text: str) -> str:
-    """A typed text in the form that the corpus uses, where that is certain: its line breaks, and
-    whether an accent is a character of its own. Raises UserError if it cannot be encoded."""
+def normalize(text: str, tokenizer) -> str:
+    """Typed text in the form of the corpus: line breaks as on Linux, and accents composed with
+    their letters (NFC) or separate from them (NFD), whichever the vocabulary knows."""
     text = unify_line_breaks(text)
-    unknown = []
-    if tokenizer.kind == "char":
-        forms = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
-        if not set(text) <= set(tokenizer.itos):
-            forms = forms[1:]
-        text = min(forms, key=lambda form: sum(c not in tokenizer.stoi for c in form))
-        unknown = [character for character in text if character not in tokenizer.stoi]
+    if tokenizer.kind != "char" or set(text) <= set(tokenizer.itos):
+        return text
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    return min(forms, key=lambda form: sum(c not in tokenizer.stoi for c in form))
+
+def adapt_text(tokenizer, flag: str, text: str) -> str:
+    """The text of a flag, normalized. Raises UserError for a character that the model does not
+    know, and notes a line break that was typed as two characters."""
+    text = normalize(text, tokenizer)
     hint = ""
     if "\\n" in text:
         hint = ("\\n was typed as two characters; for a line break, type $'\\n' in bash and zsh, "
                 "and \"`n\" in PowerShell")
-    if unknown:
-        if unknown[0] != "\\" or not hint:
-            closest = closest_character(unknown[0], tokenizer.itos)
-            hint = f"the closest one that it has is {closest!r}" if closest else "leave it out"
-        try:
-            tokenizer.encode(unknown[0])
-        except UserError as problem:
-            raise UserError(f"{flag} {text!r}: {problem}; {hint}") from None
+    for character in text if tokenizer.kind == "char" else "":
+        if character not in tokenizer.stoi:
+            raise UserError(f"{flag} {text!r}: " + describe_unknown(character, tokenizer, hint))
     if hint:
         say(f"note: {flag} {text!r}: {hint}")
     return text
+
+def describe_unknown(character: str, tokenizer, hint: str) -> str:
+    """What to do about a character that is not in the vocabulary."""
+    if character != "\\" or not hint:
+        closest = closest_character(character, tokenizer.itos)
+        hint = f"the closest one that it has is {closest!r}" if closest else "leave it out"
+    try:
+        tokenizer.encode(character)
+    except UserError as problem:
+        return f"{problem}; {hint}"
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; without one, the id that a sample begins with."""
@@ -4740,7 +4777,7 @@ class TextPrinter:
         write_result(self.held + self.decoder.decode(b"", final=True))
 
 class UsedTokensReader:
-    """A reader that never lets a token be drawn that was never a target in training."""
+    """A reader that rules out tokens that were never a target in training."""
     def __init__(self, reader, unused: list[int]):
         self.reader = reader
         self.unused = unused
@@ -4784,15 +4821,16 @@ def run_eval(request: Request) -> None:
     if stored["sha256"] not in ("", text.sha256):
         say(f"note: {text.path} is not the text that this model was trained on")
     corpus = encode_text(text, used.tokenizer)
+    what = "full validation split"
     if len(corpus.val) < 2:
-        say("this text is too short to have a validation part; all of it is evaluated")
+        what = "whole text, which is too short to have a validation part"
         tokens = encode_to_tensor(text.text, used.tokenizer)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
-        raise UserError(f"--data {text.path}: number of tokens {len(corpus.val)}; name a text of "
-                        "at least 2")
+        raise UserError(f"--data {text.path}: name a text of at least 2 tokens; this one has "
+                        f"{len(corpus.val)}")
     nats = evaluate(used.model, corpus.val, progress=Progress("evaluating").show)
-    write_result(describe_loss(nats, corpus))
+    write_result(describe_loss(nats, corpus, what))
 
 # ---- The modes -----------------------------------------------------------------------------------
 @dataclass
@@ -4823,14 +4861,15 @@ def explain(problem: Exception) -> str | None:
         return str(problem)
     if isinstance(problem, ImportError) and problem.name:
         if problem.name == "download_data":
-            return "download_data.py must stand beside minigpt.py; or name a text with --data"
+            return ("download_data.py must be in the same folder as minigpt.py; or name a text by "
+                    "--data")
         return f"{problem.name} is not installed, but it is needed: pip install {problem.name}"
     if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
         problem = problem.__context__
     if isinstance(problem, OSError):
         where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or "--out_dir"))
         what = problem.strerror or problem
-        return f"{where}: {what}; correct that, or name another one"
+        return f"{where}: {what}; correct that, or name another file or folder"
     if is_out_of_memory(problem):
         return "out of memory; use a smaller --batch_size, --block_size or --n_embd"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
