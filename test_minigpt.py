@@ -1079,6 +1079,26 @@ def test_tokens_come_one_after_the_other_and_none_if_none_are_asked_for():
     assert [token.shape for token in first] == [(2, 1), (2, 1)]
     assert torch.equal(model.generate(idx, 0), idx)
 
+@pytest.mark.parametrize("attention", ["explicit", "fused"])
+def test_the_library_call_ends_at_the_end_token(attention):
+    """Each row of a batch ends by itself and is filled up with the end token. When all have ended,
+    nothing more is computed. Without end_id, the text goes on."""
+    model = small_model(attention=attention).float()
+    idx = random_ids(3, 2)
+    options = dict(temperature=1.0, generator=torch.Generator().manual_seed(4))
+    free = model.generate(idx, 60, **options)
+    assert free.shape == (3, 62)
+    end_id = free[0, 9].item()
+    options["generator"].manual_seed(4)
+    ended = model.generate(idx, 60, end_id=end_id, **options)
+    lengths = []
+    for row, whole in zip(ended[:, 2:].tolist(), free[:, 2:].tolist()):
+        length = whole.index(end_id) if end_id in whole else 60
+        lengths.append(length)
+        assert row[: length + 1] == whole[: length + 1]
+        assert all(token == end_id for token in row[length:])
+    assert lengths[0] <= 7 and ended.shape[1] == 2 + min(max(lengths) + 1, 60)
+
 # ---- The optimizer: AdamW ------------------------------------------------------------------------
 def test_adamw_is_the_equation_in_the_text_and_decays_matrices_only():
     """Three steps by hand, with the corrections of the means, and with decay for matrices. Fails if
@@ -1959,6 +1979,65 @@ def test_a_tokenizer_with_other_ids_is_refused(bpe, tmp_path):
         BPETokenizer.load(tmp_path)
 
 @pytest.mark.skipif(not importable("huggingface_hub"), reason="huggingface_hub is not installed")
+def test_the_counts_of_the_trainer_are_those_of_its_words_after_each_merge():
+    """The trainer only looks at pairs that touch a new token. Words of two letters have long runs,
+    at their ends and next to each other, which is where such a short cut goes wrong."""
+    rng = random.Random(3)
+    for _ in range(60):
+        words = {"".join(rng.choices("ab", k=rng.randrange(1, 20))): rng.randrange(1, 4)
+                 for _ in range(5)}
+        learner = minigpt.MergeLearner(words)
+        for token in map(chr, range(256, 262)):
+            pair = learner.most_frequent()
+            if pair is None:
+                break
+            learner.merge(pair, token)
+            expected = collections.Counter()
+            for word, frequency in zip(learner.words, words.values()):
+                for found in minigpt.pairs_of(word):
+                    expected[found] += frequency
+            assert {p: n for p, n in learner.counts.items() if n} == expected
+
+@pytest.mark.parametrize("text", [
+    SHORT.read_text(encoding="utf-8"), "a" * 99, " \n" * 40, "ab  cd\n\n ef!?\x1c \u2028x 'll" * 9,
+    "<|endoftext|> a<|endoftext|>" * 9])
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_a_text_in_pieces_has_the_same_words(text, size):
+    """A large text is encoded piece by piece. A piece must not end within a word, nor between a
+    space and the word that it belongs to, nor within white space."""
+    pieces = list(minigpt.in_pieces(text, size=size))
+    assert "".join(pieces) == text and all(pieces)
+    words = [minigpt.split_words(piece) for piece in pieces]
+    assert sum(words, []) == minigpt.split_words(text)
+    if size == 1 and " a" in text[1:]:
+        assert len(pieces) > 5
+    assert "".join(minigpt.in_pieces(text, 3, 40, size)) == text[3:40]
+
+def test_a_long_word_is_merged_as_short_ones_are():
+    """A page without a space is one word. It takes another way through the merges, which must give
+    the same ids."""
+    rng = random.Random(4)
+    tokenizer = BPETokenizer.train("".join(rng.choices("ACGT", k=3000)), 320)
+    assert len(tokenizer.merges) == 320 - 257
+    for _ in range(20):
+        word = "".join(rng.choices("ACGT", k=900))
+        for text in (word, word + word):
+            ids = [tokenizer.tokens.index(bytes([byte])) for byte in text.encode()]
+            for rank, (a, b) in enumerate(tokenizer.merges, start=256):
+                pair = (tokenizer.tokens.index(a), tokenizer.tokens.index(b))
+                ids = minigpt.merge_pair(ids, pair, rank)
+            assert tokenizer.merge_word(text) == ids
+
+def test_learning_byte_pairs_reports_its_progress(monkeypatch):
+    """Otherwise a large text shows nothing for minutes."""
+    seen = []
+    monkeypatch.setattr(minigpt.Progress, "show", lambda self, share: seen.append(self.what))
+    minigpt.make_tokenizer(RunConfig(tokenizer="bpe", vocab_size=262), "low lower lowest " * 9)
+    assert set(seen) == {"learning byte pairs"}
+    shares = []
+    tokenizer = BPETokenizer.train("low lower lowest " * 9, 262, shares.append)
+    assert shares == [n / 261 for n in range(257, 257 + len(tokenizer.merges))]
+
 def hide_package(monkeypatch, hidden):
     """As if a package were not installed."""
     found = importlib.util.find_spec
@@ -6528,65 +6607,6 @@ def test_several_samples_are_several_texts(tiny_run):
         before, found, _ = whole[1:].partition(stop)
         assert cut == (f"I{before}\n" if found else whole)
 
-def test_the_counts_of_the_trainer_are_those_of_its_words_after_each_merge():
-    """The trainer only looks at pairs that touch a new token. Words of two letters have long runs,
-    at their ends and next to each other, which is where such a short cut goes wrong."""
-    rng = random.Random(3)
-    for _ in range(60):
-        words = {"".join(rng.choices("ab", k=rng.randrange(1, 20))): rng.randrange(1, 4)
-                 for _ in range(5)}
-        learner = minigpt.MergeLearner(words)
-        for token in map(chr, range(256, 262)):
-            pair = learner.most_frequent()
-            if pair is None:
-                break
-            learner.merge(pair, token)
-            expected = collections.Counter()
-            for word, frequency in zip(learner.words, words.values()):
-                for found in minigpt.pairs_of(word):
-                    expected[found] += frequency
-            assert {p: n for p, n in learner.counts.items() if n} == expected
-
-@pytest.mark.parametrize("text", [
-    SHORT.read_text(encoding="utf-8"), "a" * 99, " \n" * 40, "ab  cd\n\n ef!?\x1c \u2028x 'll" * 9,
-    "<|endoftext|> a<|endoftext|>" * 9])
-@pytest.mark.parametrize("size", [1, 7, 50])
-def test_a_text_in_pieces_has_the_same_words(text, size):
-    """A large text is encoded piece by piece. A piece must not end within a word, nor between a
-    space and the word that it belongs to, nor within white space."""
-    pieces = list(minigpt.in_pieces(text, size=size))
-    assert "".join(pieces) == text and all(pieces)
-    words = [minigpt.split_words(piece) for piece in pieces]
-    assert sum(words, []) == minigpt.split_words(text)
-    if size == 1 and " a" in text[1:]:
-        assert len(pieces) > 5
-    assert "".join(minigpt.in_pieces(text, 3, 40, size)) == text[3:40]
-
-def test_a_long_word_is_merged_as_short_ones_are():
-    """A page without a space is one word. It takes another way through the merges, which must give
-    the same ids."""
-    rng = random.Random(4)
-    tokenizer = BPETokenizer.train("".join(rng.choices("ACGT", k=3000)), 320)
-    assert len(tokenizer.merges) == 320 - 257
-    for _ in range(20):
-        word = "".join(rng.choices("ACGT", k=900))
-        for text in (word, word + word):
-            ids = [tokenizer.tokens.index(bytes([byte])) for byte in text.encode()]
-            for rank, (a, b) in enumerate(tokenizer.merges, start=256):
-                pair = (tokenizer.tokens.index(a), tokenizer.tokens.index(b))
-                ids = minigpt.merge_pair(ids, pair, rank)
-            assert tokenizer.merge_word(text) == ids
-
-def test_learning_byte_pairs_reports_its_progress(monkeypatch):
-    """Otherwise a large text shows nothing for minutes."""
-    seen = []
-    monkeypatch.setattr(minigpt.Progress, "show", lambda self, share: seen.append(self.what))
-    minigpt.make_tokenizer(RunConfig(tokenizer="bpe", vocab_size=262), "low lower lowest " * 9)
-    assert set(seen) == {"learning byte pairs"}
-    shares = []
-    tokenizer = BPETokenizer.train("low lower lowest " * 9, 262, shares.append)
-    assert shares == [n / 261 for n in range(257, 257 + len(tokenizer.merges))]
-
 class CountingTokenizer(BPETokenizer):
     """Counts how many ids it was asked to decode."""
     decoded = 0
@@ -6664,26 +6684,6 @@ def test_tokens_that_cross_characters_are_shown_whole(monkeypatch):
         seen, whole = print_tokens(tokenizer, ids, [], monkeypatch)
         assert whole == data.decode("utf-8", "replace") + "\n"
         assert all(whole.startswith(shown) for shown in seen)
-
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_the_library_call_ends_at_the_end_token(attention):
-    """Each row of a batch ends by itself and is filled up with the end token. When all have ended,
-    nothing more is computed. Without end_id, the text goes on."""
-    model = small_model(attention=attention).float()
-    idx = random_ids(3, 2)
-    options = dict(temperature=1.0, generator=torch.Generator().manual_seed(4))
-    free = model.generate(idx, 60, **options)
-    assert free.shape == (3, 62)
-    end_id = free[0, 9].item()
-    options["generator"].manual_seed(4)
-    ended = model.generate(idx, 60, end_id=end_id, **options)
-    lengths = []
-    for row, whole in zip(ended[:, 2:].tolist(), free[:, 2:].tolist()):
-        length = whole.index(end_id) if end_id in whole else 60
-        lengths.append(length)
-        assert row[: length + 1] == whole[: length + 1]
-        assert all(token == end_id for token in row[length:])
-    assert lengths[0] <= 7 and ended.shape[1] == 2 + min(max(lengths) + 1, 60)
 
 def test_showing_a_text_takes_time_in_proportion_to_its_length(monkeypatch):
     """Decoding the whole text again for each token would take hours for a long one."""
