@@ -3377,9 +3377,9 @@ def wait_for_step(process, log, step):
         assert process.is_alive(), log.read_text(encoding="utf-8")
         time.sleep(0.01)
 
+@pytest.mark.slow
 @POSIX
-@pytest.mark.parametrize("number, code", [
-    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number, code):
     """In a process of its own. The first signal, in the middle of the run, saves the last completed
     step. In a step that takes hours (here an evaluation of so many batches), a second one must
@@ -6076,6 +6076,7 @@ def test_each_head_is_drawn_in_its_place():
         assert labels == ["'a'", r"'\$'", "'U+4E2D'", "'é'"] * len(names)
         assert axis.get_minorticklocs().tolist()[4:8] == [6, 7, 8, 9]
 
+@pytest.mark.slow
 def test_a_picture_of_many_heads_stays_small(tmp_path, pictures):
     """12 layers of 12 heads and Chinese text: at most 4,000 pixels, no warning about letters that
     the font lacks, and no labels that are too small to read."""
