@@ -3036,12 +3036,13 @@ def start_wandb(run: FullRun):
     try:
         import wandb
 
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not has_login(wandb):
+        mode = os.environ.get("WANDB_MODE")
+        if mode not in ("offline", "disabled") and not has_login(wandb):
             say("Weights & Biases is off, because you are not logged in: run `wandb login`, set "
                 "WANDB_MODE=offline, or silence this line by --no_wandb")
             return None
         settings = {**asdict(run.model.config), **asdict(run.config)}
-        return wandb.init(project="minigpt", dir=run.out_dir, config=settings,
+        return wandb.init(project="minigpt", dir=run.out_dir, config=settings, mode=mode,
                           id=run.journal.wandb_id, resume="allow", reinit="create_new",
                           settings=wandb.Settings(silent=True))
     except Exception as problem:  # not installed, no network, or an error of its own

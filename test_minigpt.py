@@ -6420,6 +6420,7 @@ def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path, 
            "9" * 30, "\udcff", ".", "a b"]
     files = [str(path) for path in (run / "best.pt", run / "latest.pt", SHORT, tmp_path / "new")]
     values = {int: ["0", "1", "2", "3", "4", "8", "100"], str: ["a", "ROMEO:", *files],
+              list: ["a", "\n", "\\n"],
               float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
     special = {"device": ["cpu", "cpu:9", "tpu", "meta"], "seeds": ["0", "1", "2"],
                "bench_seconds": ["0", "0.01"], "vary": ["pos=rope", "bias=true,false", "x=1", "="],
