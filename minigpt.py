@@ -1553,8 +1553,8 @@ def train(run: Run, after_step=None) -> None:
 #
 # 300 steps are a fifth of a full run, so these figures tell what learns quickly. The chapter "What
 # it all adds up to" has full runs. The figures of `plain`, RMSNorm, post-norm at 8 layers, RoPE,
-# QK-norm and even windows were measured with this code. The others were measured before it was
-# rewritten, when `plain` itself ended at 2.279 ± 0.004.
+# QK-norm, previous-position heads and even windows were measured with this code. The others were
+# measured before it was rewritten, when `plain` itself ended at 2.279 ± 0.004.
 # ==================================================================================================
 
 import collections
@@ -1579,6 +1579,7 @@ class ModelConfig(GPTConfig):
     tie_weights: bool = True  # whether the token table is also the output head
     qk_norm: bool = False  # whether queries and keys are normalized
     norm_scale: bool = True  # whether norms have a gain that is learned
+    prev_heads: int = 0  # heads of each attention that always read the previous position
 
     def __post_init__(self):
         super().__post_init__()
@@ -1590,6 +1591,8 @@ class ModelConfig(GPTConfig):
                 raise UserError(f"--pos {self.pos}: needs --attention {able}")
             if self.qk_norm:
                 raise UserError(f"--qk_norm: needs --attention {able}")
+            if self.prev_heads:
+                raise UserError(f"--prev_heads {self.prev_heads}: needs --attention {able}")
 
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
 # Problem   LayerNorm subtracts a mean, divides, multiplies by a gain and adds a bias. Is all of
@@ -1770,14 +1773,31 @@ class Attention(CausalSelfAttention):
         self.q_norm = NORMS[config.norm](hs, config) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](hs, config) if config.qk_norm else nn.Identity()
         self.rotary = ROTATIONS.get(config.pos, NoRotation)(config)
+        self.prev_heads = config.prev_heads
+        if config.prev_heads:  # the chapter "Heads that read the previous position"
+            width = config.prev_heads * hs
+            self.c_prev = nn.Linear(config.n_embd, width, bias=config.bias)
+            self.c_proj = nn.Linear(config.n_embd + width, config.n_embd, bias=config.bias)
 
     def forward(self, x, memory=None):
         """memory is a LayerMemory, which holds the keys and values of earlier tokens, or None."""
-        if memory is None:
-            return super().forward(x)
-        q, k, v = self.heads(x, start=memory.length)
-        k, v = memory.append(k, v)  # (B, nh, S, hs): those of all S tokens so far
-        return self.join(self.attend(q, k, v))
+        q, k, v = self.heads(x, start=0 if memory is None else memory.length)
+        if memory is not None:
+            k, v = memory.append(k, v)  # (B, nh, S, hs): those of all S tokens so far
+        y = self.attend(q, k, v)
+        if self.prev_heads:
+            y = torch.cat([y, self.read_previous(x, memory)], dim=1)  # (B, nh + prev_heads, T, hs)
+        return self.join(y)
+
+    def read_previous(self, x, memory=None):
+        """The values of the previous position: (B, T, C) -> (B, prev_heads, T, hs)."""
+        v = self.c_prev(x)  # (B, T, prev_heads hs)
+        before = v[:, :1]  # the first position has none before it, and reads itself
+        if memory is not None:
+            before = memory.previous.get("values", before)
+            memory.previous["values"] = v[:, -1:]
+        v = torch.cat([before, v[:, :-1]], dim=1)
+        return v.unflatten(-1, (self.prev_heads, -1)).transpose(1, 2)
 
     def heads(self, x, start: int = 0):
         """(B, T, C) -> q, k, v (B, nh, T, hs) of tokens at the positions start, start + 1, ..."""
@@ -1873,6 +1893,18 @@ class ShiftBlock(Block):
         return x
 
 BLOCKS["shift"] = ShiftBlock
+
+# ---- Heads that read the previous position -------------------------------------------------------
+# Problem   Token shift helps, but no other program can run it. Its gain may come from this: a part
+#           of the model sees what the previous token was, without spending a head on it. Trained
+#           models often have a head that does little else, which --mode inspect shows.
+# Answer    Give each attention a head that always puts all its weight on the previous position. It
+#           needs no query, no key and no softmax: its output is its value, shifted by one position.
+#           `Attention.read_previous` is all of it. Part IV shows that an ordinary attention head
+#           can do exactly the same, so other programs can run such a model.
+# Shapes    (B, T, C) -> (B, prev_heads, T, hs), joined to the other heads before c_proj
+# Here      --prev_heads 1 --attention extended: 1.923 ± 0.006, the largest gain of all variations
+#           in such a short training.
 
 # ---- Byte-pair encoding --------------------------------------------------------------------------
 # Problem   Characters make long sequences: "the" takes three steps of the model. Whole words make
@@ -2470,7 +2502,7 @@ class LayerMemory:
         self.capacity = capacity
         self.length = 0  # how many tokens are remembered
         self.keys = self.values = None  # (B, nh, capacity, hs) once the first token has come
-        self.previous = {}  # for token shift: the last position's channels
+        self.previous = {}  # what token shift and previous-position heads need of the last position
 
     def append(self, k, v):
         """Adds keys and values (B, nh, T, hs). Returns those of all tokens so far."""
@@ -2581,7 +2613,10 @@ READERS["fused"] = CachedReader
 #     even windows                        2,545          1.463 ± 0.011
 #     windows of 128, then of 512         2,500          1.446 ± 0.001
 #
-# RoPE and Muon bring two thirds of the gain. (The preset itself ends after 2,200 steps.)
+# RoPE and Muon bring two thirds of the gain. The preset itself ends after 2,200 steps at 1.447 ±
+# 0.004 (seeds 31, 32 and 33). A previous-position head makes each step a tenth slower. With one, and
+# with 2,000 steps, which take about the same time (--prev_heads 1 --max_steps 2000), it ends at
+# 1.438 ± 0.007 (seeds 41, 42 and 43).
 #
 # These ideas did not help, in earlier forms of `laptop` with 1,000 to 2,500 steps, and one seed
 # unless stated otherwise. The order of the batches alone makes a difference of 0.01. A plus means
@@ -3703,7 +3738,8 @@ def refuse_settings(config: ModelConfig, form: str, allowed: dict[str, tuple]) -
 
 LAYER_NORMS = ("layernorm", "fused_layernorm")
 GPT2_FORM = {"model": ("gpt",), "block": ("pre",), "pos": ("learned", "sinusoidal"),
-             "norm": LAYER_NORMS, "activation": ("gelu",), "qk_norm": (False,)}
+             "norm": LAYER_NORMS, "activation": ("gelu",), "qk_norm": (False,),
+             "prev_heads": (0,)}
 
 def pad_with_zeros(tensor, dim: int, size: int):
     """Fills a dimension up with zeros to this size."""
@@ -3745,7 +3781,8 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
 # ---- Exchange: Qwen3's form ----------------------------------------------------------------------
 # Qwen3     has RMSNorm, RoPE, QK-norm, SwiGLU and no biases. A model with exactly these parts only
 #           needs other names. But `laptop` has LayerNorm and squared ReLU. A change of its weights
-#           makes it a Qwen3 with the same outputs, up to rounding.
+#           makes it a Qwen3 with the same outputs, up to rounding. (The next chapter adds its
+#           previous-position heads.)
 # Centring  LayerNorm without bias is RMSNorm of x - mean(x) [Jiang et al. 2023, section 3]. So if
 #           the mean of x is always zero, both norms agree. The residual stream is the sum of a row
 #           of the token table and of the outputs of the c_proj layers. Subtract from each row of
@@ -3781,13 +3818,16 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
                "model.norm.weight": ours["ln_f.weight"]}
     if has_layer_norm:
         tensors["model.embed_tokens.weight"] = centre(ours["wte.weight"].t()).t()  # each row
-    if has_layer_norm or not c.tie_weights:
+    if has_layer_norm or not c.tie_weights or c.prev_heads:
         tensors["lm_head.weight"] = ours["lm_head.weight"]
     for i in range(c.n_layer):
         prefix = f"h.{i}."
         block = {name.removeprefix(prefix): w for name, w in ours.items()
                  if name.startswith(prefix)}
-        for name, w in to_qwen3_block(block, c, has_layer_norm).items():
+        theirs = to_qwen3_block(block, c, has_layer_norm)
+        if c.prev_heads:
+            theirs = add_fixed_heads(theirs, c)
+        for name, w in theirs.items():
             tensors[f"model.layers.{i}.{name}"] = w
     hidden = tensors["model.layers.0.mlp.up_proj.weight"].shape[0]
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
@@ -3799,11 +3839,15 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
               "rope_theta": 10000.0,
               "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
               "tie_word_embeddings": "lm_head.weight" not in tensors}
+    if c.prev_heads:
+        tensors.update(add_constant(tensors, c))
+        config.update(wider_config(c))
     return config, {name: w.float() for name, w in tensors.items()}
 
 def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
     """The tensors of one block, from ours."""
     q, k, v = block["attn.c_attn.weight"].chunk(3)
+    v = torch.cat([v, block.get("attn.c_prev.weight", v[:0])])  # those of all heads
     attn_out, mlp_out = block["attn.c_proj.weight"], block["mlp.c_proj.weight"]
     if has_layer_norm:
         q, k = centre(q, groups=c.n_head), centre(k, groups=c.n_head)
@@ -3823,6 +3867,101 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
             "mlp.gate_proj.weight": pad_with_zeros(gate, 0, hidden),
             "mlp.up_proj.weight": pad_with_zeros(up, 0, hidden),
             "mlp.down_proj.weight": pad_with_zeros(mlp_out, 1, hidden)}
+
+# ---- Exchange: heads that read the previous position ---------------------------------------------
+# Problem   Qwen3 has no such head. But an attention head can be built by hand that does the same.
+# Constant  Its query and key must not depend on the text. So the residual stream gets one more
+#           channel, in which the token table puts the same small number k for every token, and to
+#           which nothing else adds. (The stream grows by 32 channels, because some formats pack
+#           weights in groups of 32. The others stay 0.) The query and the key of the new head read
+#           this channel alone, and QK-norm takes away how large it is.
+# Norms     An RMSNorm now takes its mean over C' = C + 32 channels instead of C. The sum of squares
+#           grows by k^2 only. With the gains times sqrt(C / C') and the epsilon
+#           (C eps - k^2) / C', the result is the same.
+# Position  RoPE turns pair p of a query at position t by the angle t f_p. If the key has (1, 0) in
+#           a pair and the query (1, 0) turned back by one position, their product is
+#           cos((t - 1 - s) f_p) for a key at position s: it is largest for s = t - 1. Summed over
+#           eight pairs of different speeds, it is much larger there than anywhere else, and the
+#           softmax puts all its weight there. (At position 0, it can only read itself.)
+# Pairs     The new head needs pairs of its own, because its gains are large, and all heads share
+#           the gains of QK-norm. So the head size doubles. Pair i of an ordinary head becomes
+#           pair 2i, whose speed in a head of twice the size is the same: 10000^(-2(2i) / (2 hs)).
+#           The odd pairs are zero in ordinary heads and free for the new one.
+# Scale     In a head of twice the size, half of whose channels are 0, QK-norm makes the others
+#           sqrt(2) times as large, so scores are twice as large, and they are divided by
+#           sqrt(2 hs) instead of sqrt(hs). The gain of k divided by sqrt(2) makes up for both.
+EXTRA_CHANNELS = 32
+CONSTANT = 0.001  # k
+FIXED_LEAD = 30.0  # by how much the score of the previous position exceeds all others
+FIXED_WEIGHT = 1e4  # makes their queries and keys so large that QK-norm's epsilon does not matter
+
+def wider_config(c: ModelConfig) -> dict:
+    """The entries of config.json that change."""
+    C, wide = c.n_embd, c.n_embd + EXTRA_CHANNELS
+    n_head = c.n_head + c.prev_heads
+    return {"hidden_size": wide, "head_dim": 2 * C // c.n_head, "num_attention_heads": n_head,
+            "num_key_value_heads": n_head,
+            "rms_norm_eps": (C * RMSNorm.eps - CONSTANT**2) / wide}
+
+def widen_norm(w):
+    """The gains of an RMSNorm of the wider stream. The constant gets the gain 1."""
+    C = len(w)
+    w = pad_with_zeros(w * math.sqrt(C / (C + EXTRA_CHANNELS)), 0, C + EXTRA_CHANNELS)
+    w[C] = 1.0
+    return w
+
+def add_constant(tensors: dict, c: ModelConfig) -> dict:
+    """The tensors outside of the blocks, for the wider stream."""
+    wide = c.n_embd + EXTRA_CHANNELS
+    table = pad_with_zeros(tensors["model.embed_tokens.weight"], 1, wide)
+    table[:, c.n_embd] = CONSTANT
+    return {"model.embed_tokens.weight": table,
+            "model.norm.weight": widen_norm(tensors["model.norm.weight"]),
+            "lm_head.weight": pad_with_zeros(tensors["lm_head.weight"], 1, wide)}
+
+def add_fixed_heads(block: dict, c: ModelConfig) -> dict:
+    """A block of Qwen3 with the previous-position heads as ordinary heads."""
+    C, hs = c.n_embd, c.n_embd // c.n_head
+    wide = C + EXTRA_CHANNELS
+    pairs = slice(1, min(2 * 8, hs), 2)  # the odd pairs that the new heads use
+    speeds = 10000.0 ** (-torch.arange(hs, dtype=torch.float64)[pairs] / hs)
+    turned_back = torch.stack([speeds.cos(), -speeds.sin()])
+    straight = torch.stack([torch.ones_like(speeds), torch.zeros_like(speeds)])
+    scale = math.sqrt(2 * wider_config(c)["rms_norm_eps"] / RMSNorm.eps)
+    changed = dict(block)
+    for letter, fixed, gain in (("q", turned_back, 1.0), ("k", straight, math.sqrt(0.5))):
+        name = f"self_attn.{letter}_proj.weight"
+        ordinary = torch.zeros(c.n_head, 2, hs, wide, dtype=torch.float64)
+        ordinary[:, :, ::2, :C] = scale * block[name].view(c.n_head, 2, hs // 2, C)
+        new = torch.zeros(c.prev_heads, 2, hs, wide, dtype=torch.float64)
+        new[:, :, pairs, C] = FIXED_WEIGHT * fixed
+        changed[name] = torch.cat([ordinary, new]).flatten(0, 2)  # (heads 2 hs, wide)
+        gains = torch.zeros(2, hs, dtype=torch.float64)
+        gains[:, ::2] = gain * block[f"self_attn.{letter}_norm.weight"].view(2, hs // 2)
+        gains[:, pairs] = fixed_gain(speeds, c.block_size, hs)
+        changed[f"self_attn.{letter}_norm.weight"] = gains.flatten()
+    heads = c.n_head + c.prev_heads
+    v = pad_with_zeros(block["self_attn.v_proj.weight"].view(heads, hs, C), 1, 2 * hs)
+    out = pad_with_zeros(block["self_attn.o_proj.weight"].view(C, heads, hs), 2, 2 * hs)
+    changed["self_attn.v_proj.weight"] = pad_with_zeros(v.flatten(0, 1), 1, wide)
+    changed["self_attn.o_proj.weight"] = pad_with_zeros(out.flatten(1), 0, wide)
+    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        changed[name] = pad_with_zeros(block[name], 1, wide)
+    changed["mlp.down_proj.weight"] = pad_with_zeros(block["mlp.down_proj.weight"], 0, wide)
+    for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        changed[name] = widen_norm(block[name])
+    return changed
+
+def fixed_gain(speeds, block_size: int, hs: int) -> float:
+    """The gain that makes the score of the previous position exceed all others by FIXED_LEAD. (The
+    share of the others in the softmax is then at most block_size exp(-FIXED_LEAD).)"""
+    distances = torch.arange(-1.0, block_size - 1).double()  # t - 1 - s, from s = t backwards
+    sums = torch.outer(distances, speeds).cos().sum(dim=1)
+    sums[1] = -math.inf  # the previous position itself, whose sum is the number of pairs
+    n_pairs = len(speeds)
+    # After QK-norm, each of the pairs has the length sqrt(2 hs / n_pairs).
+    lead = math.sqrt(2 * hs) / n_pairs * (n_pairs - sums.max().item())
+    return math.sqrt(FIXED_LEAD / lead)
 
 # ---- Exchange: writing the folder ----------------------------------------------------------------
 def tokenizer_files(tokenizer) -> dict[str, dict]:
@@ -4025,7 +4164,8 @@ def read_folder(folder: Path) -> dict:
 #           row is a position, and its columns are what it looks at.
 # Look for  A head that is dark just left of the diagonal fetches the previous token. One with dark
 #           columns at spaces or line breaks looks back to the beginning of the word or line. One
-#           whose first column is dark all the way down often finds nothing, and rests there.
+#           whose first column is dark all the way down often finds nothing, and rests there (an
+#           attention sink). Previous-position heads are not drawn: they look the same for any text.
 @dataclass
 class Inside:
     """What happens in a model while it reads a text of T tokens."""
@@ -4266,6 +4406,7 @@ PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
           "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
+          "prev_heads": (0, 1000),
           "warmup_steps": (0, 2**31 - 1),
           "sample_tokens": (0, 2**31 - 1), "checkpoint_interval": (0, 2**31 - 1),
           "patience": (0, 2**31 - 1), "max_tokens": (0, 2**31 - 1)}

@@ -1813,6 +1813,48 @@ def test_token_shift_shows_half_of_the_channels_of_the_previous_position(n_embd,
     middle = x + block.attn(shifted(block.ln_1(x)))
     assert_close(block(x), middle + block.mlp(shifted(block.ln_2(middle))))
 
+# ---- Heads that read the previous position -------------------------------------------------------
+@pytest.mark.parametrize("attention", ["extended", "fused"])
+@pytest.mark.parametrize("prev_heads", [1, 3])
+def test_a_previous_position_head_is_attention_with_all_weight_on_the_previous_position(attention,
+                                                                                    prev_heads):
+    """Its values, mixed by a matrix of weights whose only 1 in each row is left of the diagonal
+    (at the first position, on it), stand beside the other heads before c_proj. Fails if the shift
+    goes the other way, or if zeros come in at the first position."""
+    config = small_config(attention=attention, prev_heads=prev_heads)
+    module = stir(minigpt.ATTENTION[attention](config)).eval()
+    x = random_x(2, 5, 8)
+    weights = torch.eye(5, dtype=torch.float64).roll(1, dims=0)
+    weights[0] = torch.tensor([1.0, 0, 0, 0, 0])
+    q, k, v = module.heads(x)
+    ordinary = (module.weights(q, k) @ v).transpose(1, 2).flatten(2)
+    values = module.c_prev(x).view(2, 5, prev_heads, 4).transpose(1, 2)
+    fixed = (weights @ values).transpose(1, 2).flatten(2)
+    expected = torch.cat([ordinary, fixed], dim=-1) @ module.c_proj.weight.T + module.c_proj.bias
+    assert_close(module(x), expected)
+
+def test_previous_position_heads_need_an_attention_that_has_them():
+    """Part I's attention has no place for them, and GPT-2's form neither. None is a number, too, so
+    that --vary prev_heads=0,1 compares."""
+    assert minigpt.parse(["--mode", "train", "--prev_heads", "0"]).model == {"prev_heads": 0}
+    with pytest.raises(UserError, match="--prev_heads 1: needs --attention extended or fused"):
+        small_config(prev_heads=1)
+    with pytest.raises(UserError, match="prev_heads=1: GPT-2's form needs 0"):
+        minigpt.to_gpt2(small_model(prev_heads=1, attention="extended"))
+
+@pytest.mark.parametrize("hs, block_size", [(12, 16), (32, 256), (64, 512), (64, 2048)])
+def test_the_fixed_gain_lets_nothing_else_through(hs, block_size):
+    """By the softmax itself, at every position: what is left for other positions is below 1e-9."""
+    speeds = 10000.0 ** (-torch.arange(hs, dtype=torch.float64)[1 : min(16, hs) : 2] / hs)
+    gain = minigpt.fixed_gain(speeds, block_size, hs)
+    t = torch.arange(block_size, dtype=torch.float64)
+    distances = t[:, None] - 1 - t
+    scores = sum(torch.cos(distances * speed) for speed in speeds)
+    scores = scores * gain**2 * (2 * hs) / len(speeds) / math.sqrt(2 * hs)
+    shares = scores.masked_fill(distances < -1, -math.inf).softmax(-1)
+    previous = (t - 1).clamp(min=0).long()
+    assert (1 - shares[t.long(), previous]).max() < 1e-9
+
 # ---- Byte-pair encoding: the algorithm -----------------------------------------------------------
 def test_merging_goes_from_left_to_right_and_never_overlaps():
     """Of three equal neighbours, the first two become one. Fails if the new token is merged again
@@ -2424,7 +2466,7 @@ def test_a_later_chunk_may_outgrow_the_window(attention):
     """Pieces of several tokens may arrive when the window is nearly full, and a single piece may
     be longer than it. Then the newest half is kept."""
     for sizes in ((6, 4, 3, 7, 2), (1, 20, 1, 8, 5), (8, 8, 8, 9)):
-        model = small_model(attention=attention, pos="rope", block="shift")
+        model = small_model(attention=attention, pos="rope", block="shift", prev_heads=2)
         idx = random_ids(2, sum(sizes))
         window = idx[:, :0]
         readers = [CachedReader(model), CachedReader(model, remember=False)]
@@ -2442,7 +2484,7 @@ def test_a_later_chunk_may_outgrow_the_window(attention):
 def test_remembering_changes_nothing_but_the_time(attention, temperature):
     """The user may switch the cache off to compare, and gets the same text, also far past the
     window."""
-    model = small_model(attention=attention, pos="rope", block="shift", qk_norm=True)
+    model = small_model(attention=attention, pos="rope", block="shift", qk_norm=True, prev_heads=1)
     texts = [model.generate(random_ids(2, 3), 60, temperature=temperature,
                             generator=torch.Generator().manual_seed(4),
                             reader=CachedReader(model, remember))
@@ -2626,7 +2668,9 @@ def test_the_future_cannot_be_seen_in_any_combination():
     assert len(variants) >= 3 * 4 * 3 * 4 * 2
     for i, variant in enumerate(variants):
         kinds = valid_attention(variant["pos"], variant["qk_norm"])
-        check_causal({**variant, "attention": kinds[(i + i // 4) % len(kinds)],
+        attention = kinds[(i + i // 4) % len(kinds)]
+        prev_heads = 0 if attention == "explicit" else i % 3
+        check_causal({**variant, "attention": attention, "prev_heads": prev_heads,
                       "tie_weights": i % 3 > 0, "n_head": (2, 1, 4)[i % 5 % 3],
                       "mlp_ratio": (4.0, 2.0)[i % 7 % 2], "bias": i % 11 % 2 == 0, "n_layer": 1})
 
@@ -5324,6 +5368,9 @@ EXPORTED = [
     ("Qwen3", LAPTOP),
     ("Qwen3", dict(LAPTOP, n_head=1, tie_weights=False)),
     ("Qwen3", dict(QWEN3, activation="relu2", n_head=1, attention="fused")),
+    ("Qwen3", dict(LAPTOP, prev_heads=1)),
+    ("Qwen3", dict(QWEN3, prev_heads=2, tie_weights=False)),
+    ("Qwen3", dict(QWEN3, prev_heads=1, n_head=1, norm_scale=False)),
     ("Qwen3", dict(LAPTOP, activation="swiglu", norm="layernorm", n_head=4, n_layer=3))]
 LETTERS = "to be, or not\né😀"
 AWKWARD = ["", " ", "  to  be ", "\n\n o\n", "é😀é", "not to be, or", "be" * 200]
