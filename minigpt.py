@@ -2614,9 +2614,9 @@ READERS["fused"] = CachedReader
 #     windows of 128, then of 512         2,500          1.446 ± 0.001
 #
 # RoPE and Muon bring two thirds of the gain. The preset itself ends after 2,200 steps at 1.447 ±
-# 0.004 (seeds 31, 32 and 33). A previous-position head makes each step a tenth slower. With one, and
-# with 2,000 steps, which take about the same time (--prev_heads 1 --max_steps 2000), it ends at
-# 1.438 ± 0.007 (seeds 41, 42 and 43).
+# 0.004 (seeds 31, 32 and 33). A previous-position head makes each step a tenth slower. With one,
+# and with 2,000 steps, which take about the same time (--prev_heads 1 --max_steps 2000), it ends
+# at 1.438 ± 0.007 (seeds 41, 42 and 43).
 #
 # These ideas did not help, in earlier forms of `laptop` with 1,000 to 2,500 steps, and one seed
 # unless stated otherwise. The order of the batches alone makes a difference of 0.01. A plus means

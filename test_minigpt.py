@@ -6522,6 +6522,7 @@ def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path, 
         path: data for path, data in before.items() if path.suffix == ".pt"}
     assert all(seen[mode, code] for mode in minigpt.MODES for code in (0, 2)), seen
 
+@pytest.mark.slow
 @POSIX
 def test_a_reader_that_leaves_early_ends_the_program_quietly(tiny_run, tmp_path, start_main):
     """`generate | head -c 10` and `train 2>&1 | head -1` end without a traceback, and the exit code
