@@ -3676,9 +3676,16 @@ class Bench:
     def rows(self) -> dict[str, float]:
         """The figures, by name."""
         model = self.run.model
-        tokens_per_step = self.run.config.batch_size * model.config.block_size
+        # Writing comes first: training with odd settings may ruin the weights.
+        reader_class = READERS.get(model.config.attention, PlainReader)
+        writing = {"writing, tokens/s": self.rate(
+            self.max_tokens, lambda: self.write(reader_class))}
+        if reader_class is not PlainReader:
+            writing["writing, without the cache"] = self.rate(
+                self.max_tokens, lambda: self.write(PlainReader))
         rows = {"parameters": count_parameters(model)}
         rows.update({f"- {part}": n for part, n in parameters_by_part(model).items()})
+        tokens_per_step = self.run.config.batch_size * model.config.block_size
         rows["training, tokens/s"] = self.rate(tokens_per_step, self.step)
         rows["training, FLOPs per token"] = flops_per_token(model)
         used = flops_per_token(model) * rows["training, tokens/s"]
@@ -3686,11 +3693,7 @@ class Bench:
         rows["training, million FLOPs/s"] = used / 1e6
         rows["matrix products alone, million FLOPs/s"] = possible / 1e6
         rows["utilization, percent"] = 100 * used / possible
-        reader_class = READERS.get(model.config.attention, PlainReader)
-        rows["writing, tokens/s"] = self.rate(self.max_tokens, lambda: self.write(reader_class))
-        if reader_class is not PlainReader:
-            rows["writing, without the cache"] = self.rate(
-                self.max_tokens, lambda: self.write(PlainReader))
+        rows.update(writing)
         if sys.platform == "linux":
             rows["page faults per step"] = self.page_faults()
         return rows
@@ -4673,7 +4676,9 @@ def source_of(text: SourceText, data: str, unused: list[int]) -> dict:
 
 def unused_tokens(corpus: Corpus, tokenizer) -> list[int]:
     """The tokens that are never a target in training. A model has no idea when to write them."""
-    targets = set(corpus.train[1:].tolist())
+    targets = set()
+    for piece in corpus.train[1:].split(2**20):  # a list of all ids may not fit into memory
+        targets.update(piece.tolist())
     return [i for i in range(tokenizer.vocab_size) if i not in targets]
 
 def resume_run(request: Request, state: dict) -> RunStart:

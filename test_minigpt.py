@@ -4210,7 +4210,8 @@ def test_a_large_text_is_doubted_by_parts_of_it(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from Linux")
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_large_text_takes_little_memory(tmp_path, kind):
-    """Reading and encoding 60 MB takes at most 2.5 times their size, tokens included."""
+    """Reading and encoding 60 MB, and all that is asked about them before a run begins, takes at
+    most 2.5 times their size, tokens included."""
     path = tmp_path / "large.txt"
     text = SAMPLE.read_text(encoding="ascii") * 240
     path.write_text(text)
@@ -4223,7 +4224,10 @@ config = minigpt.RunConfig(tokenizer={kind!r}, vocab_size=300)
 tokenizer = minigpt.make_tokenizer(config, {text[:250_000]!r})
 minigpt.word_pattern()
 before = peak()
-corpus = minigpt.encode_text(minigpt.read_corpus({str(path)!r}), tokenizer)
+text = minigpt.read_corpus({str(path)!r})
+corpus = minigpt.encode_text(text, tokenizer)
+minigpt.unused_tokens(corpus, tokenizer)
+minigpt.doubts_about(text.text)
 print((peak() - before) / {len(text)}, len(corpus.train))
 """)
     done = run_command(script=script)
@@ -5325,6 +5329,11 @@ def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
     assert rows.pop("utilization, percent") == pytest.approx(100 * used / possible, abs=1)
     assert min(rows.values()) > 0
     assert os.listdir(tmp_path) == []
+
+def test_a_benchmark_with_settings_that_ruin_the_weights_is_told_all_the_same():
+    """A rate does not depend on the numbers. Would fail if text were drawn from ruined weights."""
+    code, out, err = run_main(*BENCH, "--bench_seconds=0.01", "--weight_decay", "1e300")
+    assert code == 0 and bench_rows(out)["writing, tokens/s"] > 0, err
 
 def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
     """If each call took half a second, 2 windows of 16 tokens would be 64 tokens per second, and 5
