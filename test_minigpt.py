@@ -2883,16 +2883,17 @@ def test_compilation_that_fails_is_one_error(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.gpu
 def test_a_compiled_run_is_nearly_the_run_itself(tmp_path, monkeypatch):
     """It saves the weights under their own names, so that any run can continue with them. Fails if
     the checkpoint holds the wrapped model, whose names have a prefix."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    plain = [*TRAIN, "--dropout", "0", "--max_steps", "3"]
+    plain = [*TRAIN, *ON_DEVICE, "--max_steps", "3"]
     succeed(*plain, "--out_dir", tmp_path / "plain")
     succeed(*plain, "--out_dir", tmp_path / "compiled", "--compile")
     assert [loss for _, loss, _ in step_losses(tmp_path / "compiled")] == pytest.approx(
         [loss for _, loss, _ in step_losses(tmp_path / "plain")], rel=1e-3)
-    resume_tiny(tmp_path / "compiled", "--no_compile", "--max_steps", "4")
+    resume_tiny(tmp_path / "compiled", "--no_compile", "--max_steps", "4", "--device", DEVICE)
     assert step_of(tmp_path / "compiled" / "latest.pt") == 4
 
 @pytest.mark.slow
@@ -2955,16 +2956,6 @@ def test_the_best_device_writes_the_same_with_and_without_the_cache(tmp_path):
     texts = {run_main(*argv, "--device", name, *flags)[1]
              for name, flags in (("cpu", []), (DEVICE, []), (DEVICE, ["--no_cache"]))}
     assert len(texts) == 1 and len(texts.pop()) == 44
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_a_compiled_run_on_the_best_device_is_nearly_the_run_itself(tmp_path):
-    """torch.compile changes the order of sums, and nothing else."""
-    train_tiny(tmp_path / "plain", *ON_DEVICE)
-    train_tiny(tmp_path / "compiled", *ON_DEVICE, "--compile")
-    plain, compiled = (step_losses(tmp_path / name) for name in ("plain", "compiled"))
-    for a, b in zip(plain, compiled, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -4210,10 +4201,10 @@ def test_a_large_text_is_doubted_by_parts_of_it(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from Linux")
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_large_text_takes_little_memory(tmp_path, kind):
-    """Reading and encoding 60 MB, and all that is asked about them before a run begins, takes at
+    """Reading and encoding 40 MB, and all that is asked about them before a run begins, takes at
     most 2.5 times their size, tokens included."""
     path = tmp_path / "large.txt"
-    text = SAMPLE.read_text(encoding="ascii") * 240
+    text = SAMPLE.read_text(encoding="ascii") * 160
     path.write_text(text)
     script = tmp_path / "encode.py"
     script.write_text(f"""\
@@ -4232,7 +4223,7 @@ print((peak() - before) / {len(text)}, len(corpus.train))
 """)
     done = run_command(script=script)
     share, n = map(float, done.stdout.split())
-    assert share < 2.5 and n > 10_000_000
+    assert share < 2.5 and n > 7_000_000
 
 # ---- The downloader, against a server on this machine --------------------------------------------
 BODY = b"First Citizen:\n" + bytes(range(32, 127)) * 2000  # stands for the corpus: see `server`
