@@ -74,7 +74,7 @@ class UserError(ValueError):
 
 # ---- The sizes -----------------------------------------------------------------------------------
 # Eight settings define a model. Each is explained in the chapter that uses it, so you can pass over
-# them for now. All except vocab_size, which follows from the text here, are flags: --n_layer 8. The
+# them for now. All except vocab_size, which follows from the text, are flags: --n_layer 8. The
 # defaults are those of a larger model. The preset `plain` has 4 layers, 4 heads, 128 channels, a
 # context of 128 tokens, and no dropout.
 @dataclass

@@ -138,7 +138,7 @@ def main() -> None:
     peer, peer_step = nanogpt(args.nanogpt, c, run.config.batch_size, args.device,
                               run.config.compile)
     tokens = run.config.batch_size * c.block_size
-    trained = take_turns({"training": lambda: minigpt.train_step(
+    trained = take_turns({"minigpt": lambda: minigpt.train_step(
         run.runner, run.optimizer, run.batches(), run.config), "nanoGPT": peer_step}, args.seconds)
     for name, taken in trained.items():
         print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
