@@ -5475,6 +5475,18 @@ def test_the_converted_tensors_compute_the_same_by_the_formulas_of_the_form(form
     logits = formula(*convert(model), idx)
     assert largest_difference(logits, model(idx)[0]) < 1e-5  # the tensors are in float32
 
+def test_the_epsilons_keep_their_weight_when_heads_are_added():
+    """With a stream, queries and keys so small that the epsilons of all norms matter: the wider
+    stream and the doubled heads have other means of squares, and the epsilons are scaled to them."""
+    model = small_model(n_embd=24, block_size=16, **dict(LAPTOP, prev_heads=1)).float().double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and "lm_head" not in name:
+                p.mul_(0.01)
+    idx = random_ids(2, 16)
+    logits = qwen3_formula(*minigpt.to_qwen3(model.eval()), idx)
+    assert largest_difference(logits, model(idx)[0]) < 1e-5
+
 def test_no_layer_norm_notices_that_the_residual_stream_is_centred():
     """Every LayerNorm subtracts the mean, so it may as well be taken from the weights that write to
     the stream: the rows of the token table and the columns of each c_proj; and from queries and
