@@ -5476,8 +5476,8 @@ def test_the_converted_tensors_compute_the_same_by_the_formulas_of_the_form(form
     assert largest_difference(logits, model(idx)[0]) < 1e-5  # the tensors are in float32
 
 def test_the_epsilons_keep_their_weight_when_heads_are_added():
-    """With a stream, queries and keys so small that the epsilons of all norms matter: the wider
-    stream and the doubled heads have other means of squares, and the epsilons are scaled to them."""
+    """With a stream, queries and keys so small that the epsilons of all norms matter. The wider
+    stream and the doubled heads have other means of squares, so the epsilons must follow."""
     model = small_model(n_embd=24, block_size=16, **dict(LAPTOP, prev_heads=1)).float().double()
     with torch.no_grad():
         for name, p in model.named_parameters():
