@@ -1715,8 +1715,8 @@ POSITIONS["sinusoidal"] = Sinusoids
 #           same up to the order of the channels. The library transformers pairs them as we do.]
 # Example   hs = 2, so w_0 = 1. A query (1, 0) at position 2 and a key (1, 0) at position 1 have the
 #           dot product cos(2 - 1) = 0.54. At the positions 12 and 11 it is 0.54 again.
-# Here      --pos rope --attention extended: 1.968 ± 0.007. It is the largest gain of any variation
-#           of the model except token shift.
+# Here      --pos rope --attention extended: 1.968 ± 0.007. Of all variations of the model, only
+#           token shift and previous-position heads gain more.
 class NoPositions(nn.Module):
     """Adds nothing to the token vectors."""
     def __init__(self, config: GPTConfig):
@@ -1730,15 +1730,18 @@ class Rotary(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         angles = clock_angles(config.block_size, config.n_embd // config.n_head)  # (.., hs / 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # not stored in checkpoints
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        # Not stored in checkpoints, because they follow from the settings. (block_size, hs) each:
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
     def forward(self, x, start: int):
         T = x.shape[2]
-        cos = self.cos[start : start + T].to(x.dtype)  # (T, hs / 2)
+        cos = self.cos[start : start + T].to(x.dtype)  # (T, hs)
         sin = self.sin[start : start + T].to(x.dtype)
         x1, x2 = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2) each
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+        # Both lines of the equation at once: x1 cos - x2 sin, and x2 cos + x1 sin.
+        return x * cos + torch.cat([x2, x1], dim=-1) * sin
 
 class NoRotation(nn.Module):
     """Leaves queries and keys as they are."""
@@ -2534,9 +2537,11 @@ class CachedReader(PlainReader):
         capacity = self.model.config.block_size
         self.memory = [LayerMemory(capacity) for _ in self.model.h]
 
-    @torch.no_grad()
+    @torch.inference_mode()  # like no_grad, with less bookkeeping for each operation
     def read(self, new):
-        """Takes the tokens (B, n) that follow those already read; returns logits (B, V)."""
+        """Takes the tokens (B, n) that follow those already read; returns logits (B, V).
+
+        Subtle: inference mode returns tensors that cannot be changed in place outside of it."""
         new = new.cpu()
         block_size = self.model.config.block_size
         window = torch.cat([self.window.expand(len(new), -1), new], dim=1)
@@ -4020,16 +4025,191 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
+# ---- Exchange: a GGUF file -----------------------------------------------------------------------
+# Problem   llama.cpp, and the programs that are built on it, do not read such a folder.
+# GGUF      is their format: one file with the settings, the tokenizer and the tensors. The tensors
+#           are those of the folder under other names, and every matrix is stored as (out, in). The
+#           package gguf knows how the file is laid out.
+# Types     Matrices can be stored in fewer bits: f16 and bf16 have 16 bits for each number, and
+#           q8_0 has 8 bits, and one scale for each group of 32 numbers. Position vectors and gains
+#           stay in 32 bits.
+# Subtle    A GGUF file names one of llama.cpp's own tokenizers. For characters we name "rwkv",
+#           which looks for the longest token that fits and needs no merges. It expects control
+#           characters and backslashes to be escaped. (Its "gpt2" would need merges, and it would
+#           take the token 11, a semicolon in Shakespeare, for the end of a text.)
+GGUF_NAMES = {
+    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output",
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down"}
+GGUF_TYPES = ["f32", "f16", "bf16", "q8_0"]
+
+def gguf_name(name: str) -> str:
+    """The name that a tensor of the folder has in a GGUF file.
+
+    >>> gguf_name("h.3.attn.c_attn.weight"), gguf_name("model.norm.weight")
+    ('blk.3.attn_qkv.weight', 'output_norm.weight')
+    """
+    layer, _, ending = name.rpartition(".")
+    in_block = re.fullmatch(r"(?:h|model\.layers)\.(\d+)\.(.+)", layer)
+    if in_block:
+        return f"blk.{in_block[1]}.{GGUF_NAMES[in_block[2]]}.{ending}"
+    return f"{GGUF_NAMES[layer]}.{ending}"
+
+def add_gguf_settings(writer, config: dict) -> None:
+    """The sizes of a model, from the entries of its config.json."""
+    if config["model_type"] == "gpt2":
+        writer.add_context_length(config["n_positions"])
+        writer.add_embedding_length(config["n_embd"])
+        writer.add_block_count(config["n_layer"])
+        writer.add_feed_forward_length(config["n_inner"])
+        writer.add_head_count(config["n_head"])
+        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+        return
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+
+def add_gguf_tokenizer(writer, tokenizer) -> None:
+    """The tokens, and how a text is split into them."""
+    NORMAL, CONTROL = 1, 3  # kinds of tokens
+    if tokenizer.kind == "char":
+        escaped = [c.encode("unicode_escape").decode() if c < " " or c == "\\" else c
+                   for c in tokenizer.itos]
+        writer.add_tokenizer_model("rwkv")
+        writer.add_token_list(escaped)
+        writer.add_token_types([NORMAL] * len(escaped))
+        return
+    vocab = tokenizer.vocab()
+    tokens = sorted(vocab, key=vocab.get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL if token == END_OF_TEXT else NORMAL for token in tokens])
+    writer.add_token_merges([f"{show_bytes(a)} {show_bytes(b)}" for a, b in tokenizer.merges])
+    writer.add_bos_token_id(tokenizer.end_id)
+    writer.add_eos_token_id(tokenizer.end_id)
+    writer.add_add_bos_token(False)
+
+def gguf_tensors(tensors: dict) -> dict:
+    """The tensors of a folder in float32, with all matrices as (out, in), by their names there."""
+    renamed = {}
+    for name, w in tensors.items():
+        if ".c_" in name and w.dim() == 2:
+            w = w.t()  # GPT-2's folder has (in, out)
+        renamed[gguf_name(name)] = w.detach().cpu().float().contiguous()
+    return renamed
+
+def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) -> None:
+    """Writes a GGUF file, completely or not at all. Raises UserError if it exists, and ImportError
+    without the package gguf."""
+    import gguf
+
+    if path.exists():
+        raise UserError(f"{path}: exists already; remove it, or name another --export_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    matrix_type = gguf.GGMLQuantizationType[kind.upper()]
+    writer = gguf.GGUFWriter(partial, config["model_type"])
+    try:
+        add_gguf_settings(writer, config)
+        prefix = "ALL" if kind == "f32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
+        add_gguf_tokenizer(writer, tokenizer)
+        for name, w in gguf_tensors(tensors).items():
+            if w.dim() == 2 and name != "position_embd.weight":
+                packed = gguf.quants.quantize(w.numpy(), matrix_type)
+                writer.add_tensor(name, packed, raw_dtype=matrix_type)
+            else:
+                writer.add_tensor(name, w.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+def check_gguf(path: Path, tensors: dict, used: LoadedModel) -> str:
+    """Compares a written file with the model. Returns what was found, in words."""
+    if importlib.util.find_spec("xllamacpp"):
+        return compare_with_llama_cpp(path, used)
+    import gguf
+
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    expected = gguf_tensors(tensors)
+    if set(written) != set(expected):
+        raise UserError(f"{path}: was not written correctly; remove it, and try again")
+    error = 0.0
+    for name, tensor in written.items():
+        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        error = max(error, (values - expected[name]).abs().max().item())
+    return f"read back: no weight is off by more than {error:.1g}"
+
+def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
+    """Has llama.cpp split a text into tokens and continue it greedily, and our model, too."""
+    import requests
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = used.model.config.block_size
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.verbosity = 0
+    params.warmup = False
+    server = xllamacpp.Server(params)  # in this process; it answers at a local address
+
+    def ask(what: str, **question) -> list[int]:
+        answer = requests.post(f"{server.listening_address}/{what}", json=question, timeout=600)
+        return answer.json()["tokens"]
+
+    tokenizer = used.tokenizer
+    text = sample_of_tokens(tokenizer)
+    if ask("tokenize", content=text, add_special=False) != tokenizer.encode(text):
+        return "but llama.cpp splits a text into other tokens"
+    start = [tokenizer.first_id]
+    n = min(n, used.model.config.block_size - len(start))
+    theirs = ask("completion", prompt=start, n_predict=n, temperature=0, return_tokens=True)
+    ours = used.model.generate(torch.tensor([start]), n, temperature=0)[0, 1:].tolist()
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(theirs))
+    return f"llama.cpp splits a text into the same tokens, and writes the same {same} of {n} tokens"
+
+def sample_of_tokens(tokenizer) -> str:
+    """A text that contains all characters, or the first 1,000 merged tokens."""
+    if tokenizer.kind == "char":
+        return tokenizer.decode(range(tokenizer.vocab_size))
+    return tokenizer.decode(range(256, min(tokenizer.end_id, 1256)))
+
+# ---- Exchange: the command -----------------------------------------------------------------------
 def run_export(request: Request) -> None:
-    """--mode export: a folder that other programs load without any code of ours."""
+    """--mode export: a folder or a file that other programs load without any code of ours."""
     options = request.options
-    folder = Path(options.export_dir or Path(options.out_dir, "hf"))
     used = load_for_use(replace(options, device="cpu"))
     c = used.model.config
     if c.model == "bigram":
         raise UserError("model=bigram: other programs run GPTs; they have no bigram model")
     form, convert = ("Qwen3", to_qwen3) if c.pos == "rope" else ("GPT-2", to_gpt2)
     config, tensors = convert(used.model)
+    if options.format == "gguf":
+        path = Path(options.export_dir or options.out_dir, "model.gguf")
+        write_gguf(path, config, tensors, used.tokenizer, options.gguf_type)
+        write_result(f"wrote {path}: a model in {form}'s form, for llama.cpp; "
+                     f"{check_gguf(path, tensors, used)}")
+        return
+    folder = Path(options.export_dir or Path(options.out_dir, "hf"))
     write_folder(folder, config, tensors, used.tokenizer, c.block_size)
     write_result(f"wrote {folder}: a model in {form}'s form, for transformers and other programs")
 
@@ -4373,7 +4553,9 @@ class Options:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     resume: bool = False  # train: continue from latest.pt of out_dir
     init_from: str = ""  # train: begin with the weights of this .pt file or folder
-    export_dir: str = ""  # export: the folder to write; by default out_dir/hf
+    export_dir: str = ""  # export: the folder to write; by default out_dir/hf, or out_dir for gguf
+    format: str = "hf"  # export: hf, a folder for transformers; or gguf, a file for llama.cpp
+    gguf_type: str = "f32"  # export: how matrices are stored in a gguf file
     json: bool = False  # inspect: print JSON records
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
@@ -4404,6 +4586,7 @@ class Request:
 CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "activation": ACTIVATIONS, "attention": ATTENTION, "tokenizer": TOKENIZERS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "sampling": SAMPLING,
+           "format": ["hf", "gguf"], "gguf_type": GGUF_TYPES,
            "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16", "float16"]}
 PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
@@ -4930,13 +5113,11 @@ class UsedTokensReader:
     """A reader that rules out tokens that were never a target in training."""
     def __init__(self, reader, unused: list[int]):
         self.reader = reader
-        self.unused = unused
+        self.unused = torch.tensor(unused, dtype=torch.long)
 
     def read(self, new):
         """Takes the tokens (B, n) that follow; returns logits (B, V)."""
-        logits = self.reader.read(new)
-        logits[:, self.unused] = -math.inf
-        return logits
+        return self.reader.read(new).index_fill(1, self.unused, -math.inf)
 
 def run_generate(request: Request) -> None:
     """--mode generate: prints the texts to stdout."""
@@ -5000,7 +5181,7 @@ MODES = {
     "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
     "bench": Mode(run_bench, EVERY_MODE | SETTINGS | {"bench_seconds", "max_tokens"}),
     "inspect": Mode(run_inspect, USES_MODEL | {"prompt", "json"}),
-    "export": Mode(run_export, USES_MODEL | {"export_dir"}),
+    "export": Mode(run_export, USES_MODEL | {"export_dir", "format", "gguf_type"}),
 }
 CHOICES["mode"] = MODES
 

@@ -39,6 +39,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -5720,6 +5721,125 @@ def test_without_safetensors_there_is_one_line(tmp_path, monkeypatch, mode):
     line = "safetensors is not installed, but it is needed: pip install safetensors"
     check_mistake(*run_main(*argv), [line])
     assert mode == "eval" or not (tmp_path / "hf").exists()
+
+# ---- Exchange: a GGUF file -----------------------------------------------------------------------
+class LlamaCpp:
+    """llama.cpp, which has loaded a GGUF file."""
+    def __init__(self, path, n_ctx):
+        xllamacpp = pytest.importorskip("xllamacpp")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = n_ctx, 1, 0, 0
+        params.warmup = False
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, what, **question):
+        url = f"{self.server.listening_address}/{what}"
+        return requests.post(url, json=question, timeout=60).json()
+
+    def encode(self, text):
+        return self.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+
+    def write(self, ids, n):
+        """The next n tokens, and for each of them the five most likely with their logarithms."""
+        answer = self.ask("completion", prompt=ids, n_predict=n, temperature=0, n_probs=5,
+                          return_tokens=True)
+        likeliest = [{guess["id"]: guess["logprob"] for guess in place["top_logprobs"]}
+                     for place in answer["completion_probabilities"]]
+        return answer["tokens"], likeliest
+
+def export_gguf(folder, *argv):
+    """Exports folder/best.pt. Returns the file and what was said of it."""
+    pytest.importorskip("gguf")
+    code, out, err = run_main("--mode", "export", "--format", "gguf", "--out_dir", folder, *argv)
+    assert code == 0, err
+    assert str(folder / "model.gguf") in out
+    return folder / "model.gguf", out
+
+@pytest.mark.parametrize("form, changes", EXPORTED)
+def test_llama_cpp_computes_the_same_from_a_gguf_file(tmp_path, form, changes):
+    """Greedy text and the largest log-probabilities are equal, up to llama.cpp's own rounding of
+    some thousandths. Would fail for a tensor under another name, a matrix that is transposed, or
+    another eps or angle."""
+    tokenizer = CharTokenizer.train(LETTERS)
+    model = save_model(tmp_path, tokenizer, **{"n_embd": 64, **changes})
+    path, out = export_gguf(tmp_path)
+    ids = [0, 1, 2, 3]
+    expected = model.generate(torch.tensor([ids]), 8, temperature=0)
+    tokens, likeliest = LlamaCpp(path, 16).write(ids, 8)
+    assert tokens == expected[0, 4:].tolist()
+    with torch.no_grad():
+        logprobs = model(expected[:, :-1])[0][0, 3:].log_softmax(-1)
+    for theirs, ours in zip(likeliest, logprobs):
+        for i, logprob in theirs.items():
+            assert logprob == pytest.approx(ours[i].item(), abs=0.05)
+    assert "writes the same 15 of 15 tokens" in out
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_llama_cpp_has_the_same_tokens(tmp_path, bpe, kind):
+    """For characters that its tokenizer treats as escapes, too; and only byte pairs have a token
+    that ends a text. Would fail if a token were added in front."""
+    odd = "\0\t\n\r\x1b \\ntx'\"é漢😀\u2028▁ĠĊabc"
+    tokenizer = CharTokenizer.train(odd) if kind == "char" else bpe
+    save_model(tmp_path, tokenizer, n_embd=32)
+    path, _ = export_gguf(tmp_path)
+    llama = LlamaCpp(path, 16)
+    texts = [odd, odd[::-1], "  a  ", "\\n", "abc" * 20]
+    if kind == "bpe":
+        texts += ["I'll  go<|endoftext|> now\n\n 's", SAMPLE.read_text(encoding="utf-8")[:5000]]
+    for text in texts:
+        assert llama.encode(text) == tokenizer.encode(text)
+
+@pytest.mark.parametrize("kind, worst", [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8),
+                                         ("q8_0", 1 / 127)])
+def test_a_gguf_file_holds_the_tensors_of_the_folder(tmp_path, monkeypatch, kind, worst):
+    """Under the names that the package gguf knows, matrices in the type that was asked for, gains
+    in float32. Without llama.cpp, the command itself reads the file back."""
+    gguf = pytest.importorskip("gguf")
+    for form, changes in (("GPT-2", {}), ("Qwen3", dict(LAPTOP, prev_heads=1))):
+        (tmp_path / form).mkdir()
+        model = save_model(tmp_path / form, CharTokenizer.train("abc"), n_embd=32, **changes)
+        with monkeypatch.context() as patch:
+            patch.setattr(minigpt.importlib.util, "find_spec", lambda name: None)
+            path, out = export_gguf(tmp_path / form, "--gguf_type", kind)
+        assert "read back" in out
+        convert = minigpt.to_gpt2 if form == "GPT-2" else minigpt.to_qwen3
+        config, tensors = convert(model)
+        known = gguf.get_tensor_name_map(
+            gguf.MODEL_ARCH.GPT2 if form == "GPT-2" else gguf.MODEL_ARCH.QWEN3, 8)
+        written = {t.name: t for t in gguf.GGUFReader(path).tensors}
+        for name, w in tensors.items():
+            prefix = "transformer." if form == "GPT-2" else ""
+            t = written.pop(known.get_name(prefix + name, (".weight", ".bias")))
+            values = torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+            if form == "GPT-2" and ".c_" in name and w.dim() == 2:
+                w = w.t()
+            is_packed = w.dim() == 2 and name != "wpe.weight"
+            assert t.tensor_type.name.lower() == (kind if is_packed else "f32")
+            limit = worst * w.abs().max().item() if is_packed else 0
+            assert (values - w).abs().max().item() <= limit
+        assert not written
+
+def test_a_failed_gguf_export_leaves_nothing_behind(tmp_path, monkeypatch):
+    """A file that exists is not overwritten; a disk that is full leaves no part of one."""
+    gguf = pytest.importorskip("gguf")
+    save_model(tmp_path, CharTokenizer.train("abc"), n_embd=32)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.gguf").write_text("mine")
+    command = ["--mode", "export", "--format", "gguf", "--out_dir", tmp_path]
+    check_mistake(*run_main(*command, "--export_dir", tmp_path / "mine"),
+                  ["model.gguf", "exists", "--export_dir"])
+    assert (tmp_path / "mine" / "model.gguf").read_text() == "mine"
+
+    def fail(self, progress=False):
+        raise OSError(28, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+        check_mistake(*run_main(*command), ["No space left on device"])
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "mine"]
+    export_gguf(tmp_path)  # and the next try succeeds
+    check_mistake(*run_main(*command, "--gguf_type", "q4"), ["--gguf_type", "q4", "q8_0"])
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["char", "bpe"])

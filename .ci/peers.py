@@ -4,6 +4,12 @@ speed affects all of them: training and writing beside a checkout of nanoGPT and
 GPT-2, byte-pair encoding beside the Rust library tokenizers. Prints a table of medians.
 
     python .ci/peers.py --nanogpt FOLDER [--preset plain] [--seconds 60] [any flag of minigpt's]
+    python .ci/peers.py --whole 3 [--nanogpt FOLDER] [--against COMMIT] [any flag of minigpt's]
+
+The second form runs whole training commands in turn, three times each: ours, with the flags; an
+earlier commit of ours, with its preset laptop; nanoGPT's recipe for CPUs, from its README (run its
+data/shakespeare_char/prepare.py before). Prints seconds, losses, and how much of the others' time
+ours took.
 
 Needs transformers and tokenizers. On a CPU, the peers compute in float32, as they do by default. On
 a GPU (--device cuda --training_only), nanoGPT computes in bfloat16. With --compile, both are
@@ -13,8 +19,10 @@ compiled.
 import argparse
 import contextlib
 import json
+import os
 import runpy
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import minigpt
+
+ROOT = Path(__file__).resolve().parent.parent
+NANOGPT_ON_CPU = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+    "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0")
+
 
 def take_turns(functions: dict, seconds: float) -> dict[str, float]:
     """The median seconds of a call of each; the first round warms up."""
@@ -118,6 +133,53 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
         f"{name}, encoding, tokenizers": lambda: rust.encode(text)}, seconds)
 
 
+def timed(command: list[str], folder) -> float:
+    """Seconds of a command, which must succeed."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def train_ours(source: Path, out_dir: Path, flags: list[str]) -> tuple[float, float]:
+    """Seconds of a whole training command, and its loss on the full validation split."""
+    seconds = timed(["minigpt.py", "--mode", "train", "--no_wandb", "--out_dir", str(out_dir),
+                     *flags], source)
+    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return seconds, json.loads(lines[-1])["full_val_loss"]
+
+
+def compare_whole_runs(args, flags: list[str]) -> None:
+    """Prints a table of whole commands, run in turn."""
+    rows = {"ours": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.against:
+            rows[args.against] = []
+            subprocess.run(["git", "clone", "--quiet", ROOT, folder / "old"], check=True)
+            subprocess.run(["git", "checkout", "--quiet", args.against], cwd=folder / "old",
+                           check=True)
+            corpus = (ROOT / "data" / "input.txt").read_bytes()
+            (folder / "old" / "data" / "input.txt").write_bytes(corpus)
+        if args.nanogpt:
+            rows["nanoGPT"] = []
+        for number in range(args.whole):
+            seed = ["--seed", str(args.seed + number)]
+            rows["ours"].append(train_ours(ROOT, folder / f"ours{number}", [*flags, *seed]))
+            if args.against:
+                rows[args.against].append(train_ours(
+                    folder / "old", folder / f"old{number}", ["--preset", "laptop", *seed]))
+            if args.nanogpt:
+                rows["nanoGPT"].append((timed(NANOGPT_ON_CPU.split(), args.nanogpt), None))
+    print(f"| {os.cpu_count()} cores, seeds from {args.seed} on | seconds | loss "
+          "| time of ours, relative to it |\n|---|---|---|---|")
+    for name, runs in rows.items():
+        seconds = ", ".join(f"{taken:.0f}" for taken, _ in runs)
+        losses = ", ".join(f"{loss:.4f}" for _, loss in runs if loss is not None)
+        ratio = statistics.median(mine / taken for (mine, _), (taken, _) in zip(rows["ours"], runs))
+        print(f"| {name} | {seconds} | {losses} | {ratio:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +188,13 @@ def main() -> None:
     parser.add_argument("--tokenizers", action="store_true", help="only these")
     parser.add_argument("--training_only", action="store_true", help="of the models")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--whole", type=int, metavar="ROUNDS", help="time whole training commands")
+    parser.add_argument("--against", metavar="COMMIT", help="an earlier commit of ours")
+    parser.add_argument("--seed", type=int, default=1337, help="of the first round")
     args, flags = parser.parse_known_args()
+    if args.whole:
+        compare_whole_runs(args, flags)
+        return
     if args.tokenizers:
         text = minigpt.read_corpus("").text
         for size in (1024, 8192):
