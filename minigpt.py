@@ -1820,6 +1820,9 @@ class Attention(CausalSelfAttention):
 ATTENTION["extended"] = Attention
 
 # ---- Activation functions ------------------------------------------------------------------------
+# GELU      is defined as x P(z < x), with z from the standard normal distribution [Hendrycks and
+#           Gimpel 2016, section 2]. GPT-2 has the approximation by tanh that Part I shows. Other
+#           programs, such as nanoGPT, have the exact form. The two differ by less than 0.0005.
 # ReLU      max(0, x), as in the first Transformer. Its square [So et al. 2021, section 3.2] is
 #           simple, and leaves most hidden units at exactly 0.
 # SwiGLU    Not a function of one number but a product: silu(x W) * (x U), with silu(z) = z
@@ -1833,6 +1836,11 @@ class ReLU(MLP):
     """An MLP with max(0, x)."""
     def activate(self, x):
         return F.relu(x)
+
+class ExactGELU(MLP):
+    """An MLP with GELU's own definition, of which Part I's form is an approximation."""
+    def activate(self, x):
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 class SquaredReLU(MLP):
     """An MLP with max(0, x)^2."""
@@ -1851,6 +1859,7 @@ class SwiGLU(MLP):
         gate, up = x.chunk(2, dim=-1)  # (B, T, hidden) each
         return F.silu(gate) * up
 
+ACTIVATIONS["gelu_erf"] = ExactGELU
 ACTIVATIONS["relu"] = ReLU
 ACTIVATIONS["relu2"] = SquaredReLU
 ACTIVATIONS["swiglu"] = SwiGLU
@@ -2982,15 +2991,22 @@ def check_checkpoint(path: Path) -> None:
     if damaged:
         raise not_a_checkpoint(path)
 
-def read_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
+def read_pt_file(path: Path):
+    """What a .pt file holds. Raises UserError if it is missing or damaged."""
     check_checkpoint(path)
     try:
-        state = load_checkpoint(path)
+        return load_checkpoint(path)
     except MemoryError:
         raise
     except Exception:
         raise not_a_checkpoint(path) from None
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
+    return check_format(path, read_pt_file(path))
+
+def check_format(path: Path, state) -> dict:
+    """Returns what a .pt file holds. Raises UserError if that is not a checkpoint of ours."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
     return state
@@ -4216,6 +4232,7 @@ def run_export(request: Request) -> None:
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 # The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. Its settings must be
 # ones that our model has, because we compute nothing else.
+GPT2_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
 GPT2_NEEDS = {"model_type": "gpt2", "layer_norm_epsilon": LayerNorm.eps, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 
@@ -4237,16 +4254,17 @@ def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
         if value != needed:
             raise UserError(f"{folder}: its {name} is {value}, but only {needed} can be used here")
     activation = theirs.get("activation_function", "gelu_new")
-    if activation not in ("gelu_new", "gelu_pytorch_tanh"):  # two names for the tanh form
-        raise UserError(f"{folder}: its activation_function is {activation}, but only gelu_new "
-                        "can be used here")
+    if activation not in GPT2_ACTIVATIONS:
+        raise UserError(f"{folder}: its activation_function is {activation}, but only "
+                        f"{', '.join(GPT2_ACTIVATIONS)} can be used here")
     n_embd = theirs["n_embd"]
     hidden = theirs.get("n_inner") or 4 * n_embd
     return theirs, ModelConfig(
         vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"],
         n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=n_embd,
-        mlp_ratio=hidden / n_embd, dropout=theirs.get("resid_pdrop", 0.1), attention="fused",
-        norm="fused_layernorm", tie_weights=theirs.get("tie_word_embeddings", True))
+        mlp_ratio=hidden / n_embd, dropout=theirs.get("resid_pdrop", 0.1),
+        activation=GPT2_ACTIVATIONS[activation], attention="fused", norm="fused_layernorm",
+        tie_weights=theirs.get("tie_word_embeddings", True))
 
 def read_tensors(folder: Path) -> dict:
     """All tensors of a folder, from one file or from several."""
@@ -4328,13 +4346,57 @@ def read_folder(folder: Path) -> dict:
             f"{tokenizer.vocab_size}; the others are ignored")
     config = replace(config, vocab_size=tokenizer.vocab_size)
     weights = from_gpt2(read_tensors(folder), config, tokenizer.vocab_size)
+    return as_checkpoint(folder, weights, config, tokenizer)
+
+def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, step: int = 0) -> dict:
+    """What another program has trained, in the form of our checkpoints. Raises UserError if the
+    weights do not fit the settings."""
     try:
         GPT(config).load_state_dict(weights)
     except RuntimeError as problem:  # it lists what is missing or has another shape
         first = str(problem).split("\n")[1].strip()
-        raise UserError(f"{folder}: its tensors do not fit its config.json: {first}") from None
-    return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": 0,
+        raise UserError(f"{path}: its tensors do not fit its settings: {first}") from None
+    return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": step,
             "model_config": asdict(config), "corpus": {"data": "", "sha256": ""}}
+
+# ---- Exchange: reading a checkpoint of nanoGPT ---------------------------------------------------
+# nanoGPT's ckpt.pt has our names, with prefixes, and the exact GELU. It does not hold the
+# characters: those are in a pickle beside the corpus, which we do not read, because a pickle can
+# execute code. But they are the characters of the corpus in sorted order, as ours are. So we need
+# the corpus, by --data. A model with 50,257 tokens or more has GPT-2's tokens.
+def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
+    """A checkpoint of nanoGPT in the form of ours. Raises UserError."""
+    try:
+        sizes = theirs["model_args"]
+        n = sizes["vocab_size"]
+        config = ModelConfig(
+            vocab_size=n, block_size=sizes["block_size"], n_layer=sizes["n_layer"],
+            n_head=sizes["n_head"], n_embd=sizes["n_embd"], dropout=sizes["dropout"],
+            bias=sizes["bias"], activation="gelu_erf", attention="fused", norm="fused_layernorm")
+        tensors, step = dict(theirs["model"]), int(theirs["iter_num"])
+    except (KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{path}: this checkpoint of nanoGPT cannot be used here "
+                        f"({type(problem).__name__}: {problem})") from None
+    if n >= GPT2Tokenizer.size:
+        tokenizer = GPT2Tokenizer.fetch()
+    else:
+        text = read_corpus(data)
+        tokenizer = CharTokenizer.train(text.text)
+        if tokenizer.vocab_size != n:
+            raise UserError(f"--data {text.path}: has {tokenizer.vocab_size} different characters, "
+                            f"but the model of {path} has {n}; name the text that it was trained "
+                            "on")
+    weights = {}
+    for name, w in tensors.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if name.endswith(".attn.bias"):
+            continue  # the causal mask
+        if name in ("wte.weight", "lm_head.weight"):
+            w = w[: tokenizer.vocab_size]  # nanoGPT rounds GPT-2's 50,257 up to 50,304
+        weights[name] = w.float()
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    state = as_checkpoint(path, weights, config, tokenizer, step)
+    return {**state, "needs_characters": tokenizer.kind == "char"}
 
 # ---- A look inside -------------------------------------------------------------------------------
 # Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
@@ -4896,7 +4958,7 @@ def tokenizer_settings(origin: dict) -> dict:
 def run_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
-    origin = read_model(Path(options.init_from))
+    origin = read_model(Path(options.init_from), options.data)
     made = tokenizer_settings(origin)
     stored = {**origin["model_config"], **made}
     stored.pop("dropout")  # it may differ
@@ -5006,15 +5068,22 @@ class LoadedModel:
     tokenizer: object
     state: dict  # the checkpoint that they are from
 
-def read_model(path: Path) -> dict:
-    """A checkpoint, or a folder with a GPT-2 in the same form."""
-    return read_folder(path) if path.is_dir() else read_checkpoint(path)
+def read_model(path: Path, data: str = "") -> dict:
+    """A checkpoint, or a folder with a GPT-2 or a checkpoint of nanoGPT in the same form."""
+    if path.is_dir():
+        return read_folder(path)
+    state = read_pt_file(path)
+    if isinstance(state, dict) and "model_args" in state:
+        return read_nanogpt(path, state, data)
+    return check_format(path, state)
 
 def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""
     device = find_device(options.device)
     path = Path(options.checkpoint or Path(options.out_dir, "best.pt"))
-    state = read_model(path)
+    state = read_model(path, options.data)
+    if options.data and options.mode != "eval" and not state.get("needs_characters"):
+        raise UserError(f"--data {options.data}: {path} has its own tokenizer; leave this flag out")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return LoadedModel(model.to(device), tokenizer, state)
@@ -5171,13 +5240,13 @@ class Mode:
     takes: set[str]
 
 EVERY_MODE = {"mode", "device"}
-USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint"}
+USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint", "data"}
 SETTINGS = {*field_names(ModelConfig), *field_names(RunConfig)}
 MODES = {
     "train": Mode(run_train, EVERY_MODE | SETTINGS | {"out_dir", "data", "resume", "init_from",
                                                       "checkpoint"}),
     "generate": Mode(run_generate, USES_MODEL | {"seed", *field_names(WritingConfig)}),
-    "eval": Mode(run_eval, USES_MODEL | {"data"}),
+    "eval": Mode(run_eval, USES_MODEL),
     "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
     "bench": Mode(run_bench, EVERY_MODE | SETTINGS | {"bench_seconds", "max_tokens"}),
     "inspect": Mode(run_inspect, USES_MODEL | {"prompt", "json"}),

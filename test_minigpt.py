@@ -781,6 +781,7 @@ def test_only_position_vectors_tell_the_order_in_one_block():
 # ---- The MLP -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation, function", [
     ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
+    ("gelu_erf", lambda h: h * torch.distributions.Normal(0, 1).cdf(h)),
     ("relu", lambda h: h.clamp(min=0)),
     ("relu2", lambda h: h.clamp(min=0) ** 2),
     ("swiglu", lambda h: h[..., :10] * torch.sigmoid(h[..., :10]) * h[..., 10:]),
@@ -5458,7 +5459,10 @@ def gpt2_formula(config, tensors, idx):
         y = (shares(q, k) @ v).transpose(1, 2).flatten(2)
         x = x + linear(y, f"h.{i}.attn.c_proj")
         y = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        if config["activation_function"] == "gelu_new":
+            y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        else:
+            y = y * torch.distributions.Normal(0, 1).cdf(y)
         x = x + linear(y, f"h.{i}.mlp.c_proj")
     head = "wte.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     return norm(x, "ln_f") @ w[head].T
@@ -5931,6 +5935,7 @@ def check_same_gpt2(theirs, folder):
     {}, dict(tie_word_embeddings=False, n_inner=60, resid_pdrop=0.3), dict(n_inner=500, n_head=1),
     dict(n_inner=29, n_embd=100, n_head=2),
     dict(n_inner=49, n_embd=98, n_head=1), dict(activation_function="gelu_pytorch_tanh"),
+    dict(activation_function="gelu"),
     dict(n_inner=15, n_embd=44, n_head=2, n_positions=64), dict(base=True), dict(shards="5GB"),
     dict(dtype=torch.float16), dict(dtype=torch.bfloat16, base=True)])
 def test_a_gpt2_of_the_library_computes_the_same_here(transformers, tmp_path, changes):
@@ -5988,7 +5993,7 @@ def change_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 @pytest.mark.parametrize("named, changes", [
-    ("activation_function is gelu,", dict(activation_function="gelu")),
+    ("activation_function is relu,", dict(activation_function="relu")),
     ("layer_norm_epsilon is 0.001", dict(layer_norm_epsilon=1e-3)),
     ("scale_attn_by_inverse_layer_idx", dict(scale_attn_by_inverse_layer_idx=True)),
     ("scale_attn_weights", dict(scale_attn_weights=False)),
@@ -6127,6 +6132,75 @@ def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     succeed(*train, "--out_dir", tmp_path / "more")
     first = metrics_of(tmp_path / "more")[0]
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(min(records), rel=1e-5)
+
+# ---- Exchange: reading a checkpoint of nanoGPT ---------------------------------------------------
+def save_nanogpt(path, text, bias=True, prefix=""):
+    """A checkpoint as nanoGPT's train.py writes it, with random weights. Returns a function that
+    computes its logits in float64."""
+    sizes = dict(vocab_size=len(set(text)), block_size=16, n_layer=2, n_head=2, n_embd=24,
+                 bias=bias)
+    weights = small_model(**sizes).float().state_dict()
+    mask = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    named = {f"{prefix}{name}" if name.startswith("lm_head") else f"{prefix}transformer.{name}": w
+             for name, w in (weights | mask).items()}
+    torch.save({"model": named, "optimizer": {}, "model_args": {**sizes, "dropout": 0.1},
+                "iter_num": 70, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}},
+               path)
+    gpt2s = {}
+    for name, w in weights.items():
+        is_linear = ".c_" in name and name.endswith("weight")
+        gpt2s[name] = w.t() if is_linear else w
+        if is_linear or w.dim() == 1:
+            gpt2s.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
+    form = {**sizes, "layer_norm_epsilon": 1e-5, "activation_function": "gelu",
+            "tie_word_embeddings": True}
+    return lambda idx: gpt2_formula(form, gpt2s, idx)
+
+@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
+def test_a_checkpoint_of_nanogpt_computes_the_same_here(tmp_path, bias, prefix):
+    """Would fail with GPT-2's approximation of GELU, for transposed matrices, or for characters in
+    another order than that of nanoGPT's prepare.py, which is sorted."""
+    (tmp_path / "text").write_text("zebra, apple", encoding="utf-8")
+    logits = save_nanogpt(tmp_path / "ckpt.pt", "zebra, apple", bias, prefix)
+    state = minigpt.read_model(tmp_path / "ckpt.pt", str(tmp_path / "text"))
+    model, tokenizer = minigpt.model_from_checkpoint(state, ModelConfig)
+    assert tokenizer.itos == sorted(set("zebra, apple")) and state["step"] == 70
+    idx = random_ids(2, 16, vocab_size=9)
+    with torch.no_grad():
+        assert largest_difference(model.eval()(idx)[0], logits(idx)) < 1e-6
+
+def test_a_checkpoint_of_nanogpt_is_used_as_ours_is(tmp_path):
+    """It writes, is evaluated, and is trained further, on the text that it was trained on."""
+    text = SHORT.read_text(encoding="utf-8")
+    save_nanogpt(tmp_path / "ckpt.pt", text)
+    for command in (["--mode", "generate", "--prompt", text[:3], "--max_tokens", 3],
+                    ["--mode", "eval"], ["--mode", "inspect", "--prompt", text[:5], "--json"]):
+        code, out, err = run_main(*command, "--checkpoint", tmp_path / "ckpt.pt", "--data", SHORT,
+                                  "--out_dir", tmp_path)
+        assert code == 0 and out, err
+    code, _, err = run_main(
+        "--mode", "train", "--init_from", tmp_path / "ckpt.pt", "--data", SHORT, "--out_dir",
+        tmp_path / "out", "--max_steps", 1, "--batch_size", 2, "--no_wandb", "--sample_tokens", 0)
+    assert code == 0 and model_of(tmp_path / "out" / "latest.pt")[0].config.activation == "gelu_erf"
+
+def test_mistakes_with_a_checkpoint_of_nanogpt(tmp_path):
+    """Another text, one whose characters are too few, a damaged one, and --data where the
+    checkpoint has its own characters."""
+    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
+    (tmp_path / "text").write_text("abc", encoding="utf-8")
+    command = ["--mode", "generate", "--checkpoint", tmp_path / "ckpt.pt", "--data"]
+    check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "3 different", "has 8"])
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del state["model"]["transformer.h.1.ln_1.weight"]
+    torch.save(state, tmp_path / "ckpt.pt")
+    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
+    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "h.1.ln_1.weight"])
+    del state["model_args"]["n_head"]
+    torch.save(state, tmp_path / "ckpt.pt")
+    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "n_head"])
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    command[3] = tmp_path / "best.pt"
+    check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "its own tokenizer"])
 
 # ---- A look inside -------------------------------------------------------------------------------
 def rotated_heads(attention, x):
