@@ -3520,6 +3520,7 @@ class FullRun(Run):
 # Part IV: The laboratory
 # ==================================================================================================
 
+import base64
 import shutil
 import statistics
 
@@ -4417,15 +4418,17 @@ class Inside:
     probabilities: torch.Tensor  # (T, V): what follows each position
     lens: list[torch.Tensor]  # (V,) for each layer: what it predicts after the last position
     weights: list[torch.Tensor]  # (nh, T, T) for each layer: the attention weights
+    streams: list[torch.Tensor]  # (T, C): the residual stream before each layer, and at the end
+    parts: dict[str, torch.Tensor]  # (T, C) each, by name: what is added up in the stream
 
 @contextlib.contextmanager
-def recorded_inputs(modules):
-    """While the `with` block runs, collects the inputs of the modules, in the order of calls."""
-    inputs = []
-    handles = [module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
-               for module in modules]
+def recorded_calls(modules):
+    """While the `with` block runs, collects input and output of each call of the modules."""
+    calls = []
+    handles = [module.register_forward_hook(
+        lambda _, given, output: calls.append((given[0], output))) for module in modules]
     try:
-        yield inputs
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -4435,18 +4438,66 @@ def look_inside(model, idx) -> Inside:
     """Runs a model on idx (1, T)."""
     model.eval()
     blocks = list(getattr(model, "h", []))  # the bigram model has none
-    attentions = [block.attn for block in blocks]
     layers = [*blocks, model.ln_f] if blocks else []
-    with recorded_inputs(attentions) as attention_inputs, recorded_inputs(layers) as streams:
+    with (recorded_calls([block.attn for block in blocks]) as attentions,
+          recorded_calls([block.mlp for block in blocks]) as mlps,
+          recorded_calls(layers) as streams):
         logits, _ = model(idx)
+    streams = [x[0] for x, _ in streams]  # (T, C): before each block, and before ln_f
     weights = []
-    for attention, x in zip(attentions, attention_inputs):
-        q, k, _ = attention.heads(x)
-        weights.append(attention.weights(q, k)[0].cpu())
-    lens = []
-    for x in streams:  # the residual stream before each block, and at the end
-        lens.append(torch.softmax(model.lm_head(model.ln_f(x[0, -1])).float(), dim=-1).cpu())
-    return Inside(torch.softmax(logits[0].float(), dim=-1).cpu(), lens, weights)
+    for block, (x, _) in zip(blocks, attentions):
+        q, k, _ = block.attn.heads(x)
+        weights.append(block.attn.weights(q, k)[0].cpu())
+    lens = [torch.softmax(model.lm_head(model.ln_f(x[-1])).float(), dim=-1).cpu() for x in streams]
+    parts = {}
+    if blocks and len(attentions) == len(mlps) == len(blocks):
+        parts["embedding"] = streams[0]
+        for i, block in enumerate(blocks):
+            for name, part in parts_of_attention(block.attn, attentions[i][0]).items():
+                parts[f"layer {i}, {name}"] = part
+            parts[f"layer {i}, MLP"] = mlps[i][1][0]
+        if not torch.allclose(sum(parts.values()), streams[-1], rtol=1e-3, atol=1e-3):
+            parts = {}  # in post-norm blocks, the stream is not a sum
+    return Inside(torch.softmax(logits[0].float(), dim=-1).cpu(), lens, weights, streams, parts)
+
+def parts_of_attention(attention, x) -> dict[str, torch.Tensor]:
+    """What each head adds to the residual stream, for the input x (1, T, C): (T, C) each.
+
+    c_proj multiplies the outputs of all heads, side by side, by one matrix. That is the sum of
+    what it makes of each head alone."""
+    y = attention.attend(*attention.heads(x))  # (1, nh, T, hs)
+    names = [f"head {i}" for i in range(y.shape[1])]
+    if getattr(attention, "prev_heads", 0):
+        y = torch.cat([y, attention.read_previous(x)], dim=1)
+        names += [f"previous-position head {i}" for i in range(attention.prev_heads)]
+    columns = attention.c_proj.weight.chunk(len(names), dim=1)  # (C, hs) for each head
+    parts = {name: y[0, i] @ columns[i].t() for i, name in enumerate(names)}
+    if attention.c_proj.bias is not None:
+        parts["attention's bias"] = attention.c_proj.bias.expand(x.shape[1], -1)
+    return parts
+
+def shares_of_logit(model, inside: Inside, targets) -> dict[str, list[float]]:
+    """How much each part adds to the logit of the token that follows, for targets (T,).
+
+    ln_f divides the stream of each position by one number. While that number is kept, the logit is
+    a sum over the parts. All logits are taken relative to their mean over the vocabulary, because
+    a number that is added to all of them changes no probability."""
+    x = inside.streams[-1]
+    norm, table = model.ln_f, model.lm_head.weight
+    directions = table[targets] - table.mean(dim=0)  # (T, C)
+    center = isinstance(norm, LayerNorm)
+    scale = 1.0
+    if isinstance(norm, (LayerNorm, RMSNorm)):
+        spread = x - x.mean(dim=-1, keepdim=True) if center else x
+        scale = norm.weight * torch.rsqrt(spread.square().mean(dim=-1, keepdim=True) + norm.eps)
+    shares = {}
+    for name, part in inside.parts.items():
+        if center:
+            part = part - part.mean(dim=-1, keepdim=True)
+        shares[name] = (part * scale * directions).sum(dim=-1).tolist()
+    if center and norm.bias is not None:
+        shares["last norm's bias"] = (norm.bias * directions).sum(dim=-1).tolist()
+    return shares
 
 def paint_attention(figure, weights: list, labels: list[str]) -> None:
     """All heads in one image: a column for each layer, a row for each head.
@@ -4509,10 +4560,52 @@ def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
     for layer, p in enumerate(inside.lens):
         write_result(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
 
+# ---- A look inside, as a page --------------------------------------------------------------------
+# inspect.html shows the same for every token: choose one with the mouse or the arrow keys. Below
+# the text stand the likeliest tokens, the logit lens, and how much each head and each MLP added to
+# the logit of the token that came. Underlines in the text show what a head looked at. The page is
+# the file data/inspect.html, into which the numbers are written; it needs no network.
+PAGE_BYTES = 1_000_000  # at most so many attention weights, of one byte each
+
+def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
+    """What the page shows. Entry t of a list belongs to the prediction that was made at position t,
+    of the token at position t + 1."""
+    following = torch.tensor(ids[1:] + ids[-1:], device=inside.streams[0].device)
+
+    def likeliest(p) -> list:
+        return [[text, round(q, 4)] for text, q in most_likely(p, tokenizer)]
+
+    lens = []
+    with torch.no_grad():
+        for x in inside.streams:
+            p = torch.softmax(model.lm_head(model.ln_f(x)).float(), dim=-1)  # (T, V)
+            given = p.gather(1, following[:, None])[:, 0].tolist()
+            lens.append([{"p": round(given[t], 4), "likeliest": likeliest(p[t].cpu())}
+                         for t in range(len(ids))])
+        shares = shares_of_logit(model, inside, following) if inside.parts else {}
+    attention = [[pack_triangle(head) for head in layer] for layer in inside.weights]
+    return {"tokens": [tokenizer.decode([i]) for i in ids], "lens": lens, "attention": attention,
+            "shares": {name: [round(share, 3) for share in shares[name]] for name in shares}}
+
+def pack_triangle(weights) -> str:
+    """Attention weights (T, T), without those of later tokens, row by row, as bytes from 0 to 255
+    in base64."""
+    T = len(weights)
+    lower = weights[tuple(torch.tril_indices(T, T))]
+    packed = (255 * lower).round().to(torch.uint8)
+    return base64.b64encode(bytes(packed.tolist())).decode()
+
+def write_page(path: Path, data: dict) -> None:
+    """Writes the page with these data. Raises OSError if the template or the path is not usable."""
+    template = (PROGRAM.parent / "data" / "inspect.html").read_text(encoding="utf-8")
+    as_json = json.dumps(data).replace("</", "<\\/")  # no token may end the script
+    replace_text(path, template.replace("/*DATA*/null", as_json))
+
 MAX_DRAWN = 48  # tokens in a picture of attention
 
 def run_inspect(request: Request) -> None:
-    """--mode inspect: prints to stdout, and draws attention.png for the first MAX_DRAWN tokens."""
+    """--mode inspect: prints to stdout, writes inspect.html, and draws attention.png for the first
+    MAX_DRAWN tokens."""
     options = request.options
     used = load_for_use(options)
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
@@ -4524,6 +4617,13 @@ def run_inspect(request: Request) -> None:
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
     if inside.weights:
+        n_heads = sum(map(len, inside.weights))
+        T = min(len(ids), math.isqrt(2 * PAGE_BYTES // n_heads))
+        if T < len(ids):
+            inside = look_inside(used.model, torch.tensor([ids[:T]]))
+        page = Path(options.out_dir, "inspect.html")
+        write_page(page, page_data(used.model, inside, ids[:T], used.tokenizer))
+        say(f"{page}: open it in a browser, for a look at each of the first {T} tokens")
         T = min(len(ids), MAX_DRAWN)
         labels = [repr(used.tokenizer.decode([i])) for i in ids[:T]]
         weights = [w[:, :T, :T] for w in inside.weights]

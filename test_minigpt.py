@@ -4173,6 +4173,7 @@ def test_another_file_in_the_place_of_the_corpus_is_refused(tmp_path, monkeypatc
     argv = [word for word in TRAIN if word not in ("--data", str(SHORT))]
     named = ["input.txt", "not Tiny Shakespeare", why, "download_data.py", "--data"]
     check_mistake(*run_main(*argv, "--out_dir", tmp_path / "out"), named)
+    minigpt.comments.cache_clear()  # they were looked for in that folder
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_large_text_is_encoded_in_pieces_to_the_same_corpus(monkeypatch, kind):
@@ -6252,6 +6253,71 @@ def test_a_bigram_model_has_predictions_and_nothing_else_inside():
     assert inside.lens == inside.weights == []
     assert_close(inside.probabilities.double(), model.wte.weight[idx[0]].softmax(-1).detach(), 1e-6)
 
+@pytest.mark.parametrize("changes", [
+    {}, dict(bias=False, tie_weights=False), dict(LAPTOP, prev_heads=2), dict(norm="none"),
+    dict(QWEN3, norm_scale=False), dict(attention="fused", block="shift")])
+def test_the_shares_of_the_parts_sum_to_the_logit(changes):
+    """Would fail if a head read the columns of another one, if a bias were left out, or if the last
+    norm were not taken into account."""
+    model = small_model(n_layer=3, **changes).eval()
+    idx, targets = random_ids(1, 7), random_ids(7, seed=1)
+    shares = minigpt.shares_of_logit(model, minigpt.look_inside(model, idx), targets)
+    with torch.no_grad():
+        logits = model(idx)[0][0]
+    expected = logits[torch.arange(7), targets] - logits.mean(-1)
+    assert_close(sum(torch.tensor(share, dtype=torch.float64) for share in shares.values()),
+                 expected, 1e-6)
+    heads = model.config.n_head + model.config.prev_heads
+    biases = 3 + 1 if model.config.bias and "norm" not in changes else 3 * model.config.bias
+    assert len(shares) == 1 + 3 * (heads + 1) + biases
+
+def test_a_head_whose_columns_are_zero_adds_nothing():
+    """And it alone. Would fail if the parts were named in another order."""
+    model = small_model(**LAPTOP, prev_heads=1).eval()
+    with torch.no_grad():
+        model.h[1].attn.c_proj.weight[:, 4:8] = 0  # the second of two heads of four channels
+    inside = minigpt.look_inside(model, random_ids(1, 7))
+    zero = [name for name, part in inside.parts.items() if not part.any()]
+    assert zero == ["layer 1, head 1"]
+
+def page_of(path):
+    """The data of a page, as its script reads them."""
+    found = re.search(r"const data = (.*);\n", path.read_text(encoding="utf-8"))
+    return json.loads(found[1])
+
+@pytest.mark.parametrize("changes", [dict(LAPTOP, prev_heads=1), dict(block="post")])
+def test_the_page_shows_the_numbers_of_the_model(tmp_path, changes):
+    """Read back from the file. A token cannot end the script; a stream that is no sum has no
+    shares."""
+    tokenizer = CharTokenizer.train("</script>\n\"\\&é")
+    model = save_model(tmp_path, tokenizer, **changes)
+    text = "</script>\n\"\\&é"
+    code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", text)
+    assert code == 0 and "inspect.html" in err, err
+    html = (tmp_path / "inspect.html").read_text(encoding="utf-8")
+    assert html.count("</script") == 1 and "http" not in html
+    data = page_of(tmp_path / "inspect.html")
+    ids = tokenizer.encode(text)
+    assert data["tokens"] == list(text) and "weights" not in data
+    inside = minigpt.look_inside(model, torch.tensor([ids]))
+    with torch.no_grad():
+        for t, i in enumerate(ids[1:]):
+            for layer, x in zip(data["lens"], inside.streams, strict=True):
+                p = model.lm_head(model.ln_f(x[t])).softmax(-1)
+                assert layer[t]["p"] == pytest.approx(p[i].item(), abs=1e-4)
+                best, most = p.argmax().item(), p.max().item()
+                assert layer[t]["likeliest"][0] == [tokenizer.decode([best]),
+                                                    pytest.approx(most, abs=1e-4)]
+    for packed, weights in zip(sum(data["attention"], []), torch.cat(inside.weights), strict=True):
+        rows = list(minigpt.base64.b64decode(packed))
+        for t in range(len(ids)):
+            row = torch.tensor(rows[t * (t + 1) // 2 : (t + 1) * (t + 2) // 2]) / 255
+            assert_close(row, weights[t, : t + 1], 0.003)
+    assert bool(data["shares"]) == ("block" not in changes)
+    shares = minigpt.shares_of_logit(model, inside, torch.tensor(ids[1:] + [0]))
+    for name, share in data["shares"].items():
+        assert share[:-1] == pytest.approx(shares[name][:-1], abs=1e-3)
+
 def hooks_of(model):
     return [hook for module in model.modules()
             for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
@@ -6266,9 +6332,9 @@ def test_no_hook_stays_behind():
         minigpt.look_inside(model, random_ids(1, 9))
     assert hooks_of(model) == []
     with pytest.raises(ZeroDivisionError):
-        with minigpt.recorded_inputs(model.h) as inputs:
+        with minigpt.recorded_calls(model.h) as calls:
             model(random_ids(1, 5))
-            assert len(inputs) == 2 and len(hooks_of(model)) == 2
+            assert len(calls) == 2 and len(hooks_of(model)) == 2
             raise ZeroDivisionError
     assert hooks_of(model) == []
 
