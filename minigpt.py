@@ -4257,6 +4257,9 @@ def sample_of_tokens(tokenizer) -> str:
 def run_export(request: Request) -> None:
     """--mode export: a folder or a file that other programs load without any code of ours."""
     options = request.options
+    if options.format != "gguf" and options.gguf_type != Options.gguf_type:
+        raise UserError(f"--gguf_type {options.gguf_type}: belongs to --format gguf; add that, or "
+                        "leave this flag out")
     used = load_for_use(replace(options, device="cpu"))
     c = used.model.config
     if c.model == "bigram":
@@ -5600,4 +5603,5 @@ if __name__ == "__main__":
 # tensor(True)
 #
 # 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
-#     numbers, about two thirds as many as the model has parameters.
+#     numbers, about 60 % as many as the model has parameters. Each previous-position head adds
+#     the 64 values of the last position.

@@ -5845,6 +5845,8 @@ def test_a_failed_gguf_export_leaves_nothing_behind(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "mine"]
     export_gguf(tmp_path)  # and the next try succeeds
     check_mistake(*run_main(*command, "--gguf_type", "q4"), ["--gguf_type", "q4", "q8_0"])
+    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path, "--gguf_type", "f16"),
+                  ["--gguf_type f16", "--format gguf"])
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["char", "bpe"])
