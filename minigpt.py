@@ -1698,14 +1698,15 @@ POSITIONS["sinusoidal"] = Sinusoids
 # ---- Relative positions: RoPE --------------------------------------------------------------------
 # Problem   What matters is how far apart two tokens are, not where in the window they stand.
 # Answer    Rotary position embedding adds nothing to the vectors. It turns each query and key like
-#           a set of clock hands, by an angle that is proportional to its position. The dot product
-#           of two arrows depends only on the angle between them, so the score of a query at t and a
-#           key at s depends on t - s.
+#           a set of clock hands (counter-clockwise), by an angle that is proportional to its
+#           position. The dot product of two arrows depends on their lengths and on the angle
+#           between them. Turning keeps the lengths. So the positions t of a query and s of a key
+#           enter their score only through t - s.
 #
 #               key at 1          query at 2           their angle: one tick, the same as
-#                  \                  |                for positions 11 and 12
-#                   \                 |
-#                    o                o
+#                   |                  \               for positions 11 and 12
+#                   |                   \
+#                   o                    o
 #
 # Equation  Channels i and i + hs/2 of a head form an arrow (x1, x2) in the plane. At position t it
 #           is turned by the angle a = t w_i, with w_i as above and hs in place of C:
@@ -1820,18 +1821,20 @@ class Attention(CausalSelfAttention):
 ATTENTION["extended"] = Attention
 
 # ---- Activation functions ------------------------------------------------------------------------
-# GELU      is defined as x P(z < x), with z from the standard normal distribution [Hendrycks and
-#           Gimpel 2016, section 2]. GPT-2 has the approximation by tanh that Part I shows. Other
-#           programs, such as nanoGPT, have the exact form. The two differ by less than 0.0005.
-# ReLU      max(0, x), as in the first Transformer. Its square [So et al. 2021, section 3.2] is
-#           simple, and leaves most hidden units at exactly 0.
-# SwiGLU    Not a function of one number but a product: silu(x W) * (x U), with silu(z) = z
-#           sigmoid(z) [Shazeer 2020, section 2]. One half decides how much of the other half
-#           passes: it is a gate. W and U stand side by side in `c_fc`. There are three matrices now
-#           instead of two, so the hidden layer is 2/3 as wide, for about the same number of
-#           weights.
+# GELU      GELU(x) = x Phi(x), as in Part I. Part I has GPT-2's approximation of Phi by tanh.
+#           Exactly, Phi(x) = (1 + erf(x / sqrt(2))) / 2, and PyTorch has the function erf
+#           [Hendrycks and Gimpel 2016, section 2]. Other programs, such as nanoGPT, have the exact
+#           form. The two forms differ by less than 0.0005.
+# ReLU      max(0, x), as in the first Transformer. relu2 is its square [So et al. 2021, section
+#           3.2]. Both are exactly 0 for every negative x.
+# SwiGLU    silu(x W) * (x U) is a product of two linear functions, one of which passes through
+#           silu(z) = z sigmoid(z) [Shazeer 2020, section 2]. One half decides how much of the other
+#           half passes: it is a gate. W and U stand side by side in `c_fc`. There are three
+#           matrices now instead of two, so the hidden layer is 2/3 as wide, for about the same
+#           number of weights.
 # Here      --activation relu: 2.266 ± 0.008. relu2: 2.316 ± 0.035. swiglu: 2.266 ± 0.018. The
-#           differences are small, and in full runs they change their order: `laptop` has relu2.
+#           differences are small. In full runs, relu2 is better than SwiGLU: see the chapter
+#           "Tricks that do and do not survive on a small text".
 class ReLU(MLP):
     """An MLP with max(0, x)."""
     def activate(self, x):
@@ -1907,16 +1910,18 @@ class ShiftBlock(Block):
 BLOCKS["shift"] = ShiftBlock
 
 # ---- Heads that read the previous position -------------------------------------------------------
-# Problem   Token shift helps, but no other program can run it. Its gain may come from this: a part
-#           of the model sees what the previous token was, without spending a head on it. Trained
-#           models often have a head that does little else, which --mode inspect shows.
-# Answer    Give each attention a head that always puts all its weight on the previous position. It
-#           needs no query, no key and no softmax: its output is its value, shifted by one position.
-#           `Attention.read_previous` is all of it. Part IV shows that an ordinary attention head
-#           can do exactly the same, so other programs can run such a model.
+# Problem   Token shift helps, but no other program can run it. Its gain may come from this: the
+#           model always sees what the previous token was. Trained models often have a head that
+#           does little else, which --mode inspect shows. But an ordinary head has to learn queries
+#           and keys for that.
+# Answer    Give each attention an extra head without queries and keys, whose weight is always 1 on
+#           the previous position. Its output is its value, shifted by one position. In the class
+#           Attention, `c_prev` computes the values, `read_previous` shifts them, and `forward`
+#           places them beside the other heads. Part IV builds an ordinary head that does the same
+#           up to rounding. So other programs can run such a model, if it also has RoPE, QK-norm and
+#           no biases, as `laptop` has.
 # Shapes    (B, T, C) -> (B, prev_heads, T, hs), joined to the other heads before c_proj
-# Here      --prev_heads 1 --attention extended: 1.923 ± 0.006, the largest gain of all variations
-#           in such a short training.
+# Here      --prev_heads 1 --attention extended: 1.923 ± 0.006. Only token shift gains more.
 
 # ---- Byte-pair encoding --------------------------------------------------------------------------
 # Problem   Characters make long sequences: "the" takes three steps of the model. Whole words make
@@ -2613,17 +2618,17 @@ READERS["fused"] = CachedReader
 # Part IV writes models of both forms, GPT-2's and Qwen3's, so that other programs can run them.
 
 # ---- What it all adds up to ----------------------------------------------------------------------
-# Which of these variations are worth their time? From `plain` to `laptop`, one change after the
-# other. Each model is trained for as many steps as fit into the time of the last rung, 204 s on two
-# cores, so a slower step has to pay for itself. Nats per character on the full validation split,
-# mean and standard deviation over the seeds 1337, 1338 and 1339, by `python .ci/ladder.py`. (The
-# table was made before queries and keys got a norm each.)
+# Which of these variations are worth their time? From `plain` to `laptop`: each row adds the
+# changes that it names to the row before. Each model is trained for as many steps as fit into the
+# time of the last row, 204 s on two cores, so a model with slower steps gets fewer of them. Nats
+# per character on the full validation split, mean and standard deviation over the seeds 1337, 1338
+# and 1339, by `python .ci/ladder.py`. (The table was made before queries and keys got a norm each.)
 #
 #     plain                               2,931 steps    1.590 ± 0.006
 #     fused kernels, no biases            2,963          1.581 ± 0.010
 #     RoPE                                3,036          1.527 ± 0.002
 #     squared ReLU, QK-norm, two heads    3,248          1.524 ± 0.006
-#     Muon, a straight line to zero       2,545          1.487 ± 0.002
+#     Muon, learning rate linear to 0     2,545          1.487 ± 0.002
 #     even windows                        2,545          1.463 ± 0.011
 #     windows of 128, then of 512         2,500          1.446 ± 0.001
 #
@@ -2633,10 +2638,10 @@ READERS["fused"] = CachedReader
 # Much of what is known about training was found on texts that are read once. Here, the text is read
 # four to five times. A trick that makes a model learn faster may then make it memorize faster.
 #
-# Each row is one change to `laptop` without its previous-position head: nats per character after
-# 2,200 steps, mean of the seeds 501 and 502, with commit 4876ad5 of this project. Two runs that
-# differ in the seed alone may differ by 0.01, so a difference of less than 0.005 between two rows
-# means nothing.
+# Each row names all its changes to the first row: nats per character after 2,200 steps, mean of the
+# seeds 501 and 502, with commit 4876ad5 of this project. Two runs that differ in the seed alone may
+# differ by 0.01. So the mean of two is uncertain by about 0.005, and smaller differences between
+# rows mean nothing.
 #
 #     `laptop` without its previous-position head                             1.445
 #
@@ -2656,17 +2661,17 @@ READERS["fused"] = CachedReader
 #
 #     a vector for each group of three characters, and token shift            1.484
 #     a vector for each pair of characters in each layer, and token shift     1.433
-#     weight decay only where it agrees with the gradient, and token shift    1.432
+#     cautious weight decay [Chen et al. 2025], and token shift               1.432
 #     5 % of the input tokens replaced by random ones, and token shift        1.460
 #     GELU and no QK-norm                                                     1.455
 #     no QK-norm                                                              1.450
 #     SwiGLU                                                                  1.456
-#     RoPE with 500 in place of 10,000                                        1.449
+#     RoPE with w_i = 500^(-2 i / hs)                                         1.449
 #
-# What helps is to see the tokens just before, in whatever form. These forms do not add up. The
-# vectors for groups of characters are the clearest case of the opposite: after 700 steps they are
-# 0.016 ahead, and at the end 0.057 behind, because each of them belongs to a few places of the
-# text, which it learns by heart.
+# What helps is to see the tokens just before, in whatever form. A second form helps little or not
+# at all. The vectors for groups of characters show how a trick that learns faster also memorizes
+# faster: after 700 steps they are 0.016 better than token shift alone, and at the end 0.057 worse.
+# Each of them belongs to a few places of the text, which it learns by heart.
 #
 # With the final code and the seeds 611 and 612, `laptop` with 2,200 steps ends at 1.432. These are
 # changes to it:
@@ -3894,7 +3899,7 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
                  if name.startswith(prefix)}
         theirs = to_qwen3_block(block, c, has_layer_norm)
         if c.prev_heads:
-            theirs = add_fixed_heads(theirs, c)
+            theirs = add_previous_heads(theirs, c)
         for name, w in theirs.items():
             tensors[f"model.layers.{i}.{name}"] = w
     hidden = tensors["model.layers.0.mlp.up_proj.weight"].shape[0]
@@ -3937,31 +3942,35 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
             "mlp.down_proj.weight": pad_with_zeros(mlp_out, 1, hidden)}
 
 # ---- Exchange: heads that read the previous position ---------------------------------------------
-# Problem   Qwen3 has no such head. But an attention head can be built by hand that does the same.
+# Problem   Qwen3 has no previous-position heads. But an ordinary attention head can be built by
+#           hand that does the same.
 # Constant  Its query and key must not depend on the text. So the residual stream gets one more
-#           channel, in which the token table puts the same small number k for every token, and to
-#           which nothing else adds. (The stream grows by 32 channels, because some formats pack
-#           weights in groups of 32. The others stay 0.) The query and the key of the new head read
-#           this channel alone, and QK-norm takes away how large it is.
+#           channel. The token table puts the same small number c into it for every token, and
+#           nothing else adds to it. (The stream grows by 32 channels, because some formats pack
+#           weights in groups of 32. The others stay 0.) The query and the key of a
+#           previous-position head read this channel alone, and QK-norm removes its size.
 # Norms     An RMSNorm now takes its mean over C' = C + 32 channels instead of C. The sum of squares
-#           grows by k^2 only. With the gains times sqrt(C / C') and the epsilon
-#           (C eps - k^2) / C', the result is the same.
-# Position  RoPE turns pair p of a query at position t by the angle t f_p. If the key has (1, 0) in
-#           a pair and the query (1, 0) turned back by one position, their product is
-#           cos((t - 1 - s) f_p) for a key at position s: it is largest for s = t - 1. Summed over
-#           eight pairs of different speeds, it is much larger there than anywhere else, and the
-#           softmax puts all its weight there. (At position 0, it can only read itself.)
-# Pairs     The new head needs pairs of its own, because its gains are large, and all heads share
-#           the gains of QK-norm. So the head size doubles. Pair i of an ordinary head becomes
-#           pair 2i, whose speed in a head of twice the size is the same: 10000^(-2(2i) / (2 hs)).
-#           The odd pairs are zero in ordinary heads and free for the new one.
+#           grows by c^2 only. With the gains times sqrt(C / C') and the epsilon
+#           (C eps - c^2) / C', the result is the same.
+# Position  RoPE turns pair p of a query at position t by the angle t w_p. Let the key have (1, 0)
+#           in a pair, and the query (1, 0) turned back by one position. Then their product is
+#           cos((t - 1 - s) w_p) for a key at position s, which is largest for s = t - 1. Summed
+#           over eight pairs of different speeds, it is 8 at s = t - 1 and at most 7.2 elsewhere
+#           (for hs = 64). Large gains in QK-norm stretch this difference to 30, so the softmax puts
+#           practically all its weight on s = t - 1. (At position 0, it can only read itself.)
+# Pairs     A previous-position head needs pairs of its own, because all heads share the gains of
+#           QK-norm, and the ordinary heads must not get such large ones. So the head size doubles.
+#           Pair i of an ordinary head becomes pair 2i, whose speed in a head of twice the size is
+#           the same: 10000^(-2(2i) / (2 hs)). The odd pairs are zero in ordinary heads and free for
+#           the previous-position heads.
 # Scale     In a head of twice the size, half of whose channels are 0, QK-norm makes the others
-#           sqrt(2) times as large, so scores are twice as large, and they are divided by
-#           sqrt(2 hs) instead of sqrt(hs). The gain of k divided by sqrt(2) makes up for both.
+#           sqrt(2) times as large. So scores are twice as large, and they are divided by
+#           sqrt(2 hs) instead of sqrt(hs). Dividing the gain of the keys by sqrt(2) makes up for
+#           both.
 EXTRA_CHANNELS = 32
-CONSTANT = 0.001  # k
+CONSTANT = 0.001  # c
 FIXED_LEAD = 30.0  # by how much the score of the previous position exceeds all others
-FIXED_WEIGHT = 1e4  # makes their queries and keys so large that QK-norm's epsilon does not matter
+FIXED_WEIGHT = 1e4  # makes these queries and keys so large that QK-norm's epsilon has no effect
 
 def wider_config(c: ModelConfig) -> dict:
     """The entries of config.json that change."""
@@ -3987,38 +3996,56 @@ def add_constant(tensors: dict, c: ModelConfig) -> dict:
             "model.norm.weight": widen_norm(tensors["model.norm.weight"]),
             "lm_head.weight": pad_with_zeros(tensors["lm_head.weight"], 1, wide)}
 
-def add_fixed_heads(block: dict, c: ModelConfig) -> dict:
+def add_previous_heads(block: dict, c: ModelConfig) -> dict:
     """A block of Qwen3 with the previous-position heads as ordinary heads."""
-    C, hs = c.n_embd, c.n_embd // c.n_head
-    wide = C + EXTRA_CHANNELS
-    pairs = slice(1, min(2 * 8, hs), 2)  # the odd pairs that the new heads use
-    speeds = 10000.0 ** (-torch.arange(hs, dtype=torch.float64)[pairs] / hs)
-    turned_back = torch.stack([speeds.cos(), -speeds.sin()])
-    straight = torch.stack([torch.ones_like(speeds), torch.zeros_like(speeds)])
-    scale = math.sqrt(2 * wider_config(c)["rms_norm_eps"] / RMSNorm.eps)
-    changed = dict(block)
-    for letter, fixed, gain in (("q", turned_back, 1.0), ("k", straight, math.sqrt(0.5))):
-        name = f"self_attn.{letter}_proj.weight"
-        ordinary = torch.zeros(c.n_head, 2, hs, wide, dtype=torch.float64)
-        ordinary[:, :, ::2, :C] = scale * block[name].view(c.n_head, 2, hs // 2, C)
-        new = torch.zeros(c.prev_heads, 2, hs, wide, dtype=torch.float64)
-        new[:, :, pairs, C] = FIXED_WEIGHT * fixed
-        changed[name] = torch.cat([ordinary, new]).flatten(0, 2)  # (heads 2 hs, wide)
-        gains = torch.zeros(2, hs, dtype=torch.float64)
-        gains[:, ::2] = gain * block[f"self_attn.{letter}_norm.weight"].view(2, hs // 2)
-        gains[:, pairs] = fixed_gain(speeds, c.block_size, hs)
-        changed[f"self_attn.{letter}_norm.weight"] = gains.flatten()
-    heads = c.n_head + c.prev_heads
-    v = pad_with_zeros(block["self_attn.v_proj.weight"].view(heads, hs, C), 1, 2 * hs)
-    out = pad_with_zeros(block["self_attn.o_proj.weight"].view(C, heads, hs), 2, 2 * hs)
-    changed["self_attn.v_proj.weight"] = pad_with_zeros(v.flatten(0, 1), 1, wide)
-    changed["self_attn.o_proj.weight"] = pad_with_zeros(out.flatten(1), 0, wide)
+    changed = {**block, **queries_and_keys(block, c), **values_and_output(block, c)}
+    wide = c.n_embd + EXTRA_CHANNELS
     for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
         changed[name] = pad_with_zeros(block[name], 1, wide)
     changed["mlp.down_proj.weight"] = pad_with_zeros(block["mlp.down_proj.weight"], 0, wide)
     for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
         changed[name] = widen_norm(block[name])
     return changed
+
+def queries_and_keys(block: dict, c: ModelConfig) -> dict:
+    """The weights and the gains of queries and keys, for all heads, in heads of twice the size."""
+    C, hs = c.n_embd, c.n_embd // c.n_head
+    wide = C + EXTRA_CHANNELS
+    # The odd pairs that the previous-position heads use, and the speeds of RoPE there.
+    pairs = slice(1, min(2 * 8, hs), 2)
+    speeds = 10000.0 ** (-torch.arange(hs, dtype=torch.float64)[pairs] / hs)
+    turned_back = torch.stack([speeds.cos(), -speeds.sin()])  # (2, pairs): by one position
+    straight = torch.stack([torch.ones_like(speeds), torch.zeros_like(speeds)])
+    # Half of the channels are zero now, and the epsilon has changed. With this factor, QK-norm
+    # gives exactly sqrt(2) times what it gave before.
+    scale = math.sqrt(2 * wider_config(c)["rms_norm_eps"] / RMSNorm.eps)
+    changed = {}
+    for letter, fixed, gain in (("q", turned_back, 1.0), ("k", straight, math.sqrt(0.5))):
+        name = f"self_attn.{letter}_proj.weight"
+        # (heads, first or second channel of a pair, pair, input channel)
+        ordinary = torch.zeros(c.n_head, 2, hs, wide, dtype=torch.float64)
+        ordinary[:, :, ::2, :C] = scale * block[name].view(c.n_head, 2, hs // 2, C)
+        previous = torch.zeros(c.prev_heads, 2, hs, wide, dtype=torch.float64)
+        previous[:, :, pairs, C] = FIXED_WEIGHT * fixed
+        changed[name] = torch.cat([ordinary, previous]).flatten(0, 2)  # (heads 2 hs, wide)
+        name = f"self_attn.{letter}_norm.weight"
+        gains = torch.zeros(2, hs, dtype=torch.float64)
+        gains[:, ::2] = gain * block[name].view(2, hs // 2)
+        gains[:, pairs] = fixed_gain(speeds, c.block_size, hs)
+        changed[name] = gains.flatten()
+    return changed
+
+def values_and_output(block: dict, c: ModelConfig) -> dict:
+    """The weights of values and of the output, where the new half of each head is zero."""
+    C, hs = c.n_embd, c.n_embd // c.n_head
+    wide = C + EXTRA_CHANNELS
+    heads = c.n_head + c.prev_heads
+    v = block["self_attn.v_proj.weight"].view(heads, hs, C)
+    v = pad_with_zeros(v, 1, 2 * hs).flatten(0, 1)  # (heads 2 hs, C)
+    out = block["self_attn.o_proj.weight"].view(C, heads, hs)
+    out = pad_with_zeros(out, 2, 2 * hs).flatten(1)  # (C, heads 2 hs)
+    return {"self_attn.v_proj.weight": pad_with_zeros(v, 1, wide),
+            "self_attn.o_proj.weight": pad_with_zeros(out, 0, wide)}
 
 def fixed_gain(speeds, block_size: int, hs: int) -> float:
     """The gain that makes the score of the previous position exceed all others by FIXED_LEAD. (The
@@ -4090,9 +4117,9 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
 # GGUF      is their format: one file with the settings, the tokenizer and the tensors. The tensors
 #           are those of the folder under other names, and every matrix is stored as (out, in). The
 #           package gguf knows how the file is laid out.
-# Types     Matrices can be stored in fewer bits: f16 and bf16 have 16 bits for each number, and
-#           q8_0 has 8 bits, and one scale for each group of 32 numbers. Position vectors and gains
-#           stay in 32 bits.
+# Types     Matrices can be stored in fewer bits. f16 and bf16 use 16 bits for each number. q8_0
+#           uses 8 bits for each number, plus one scale for each group of 32 numbers. Position
+#           vectors, gains and biases stay in 32 bits.
 # Subtle    A GGUF file names one of llama.cpp's own tokenizers. For characters we name "rwkv",
 #           which looks for the longest token that fits and needs no merges. It expects control
 #           characters and backslashes to be escaped. (Its "gpt2" would need merges, and it would
@@ -4185,7 +4212,7 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
     writer = gguf.GGUFWriter(partial, config["model_type"])
     try:
         add_gguf_settings(writer, config)
-        prefix = "ALL" if kind == "f32" else "MOSTLY"
+        prefix = "ALL" if kind == "f32" else "MOSTLY"  # vectors are always in f32
         writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
         add_gguf_tokenizer(writer, tokenizer)
         for name, w in gguf_tensors(tensors).items():
@@ -4219,7 +4246,8 @@ def check_gguf(path: Path, tensors: dict, used: LoadedModel) -> str:
     return f"read back: no weight is off by more than {error:.1g}"
 
 def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
-    """Has llama.cpp split a text into tokens and continue it greedily, and our model, too."""
+    """Compares llama.cpp with our model: the ids of a text, and n tokens that are written greedily
+    after the first id. Returns what was found, in words."""
     import requests
     import xllamacpp
 
@@ -4244,7 +4272,9 @@ def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
     n = min(n, used.model.config.block_size - len(start))
     theirs = ask("completion", prompt=start, n_predict=n, temperature=0, return_tokens=True)
     ours = used.model.generate(torch.tensor([start]), n, temperature=0)[0, 1:].tolist()
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(theirs))
+    same = 0  # how many tokens at the beginning are equal
+    while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
+        same += 1
     return f"llama.cpp splits a text into the same tokens, and writes the same {same} of {n} tokens"
 
 def sample_of_tokens(tokenizer) -> str:
@@ -4254,6 +4284,8 @@ def sample_of_tokens(tokenizer) -> str:
     return tokenizer.decode(range(256, min(tokenizer.end_id, 1256)))
 
 # ---- Exchange: the command -----------------------------------------------------------------------
+# The positions decide the form: a model with RoPE becomes a Qwen3, and any other a GPT-2. A setting
+# that the form lacks is refused.
 def run_export(request: Request) -> None:
     """--mode export: a folder or a file that other programs load without any code of ours."""
     options = request.options
@@ -4264,8 +4296,12 @@ def run_export(request: Request) -> None:
     c = used.model.config
     if c.model == "bigram":
         raise UserError("model=bigram: other programs run GPTs; they have no bigram model")
-    form, convert = ("Qwen3", to_qwen3) if c.pos == "rope" else ("GPT-2", to_gpt2)
-    config, tensors = convert(used.model)
+    if c.pos == "rope":
+        form = "Qwen3"
+        config, tensors = to_qwen3(used.model)
+    else:
+        form = "GPT-2"
+        config, tensors = to_gpt2(used.model)
     if options.format == "gguf":
         path = Path(options.export_dir or options.out_dir, "model.gguf")
         write_gguf(path, config, tensors, used.tokenizer, options.gguf_type)
@@ -4277,8 +4313,8 @@ def run_export(request: Request) -> None:
     write_result(f"wrote {folder}: a model in {form}'s form, for transformers and other programs")
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
-# The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. Its settings must be
-# ones that our model has, because we compute nothing else.
+# The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. A folder with a
+# setting that our model does not have is refused.
 GPT2_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
 GPT2_NEEDS = {"model_type": "gpt2", "layer_norm_epsilon": LayerNorm.eps, "scale_attn_weights": True,
               "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -4297,6 +4333,7 @@ def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
     """config.json, and the ModelConfig that corresponds to it. Raises UserError if none does."""
     theirs = read_json(folder / "config.json")
     for name, needed in GPT2_NEEDS.items():
+        # A setting that is missing has GPT-2's value, but model_type must be there.
         value = theirs.get(name, None if name == "model_type" else needed)
         if value != needed:
             raise UserError(f"{folder}: its {name} is {value}, but only {needed} can be used here")
@@ -4305,7 +4342,7 @@ def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise UserError(f"{folder}: its activation_function is {activation}, but only "
                         f"{', '.join(GPT2_ACTIVATIONS)} can be used here")
     n_embd = theirs["n_embd"]
-    hidden = theirs.get("n_inner") or 4 * n_embd
+    hidden = theirs.get("n_inner") or 4 * n_embd  # null means 4 C
     return theirs, ModelConfig(
         vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"],
         n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=n_embd,
@@ -4355,13 +4392,14 @@ def read_tokenizer(folder: Path):
     theirs = read_json(folder / "tokenizer.json")
     model = theirs["model"]
     pre = theirs.get("pre_tokenizer") or {}
-    plain = model["type"] == "BPE" and theirs.get("normalizer") is None
-    if plain and not model["merges"] and not pre:
+    is_bpe = model["type"] == "BPE" and theirs.get("normalizer") is None
+    if is_bpe and not model["merges"] and not pre:
         return CharTokenizer(sorted(model["vocab"], key=model["vocab"].get))
     as_gpt2 = (pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space", True)
                and pre.get("use_regex", True))
-    if not (plain and as_gpt2):
+    if not (is_bpe and as_gpt2):
         raise UserError(f"{folder}: its tokenizer.json does not split a text as GPT-2 does")
+    # Newer files store a merge as a pair, older ones as a line.
     lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokenizer = BPETokenizer.from_shown(lines)
     vocab = {**model["vocab"], END_OF_TEXT: tokenizer.end_id}
@@ -4370,7 +4408,8 @@ def read_tokenizer(folder: Path):
     return tokenizer
 
 def read_folder(folder: Path) -> dict:
-    """A folder with a GPT-2 as a checkpoint. Nothing in it is executed. Raises UserError."""
+    """Reads a folder with a GPT-2 as a checkpoint. Nothing in it is executed. Raises UserError if
+    it is damaged or not supported."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a whole model; merge it into its model "
                         "first")
@@ -4380,7 +4419,7 @@ def read_folder(folder: Path) -> dict:
     try:
         theirs, config = read_gpt2_config(folder)
         tokenizer = read_tokenizer(folder)
-    except UserError:
+    except UserError:  # it is a ValueError
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{folder}: its config.json or its tokenizer is damaged "
@@ -4409,8 +4448,9 @@ def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, ste
 # ---- Exchange: reading a checkpoint of nanoGPT ---------------------------------------------------
 # nanoGPT's ckpt.pt has our names, with prefixes, and the exact GELU. It does not hold the
 # characters: those are in a pickle beside the corpus, which we do not read, because a pickle can
-# execute code. But they are the characters of the corpus in sorted order, as ours are. So we need
-# the corpus, by --data. A model with 50,257 tokens or more has GPT-2's tokens.
+# execute code. But they are the characters of the corpus in sorted order, as ours are. So --data
+# must name the corpus; without it, we assume Tiny Shakespeare. Only the number of characters can be
+# checked. A model with 50,257 tokens or more has GPT-2's tokens.
 def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
     """A checkpoint of nanoGPT in the form of ours. Raises UserError."""
     try:
@@ -4443,33 +4483,37 @@ def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
         weights[name] = w.float()
     config = replace(config, vocab_size=tokenizer.vocab_size)
     state = as_checkpoint(path, weights, config, tokenizer, step)
-    return {**state, "needs_characters": tokenizer.kind == "char"}
+    return {**state, "needs_characters": tokenizer.kind == "char"}  # so --data is allowed
 
 # ---- A look inside -------------------------------------------------------------------------------
 # Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
 #           which layer did it know the answer?
-# Answer    --mode inspect --prompt "..." shows three things. For each token, the probability that
-#           the model gave it, from what stands before it, and the five most likely ones. For the
-#           end of the prompt, what the output head would predict from the residual stream after
-#           each layer, as if the remaining layers were missing. This is called the logit lens
-#           [nostalgebraist 2020]. And, in attention.png, the attention weights of each head: each
-#           row is a position, and its columns are what it looks at.
+# Answer    --mode inspect --prompt "..." prints, for each token, the probability that the model
+#           gave it, from what stands before it, and the five most likely ones. For the end of the
+#           prompt, it prints what the output head would predict from the residual stream after each
+#           layer, as if the remaining layers were missing. This is called the logit lens
+#           [nostalgebraist 2020]. attention.png shows the attention weights of each head: each row
+#           is a position, and its columns are what it looks at. The next chapter shows all of it on
+#           a page.
 # Look for  A head that is dark just left of the diagonal fetches the previous token. One with dark
 #           columns at spaces or line breaks looks back to the beginning of the word or line. One
-#           whose first column is dark all the way down often finds nothing, and rests there (an
-#           attention sink). Previous-position heads are not drawn: they look the same for any text.
+#           whose first column is dark all the way down often finds nothing that it looks for, and
+#           puts its weight there (an attention sink). Previous-position heads are not drawn: they
+#           look the same for any text.
 @dataclass
 class Inside:
     """What happens in a model while it reads a text of T tokens."""
     probabilities: torch.Tensor  # (T, V): what follows each position
-    lens: list[torch.Tensor]  # (V,) for each layer: what it predicts after the last position
+    lens: list[torch.Tensor]  # (V,) after the embedding and each layer: what follows at the end
     weights: list[torch.Tensor]  # (nh, T, T) for each layer: the attention weights
     streams: list[torch.Tensor]  # (T, C): the residual stream before each layer, and at the end
     parts: dict[str, torch.Tensor]  # (T, C) each, by name: what is added up in the stream
 
 @contextlib.contextmanager
 def recorded_calls(modules):
-    """While the `with` block runs, collects input and output of each call of the modules."""
+    """While the `with` block runs, collects input and output of each call of the modules.
+
+    A forward hook is a function that PyTorch calls after a module, with its input and output."""
     calls = []
     handles = [module.register_forward_hook(
         lambda _, given, output: calls.append((given[0], output))) for module in modules]
@@ -4487,16 +4531,16 @@ def look_inside(model, idx) -> Inside:
     layers = [*blocks, model.ln_f] if blocks else []
     with (recorded_calls([block.attn for block in blocks]) as attentions,
           recorded_calls([block.mlp for block in blocks]) as mlps,
-          recorded_calls(layers) as streams):
+          recorded_calls(layers) as layer_calls):
         logits, _ = model(idx)
-    streams = [x[0] for x, _ in streams]  # (T, C): before each block, and before ln_f
-    weights = []
+    streams = [x[0] for x, _ in layer_calls]  # (T, C): before each block, and before ln_f
+    weights = []  # attention does not return them, so they are computed again
     for block, (x, _) in zip(blocks, attentions):
         q, k, _ = block.attn.heads(x)
         weights.append(block.attn.weights(q, k)[0].cpu())
     lens = [torch.softmax(model.lm_head(model.ln_f(x[-1])).float(), dim=-1).cpu() for x in streams]
     parts = {}
-    if blocks and len(attentions) == len(mlps) == len(blocks):
+    if blocks and len(attentions) == len(mlps) == len(blocks):  # your own blocks may differ
         parts["embedding"] = streams[0]
         for i, block in enumerate(blocks):
             for name, part in parts_of_attention(block.attn, attentions[i][0]).items():
@@ -4531,17 +4575,17 @@ def shares_of_logit(model, inside: Inside, targets) -> dict[str, list[float]]:
     x = inside.streams[-1]
     norm, table = model.ln_f, model.lm_head.weight
     directions = table[targets] - table.mean(dim=0)  # (T, C)
-    center = isinstance(norm, LayerNorm)
+    subtracts_mean = isinstance(norm, LayerNorm)
     scale = 1.0
     if isinstance(norm, (LayerNorm, RMSNorm)):
-        spread = x - x.mean(dim=-1, keepdim=True) if center else x
+        spread = x - x.mean(dim=-1, keepdim=True) if subtracts_mean else x
         scale = norm.weight * torch.rsqrt(spread.square().mean(dim=-1, keepdim=True) + norm.eps)
     shares = {}
     for name, part in inside.parts.items():
-        if center:
+        if subtracts_mean:
             part = part - part.mean(dim=-1, keepdim=True)
         shares[name] = (part * scale * directions).sum(dim=-1).tolist()
-    if center and norm.bias is not None:
+    if subtracts_mean and norm.bias is not None:
         shares["last norm's bias"] = (norm.bias * directions).sum(dim=-1).tolist()
     return shares
 
@@ -4607,15 +4651,17 @@ def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
         write_result(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
 
 # ---- A look inside, as a page --------------------------------------------------------------------
-# inspect.html shows the same for every token: choose one with the mouse or the arrow keys. Below
-# the text stand the likeliest tokens, the logit lens, and how much each head and each MLP added to
-# the logit of the token that came. Underlines in the text show what a head looked at. The page is
-# the file data/inspect.html, into which the numbers are written; it needs no network.
-PAGE_BYTES = 1_000_000  # at most so many attention weights, of one byte each
+# inspect.html shows the same for every token: point at one, or use the arrow keys. Below the text,
+# the page shows the most likely tokens, the logit lens, and how much each head and each MLP added
+# to the logit of the token that came. Underlines in the text show what a head looked at. The file
+# data/inspect.html is the template. --mode inspect fills in the numbers, and writes the result to
+# inspect.html in out_dir. The page needs no network.
+PAGE_BYTES = 1_000_000  # for the attention weights, at one byte each
 
 def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
     """What the page shows. Entry t of a list belongs to the prediction that was made at position t,
     of the token at position t + 1."""
+    # Nothing follows the last token. Its own id fills the place, and the page does not show it.
     following = torch.tensor(ids[1:] + ids[-1:], device=inside.streams[0].device)
 
     def likeliest(p) -> list:
@@ -4664,7 +4710,7 @@ def run_inspect(request: Request) -> None:
     show(inside, ids, used.tokenizer)
     if inside.weights:
         n_heads = sum(map(len, inside.weights))
-        T = min(len(ids), math.isqrt(2 * PAGE_BYTES // n_heads))
+        T = min(len(ids), math.isqrt(2 * PAGE_BYTES // n_heads))  # a head has about T^2 / 2 weights
         if T < len(ids):
             inside = look_inside(used.model, torch.tensor([ids[:T]]))
         page = Path(options.out_dir, "inspect.html")

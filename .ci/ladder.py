@@ -58,7 +58,7 @@ PART_2 = {
     "fused kernels, no biases": "--attention fused --norm fused_layernorm --no_bias",
     "RoPE": "--pos rope",
     "squared ReLU, QK-norm, two heads": "--activation relu2 --qk_norm --n_head 2",
-    "Muon, a straight line to zero": "--optimizer muon --momentum 0.85 --weight_decay 0.2 "
+    "Muon, learning rate linear to 0": "--optimizer muon --momentum 0.85 --weight_decay 0.2 "
     "--learning_rate 7e-3 --schedule linear --min_lr 0 --warmup_steps 50",
     "even windows": "--sampling even",
     "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.85",
@@ -101,7 +101,7 @@ def steps_in_equal_time(rungs: dict, args) -> dict[str, int]:
             for number, (name, flags) in enumerate(rungs.items()):
                 rates[name].append(rate(flags, args.out_dir / f"rate_{number}_{turn}"))
         medians = {name: statistics.median(measured) for name, measured in rates.items()}
-        medians[FREE] = medians["Muon, a straight line to zero"]
+        medians[FREE] = medians["Muon, learning rate linear to 0"]
         seconds = args.steps * TOKENS / medians[LAST]
         steps = {name: round(seconds * median / TOKENS) for name, median in medians.items()}
         path.write_text(json.dumps({"seconds": seconds, "rates": rates, "steps": steps}))
