@@ -61,7 +61,7 @@ PART_2 = {
     "Muon, learning rate linear to 0": "--optimizer muon --momentum 0.85 --weight_decay 0.2 "
     "--learning_rate 7e-3 --schedule linear --min_lr 0 --warmup_steps 50",
     "even windows": "--sampling even",
-    "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.85",
+    "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.7",
     "a previous-position head: `laptop`": "--prev_heads 1",
 }
 LAST = "a previous-position head: `laptop`"
@@ -126,7 +126,7 @@ def main() -> None:
     for name, added in (PART_1 if args.part == 1 else PART_2).items():
         flags = added.split() if args.part == 1 else [*flags, *added.split()]
         rungs[name] = flags
-    args.steps = args.steps or (1500 if args.part == 1 else 2000)
+    args.steps = args.steps or (1500 if args.part == 1 else 1920)
     steps = dict.fromkeys(rungs, args.steps)
     if args.part == 2:
         steps = steps_in_equal_time(rungs, args)
