@@ -5281,7 +5281,7 @@ def load_for_use(options: Options) -> LoadedModel:
         raise UserError(f"--data {options.data}: {path} has its own tokenizer; leave this flag out")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
-    return LoadedModel(model.to(device), tokenizer, state)
+    return LoadedModel(model.to(device).eval(), tokenizer, state)
 
 # Characters that many programs insert automatically, and what a plain text has in their place.
 PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',

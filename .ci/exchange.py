@@ -5,8 +5,9 @@ Runs exported models in the programs that the README names, and compares.
 
 Trains each preset for a few steps, exports it, and installs each program into a folder of its own
 below FOLDER (the first time takes minutes). Every program must give the same ids for some texts,
-write the same 64 tokens greedily, and, if it shows them, have the same logits. Prints a table.
-Needs torch and requests here; transformers.js needs node and npm.
+write the same 64 tokens greedily, and, if it shows them, have the same logits. Prints a table: in
+each cell, whether the ids are equal, how many of the first 64 tokens are, and the largest
+difference of a logit (of a log-probability for llama.cpp). Needs torch and requests here; transformers.js needs node and npm.
 """
 
 import argparse
@@ -177,19 +178,19 @@ def compare(theirs: dict, ours: dict) -> str:
 
     if "error" in theirs:
         return f"error: {theirs['error']}"
-    parts = ["same ids" if theirs["ids"] == ours["ids"] else "OTHER IDS"]
+    parts = ["equal" if theirs["ids"] == ours["ids"] else "DIFFERENT"]
     if "written" in theirs:
         pairs = list(zip(theirs["written"], ours["written"]))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        parts.append(f"{same} of {N} tokens")
+        parts.append(f"{same} of {N}")
     ours_logits = torch.tensor(ours["logits"])
     if "logits" in theirs:
         error = (torch.tensor(theirs["logits"])[: len(ours_logits)] - ours_logits).abs().max()
-        parts.append(f"logits {error:.0e}")
+        parts.append(f"{error:.0e}")
     if "logprobs" in theirs:
         logprobs = ours_logits.log_softmax(-1)
         error = max(abs(p - logprobs[int(i)].item()) for i, p in theirs["logprobs"].items())
-        parts.append(f"log-probabilities {error:.0e}")
+        parts.append(f"{error:.0e}")
     return ", ".join(parts)
 
 
