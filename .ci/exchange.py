@@ -7,7 +7,8 @@ Trains each preset for a few steps, exports it, and installs each program into a
 below FOLDER (the first time takes minutes). Every program must give the same ids for some texts,
 write the same 64 tokens greedily, and, if it shows them, have the same logits. Prints a table: in
 each cell, whether the ids are equal, how many of the first 64 tokens are, and the largest
-difference of a logit (of a log-probability for llama.cpp). Needs torch and requests here; transformers.js needs node and npm.
+difference of a logit (of a log-probability for llama.cpp). Needs torch and requests here, and node
+and npm for transformers.js.
 """
 
 import argparse
