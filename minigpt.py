@@ -3058,6 +3058,9 @@ def read_checkpoint(path: Path) -> dict:
 
 def check_format(path: Path, state) -> dict:
     """Returns what a .pt file holds. Raises UserError if that is not a checkpoint of ours."""
+    if isinstance(state, dict) and "model_args" in state:
+        raise UserError(f"{path}: this is a checkpoint of nanoGPT; use it by --init_from or "
+                        "--checkpoint")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
     return state
@@ -4053,6 +4056,8 @@ def values_and_output(block: dict, c: ModelConfig) -> dict:
 def fixed_gain(speeds, block_size: int, hs: int) -> float:
     """The gain that makes the score of the previous position exceed all others by FIXED_LEAD. (The
     share of the others in the softmax is then at most block_size exp(-FIXED_LEAD).)"""
+    if block_size == 1:
+        return 1.0  # there is no other position
     distances = torch.arange(-1.0, block_size - 1).double()  # t - 1 - s, from s = t backwards
     sums = torch.outer(distances, speeds).cos().sum(dim=1)
     sums[1] = -math.inf  # the previous position itself, whose sum is the number of pairs
@@ -4202,6 +4207,20 @@ def gguf_tensors(tensors: dict) -> dict:
         renamed[gguf_name(name)] = w.detach().cpu().float().contiguous()
     return renamed
 
+def is_packed(name: str, w) -> bool:
+    """Whether a tensor of a GGUF file is stored in the type that was asked for."""
+    return w.dim() == 2 and name != "position_embd.weight"
+
+def check_gguf_is_possible(tensors: dict, tokenizer, kind: str) -> None:
+    """Raises UserError for what a GGUF file cannot hold or llama.cpp cannot load."""
+    if tokenizer.kind == "bpe" and not tokenizer.merges:
+        raise UserError("--format gguf: llama.cpp cannot load byte-pair tokens without merges; "
+                        "train with a larger --vocab_size")
+    for name, w in tensors.items():
+        if kind == "q8_0" and is_packed(name, w) and w.shape[1] % 32:
+            raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but {name} has "
+                            f"rows of {w.shape[1]}; use --gguf_type f16")
+
 def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) -> None:
     """Writes a GGUF file, completely or not at all. Raises UserError if it exists, and ImportError
     without the package gguf."""
@@ -4209,6 +4228,8 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
 
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or name another --export_dir")
+    renamed = gguf_tensors(tensors)
+    check_gguf_is_possible(renamed, tokenizer, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     matrix_type = gguf.GGMLQuantizationType[kind.upper()]
@@ -4218,8 +4239,8 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
         prefix = "ALL" if kind == "f32" else "MOSTLY"  # vectors are always in f32
         writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
         add_gguf_tokenizer(writer, tokenizer)
-        for name, w in gguf_tensors(tensors).items():
-            if w.dim() == 2 and name != "position_embd.weight":
+        for name, w in renamed.items():
+            if is_packed(name, w):
                 packed = gguf.quants.quantize(w.numpy(), matrix_type)
                 writer.add_tensor(name, packed, raw_dtype=matrix_type)
             else:
@@ -4234,8 +4255,11 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
 
 def check_gguf(path: Path, tensors: dict, used: LoadedModel) -> str:
     """Compares a written file with the model. Returns what was found, in words."""
-    if importlib.util.find_spec("xllamacpp"):
-        return compare_with_llama_cpp(path, used)
+    if importlib.util.find_spec("xllamacpp") and used.model.config.block_size > 1:
+        try:
+            return compare_with_llama_cpp(path, used)
+        except Exception as problem:  # the file is complete; only the comparison has failed
+            return f"llama.cpp could not be asked ({type(problem).__name__})"
     import gguf
 
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -4259,12 +4283,15 @@ def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
     params.n_ctx = used.model.config.block_size
     params.n_parallel = 1
     params.n_gpu_layers = 0
+    params.cpuparams.n_threads = torch.get_num_threads()
     params.verbosity = 0
     params.warmup = False
     server = xllamacpp.Server(params)  # in this process; it answers at a local address
+    session = requests.Session()
+    session.trust_env = False  # no proxy
 
     def ask(what: str, **question) -> list[int]:
-        answer = requests.post(f"{server.listening_address}/{what}", json=question, timeout=600)
+        answer = session.post(f"{server.listening_address}/{what}", json=question, timeout=600)
         return answer.json()["tokens"]
 
     tokenizer = used.tokenizer
@@ -4275,10 +4302,13 @@ def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
     n = min(n, used.model.config.block_size - len(start))
     theirs = ask("completion", prompt=start, n_predict=n, temperature=0, return_tokens=True)
     ours = used.model.generate(torch.tensor([start]), n, temperature=0)[0, 1:].tolist()
+    n = len(theirs)  # llama.cpp stops at a token that ends the text
     same = 0  # how many tokens at the beginning are equal
-    while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
+    while same < n and ours[same] == theirs[same]:
         same += 1
-    return f"llama.cpp splits a text into the same tokens, and writes the same {same} of {n} tokens"
+    rounding = " (rounding decides between tokens that are almost equally likely)"
+    return (f"llama.cpp splits a text into the same tokens, and writes the same {same} of {n} "
+            f"tokens{rounding if same < n else ''}")
 
 def sample_of_tokens(tokenizer) -> str:
     """A text that contains all characters, or the first 1,000 merged tokens."""
@@ -4442,8 +4472,8 @@ def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, ste
     weights do not fit the settings."""
     try:
         GPT(config).load_state_dict(weights)
-    except RuntimeError as problem:  # it lists what is missing or has another shape
-        first = str(problem).split("\n")[1].strip()
+    except RuntimeError as problem:  # the second line names what is missing or has another shape
+        first = str(problem).split("\n")[:2][-1].strip()
         raise UserError(f"{path}: its tensors do not fit its settings: {first}") from None
     return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": step,
             "model_config": asdict(config), "corpus": {"data": "", "sha256": ""}}
@@ -4457,18 +4487,17 @@ def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, ste
 def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
     """A checkpoint of nanoGPT in the form of ours. Raises UserError."""
     try:
-        sizes = theirs["model_args"]
-        n = sizes["vocab_size"]
-        config = ModelConfig(
-            vocab_size=n, block_size=sizes["block_size"], n_layer=sizes["n_layer"],
-            n_head=sizes["n_head"], n_embd=sizes["n_embd"], dropout=sizes["dropout"],
-            bias=sizes["bias"], activation="gelu_erf", attention="fused", norm="fused_layernorm")
-        tensors, step = dict(theirs["model"]), int(theirs["iter_num"])
-    except (KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{path}: this checkpoint of nanoGPT cannot be used here "
+        config, weights = from_nanogpt(theirs)
+        step = int(theirs["iter_num"])
+    except Exception as problem:  # anything may stand in such a file
+        raise UserError(f"{path}: this checkpoint of nanoGPT is damaged, or from another version "
                         f"({type(problem).__name__}: {problem})") from None
+    n = config.vocab_size
     if n >= GPT2Tokenizer.size:
         tokenizer = GPT2Tokenizer.fetch()
+        for name in ("wte.weight", "lm_head.weight"):
+            # nanoGPT rounds GPT-2's 50,257 up to 50,304.
+            weights[name] = weights[name][: tokenizer.vocab_size]
     else:
         text = read_corpus(data)
         tokenizer = CharTokenizer.train(text.text)
@@ -4476,17 +4505,32 @@ def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
             raise UserError(f"--data {text.path}: has {tokenizer.vocab_size} different characters, "
                             f"but the model of {path} has {n}; name the text that it was trained "
                             "on")
-    weights = {}
-    for name, w in tensors.items():
-        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if name.endswith(".attn.bias"):
-            continue  # the causal mask
-        if name in ("wte.weight", "lm_head.weight"):
-            w = w[: tokenizer.vocab_size]  # nanoGPT rounds GPT-2's 50,257 up to 50,304
-        weights[name] = w.float()
     config = replace(config, vocab_size=tokenizer.vocab_size)
     state = as_checkpoint(path, weights, config, tokenizer, step)
     return {**state, "needs_characters": tokenizer.kind == "char"}  # so --data is allowed
+
+def from_nanogpt(theirs: dict) -> tuple[ModelConfig, dict]:
+    """The settings and the weights of a checkpoint of nanoGPT. Raises errors of many kinds if it is
+    damaged."""
+    weights = {}
+    for name, w in theirs["model"].items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if not name.endswith(".attn.bias"):  # the causal mask
+            weights[name] = w.float()
+    sizes = theirs["model_args"]
+    V, C = weights["wte.weight"].shape
+    T = weights["wpe.weight"].shape[0]
+    if (V, C, T) != (sizes["vocab_size"], sizes["n_embd"], sizes["block_size"]):
+        raise ValueError("its tables do not fit its sizes")
+    n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
+    if n_layer != sizes["n_layer"] or sizes["n_head"] < 1 or C % sizes["n_head"]:
+        raise ValueError("its layers do not fit its sizes")
+    config = ModelConfig(
+        vocab_size=V, block_size=T, n_layer=n_layer, n_head=int(sizes["n_head"]), n_embd=C,
+        dropout=min(max(float(sizes["dropout"]), 0.0), 0.9), bias="ln_f.bias" in weights,
+        tie_weights=torch.equal(weights["wte.weight"], weights["lm_head.weight"]),
+        activation="gelu_erf", attention="fused", norm="fused_layernorm")
+    return config, weights
 
 # ---- A look inside -------------------------------------------------------------------------------
 # Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
@@ -4659,7 +4703,14 @@ def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
 # to the logit of the token that came. Underlines in the text show what a head looked at. The file
 # data/inspect.html is the template. --mode inspect fills in the numbers, and writes the result to
 # inspect.html in out_dir. The page needs no network.
-PAGE_BYTES = 1_000_000  # for the attention weights, at one byte each
+PAGE_BYTES = 800_000  # for the attention weights (one byte each), and for the lens
+GUESSES_BYTES = 200  # about the size of the five most likely tokens at one place
+
+def tokens_on_page(inside: Inside) -> int:
+    """How many tokens the page may show, so that it stays below 2 MB."""
+    n_layer, n_heads = len(inside.weights), sum(map(len, inside.weights))
+    # Each head has about T^2 / 2 weights, and the lens has n_layer + 1 rows for each token.
+    return min(math.isqrt(2 * PAGE_BYTES // n_heads), PAGE_BYTES // (GUESSES_BYTES * (n_layer + 1)))
 
 def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
     """What the page shows. Entry t of a list belongs to the prediction that was made at position t,
@@ -4690,11 +4741,23 @@ def pack_triangle(weights) -> str:
     packed = (255 * lower).round().to(torch.uint8)
     return base64.b64encode(bytes(packed.tolist())).decode()
 
-def write_page(path: Path, data: dict) -> None:
-    """Writes the page with these data. Raises OSError if the template or the path is not usable."""
-    template = (PROGRAM.parent / "data" / "inspect.html").read_text(encoding="utf-8")
-    as_json = json.dumps(data).replace("</", "<\\/")  # no token may end the script
-    replace_text(path, template.replace("/*DATA*/null", as_json))
+def write_page(path: Path, data: dict) -> bool:
+    """Writes the page with these data. If that fails, says so and returns False."""
+    marker = "/*DATA*/null"
+    source = PROGRAM.parent / "data" / "inspect.html"
+    try:
+        template = source.read_text(encoding="utf-8")
+        if template.count(marker) != 1:
+            raise ValueError(f"{source} is damaged")
+        if path.resolve() == source.resolve():
+            raise ValueError("this is the template; name another --out_dir")
+        as_json = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")  # ends no script
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, template.replace(marker, as_json))
+        return True
+    except (OSError, ValueError) as problem:
+        say(f"no {path}: {problem}")
+        return False
 
 MAX_DRAWN = 48  # tokens in a picture of attention
 
@@ -4709,26 +4772,32 @@ def run_inspect(request: Request) -> None:
         raise UserError(f"--prompt {request.writing.prompt[:40]!r}: type a prompt of 2 to "
                         f"{block_size} tokens; this one has {len(ids)}")
     inside = look_inside(used.model, torch.tensor([ids]))
+    if not inside.probabilities.isfinite().all():
+        raise UserError(f"--checkpoint {options.checkpoint or options.out_dir}: this model "
+                        "computes numbers that are not finite; use another one")
     show = print_inside_as_json if options.json else print_inside
     show(inside, ids, used.tokenizer)
-    if inside.weights:
-        n_heads = sum(map(len, inside.weights))
-        T = min(len(ids), math.isqrt(2 * PAGE_BYTES // n_heads))  # a head has about T^2 / 2 weights
-        if T < len(ids):
-            inside = look_inside(used.model, torch.tensor([ids[:T]]))
-        page = Path(options.out_dir, "inspect.html")
-        write_page(page, page_data(used.model, inside, ids[:T], used.tokenizer))
+    if not inside.weights:
+        return
+    draw_attention(Path(options.out_dir, "attention.png"), inside.weights, ids, used.tokenizer)
+    T = min(len(ids), tokens_on_page(inside))
+    if T < len(ids):
+        inside = look_inside(used.model, torch.tensor([ids[:T]]))
+    page = Path(options.out_dir, "inspect.html")
+    if write_page(page, page_data(used.model, inside, ids[:T], used.tokenizer)):
         say(f"{page}: open it in a browser, for a look at each of the first {T} tokens")
-        T = min(len(ids), MAX_DRAWN)
-        labels = [repr(used.tokenizer.decode([i])) for i in ids[:T]]
-        weights = [w[:, :T, :T] for w in inside.weights]
-        n_layer, n_head = len(weights), len(weights[0])
-        path = Path(options.out_dir, "attention.png")
-        # At most 32 inches, which are 3,840 pixels.
-        width, height = [min(1 + 0.12 * T * n, 32) for n in (n_layer, n_head)]
-        if draw(path, width, height, paint_attention, weights, labels):
-            say(f"{path}: the attention weights of the first {T} tokens; layers from left to "
-                f"right: {n_layer}, heads from top to bottom: {n_head}")
+
+def draw_attention(path: Path, weights: list, ids: list[int], tokenizer) -> None:
+    """Draws the attention weights of the first MAX_DRAWN tokens."""
+    T = min(len(ids), MAX_DRAWN)
+    labels = [repr(tokenizer.decode([i])) for i in ids[:T]]
+    weights = [w[:, :T, :T] for w in weights]
+    n_layer, n_head = len(weights), len(weights[0])
+    # At most 32 inches, which are 3,840 pixels.
+    width, height = [min(1 + 0.12 * T * n, 32) for n in (n_layer, n_head)]
+    if draw(path, width, height, paint_attention, weights, labels):
+        say(f"{path}: the attention weights of the first {T} tokens; layers from left to right: "
+            f"{n_layer}, heads from top to bottom: {n_head}")
 
 # ==================================================================================================
 # Part V: The command line

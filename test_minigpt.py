@@ -3599,7 +3599,7 @@ def test_a_full_disk_behind_a_stream_is_told_once(tiny_run, tmp_path):
         if code:
             assert last_line(done.stderr).startswith("error: stdout: No space left")
 
-def test_a_stream_that_knows_no_terminal_is_none(tiny_run, monkeypatch):
+def test_a_stream_that_knows_no_terminal_is_none(tiny_run, tmp_path, monkeypatch):
     """Some notebooks and services put objects with `write` alone in the place of a stream."""
     class Simple:
         def __init__(self):
@@ -3616,19 +3616,20 @@ def test_a_stream_that_knows_no_terminal_is_none(tiny_run, monkeypatch):
             patch.setattr(sys, "stdout", out := Simple())
             patch.setattr(sys, "stderr", Simple())
             prompt = ["--prompt", "THE"] if mode == "inspect" else []
-            code = minigpt.main(["--mode", mode, "--out_dir", str(tiny_run[0]), "--device", "cpu",
-                                 *prompt])
+            code = minigpt.main(["--mode", mode, "--checkpoint", str(tiny_run[0] / "best.pt"),
+                                 "--out_dir", str(tmp_path), "--device", "cpu", *prompt])
         assert code == 0 and out.text and "\033" not in out.text
 
 @pytest.mark.parametrize("value, coloured", [(None, True), ("", True), ("1", False)])
-def test_no_color_is_respected(tiny_run, monkeypatch, value, coloured):
+def test_no_color_is_respected(tiny_run, tmp_path, monkeypatch, value, coloured):
     """By the convention, any value that is not empty switches colours off, also on a terminal."""
     terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
     monkeypatch.delenv("NO_COLOR", raising=False)
     if value is not None:
         monkeypatch.setenv("NO_COLOR", value)
     monkeypatch.setattr(io, "StringIO", terminal)
-    code, out, _ = run_main("--mode", "inspect", "--out_dir", tiny_run[0], "--prompt", "THE")
+    code, out, _ = run_main("--mode", "inspect", "--checkpoint", tiny_run[0] / "best.pt",
+                           "--out_dir", tmp_path, "--prompt", "THE")
     assert code == 0 and ("\033[32m" in out) == coloured
 
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
@@ -5209,7 +5210,7 @@ def test_every_variant_is_built_before_the_first_one_is_trained(tmp_path, monkey
     monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", refuse)
     argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path / "out", "--vary", vary]
     if vary.startswith("pos"):
-        argv += ["--attention", "explicit", "--no_qk_norm"]
+        argv += ["--attention", "explicit", "--no_qk_norm", "--prev_heads", "0"]
     check_mistake(*run_main(*argv), named)
     assert not (tmp_path / "out").exists()
 
@@ -5353,7 +5354,8 @@ def test_the_benchmark_compares_the_reader_of_the_model_with_the_plain_one(monke
     run_main(*BENCH)
     assert seen == [CachedReader, PlainReader]
     seen.clear()
-    out = run_main(*BENCH, "--attention", "explicit", "--pos", "learned", "--no_qk_norm")[1]
+    out = run_main(*BENCH, "--attention", "explicit", "--pos", "learned", "--no_qk_norm",
+                   "--prev_heads", "0")[1]
     assert seen == [PlainReader] and "without the cache" not in out
 
 # ---- Exchange: the two forms ---------------------------------------------------------------------
@@ -5511,9 +5513,9 @@ def test_no_layer_norm_notices_that_the_residual_stream_is_centred():
             q, k = minigpt.centre(q, groups=n_head), minigpt.centre(k, groups=n_head)
             block.attn.c_attn.weight.copy_(torch.cat([q, k, v]))
     assert_close(model(idx)[0], before)
-    with minigpt.recorded_inputs([*model.h, model.ln_f]) as streams:
+    with minigpt.recorded_calls([*model.h, model.ln_f]) as calls:
         model(idx)
-    assert max(x.mean(-1).abs().max() for x in streams) < 1e-12
+    assert max(x.mean(-1).abs().max() for x, _ in calls) < 1e-12
     with torch.no_grad():
         model.lm_head.weight.copy_(minigpt.centre(model.lm_head.weight.t()).t())
     assert (model(idx)[0] - before).abs().max() > 1e-3
@@ -5824,6 +5826,45 @@ def test_a_gguf_file_holds_the_tensors_of_the_folder(tmp_path, monkeypatch, kind
             limit = worst * w.abs().max().item() if is_packed else 0
             assert (values - w).abs().max().item() <= limit
         assert not written
+
+@pytest.mark.parametrize("fault", ["proxy", "crash", "one position"])
+def test_a_gguf_file_stays_whatever_happens_to_the_comparison(tmp_path, monkeypatch, fault):
+    """A proxy must not be asked for a local address. If llama.cpp cannot load the file or cannot be
+    asked, the file is complete all the same."""
+    pytest.importorskip("gguf")
+    xllamacpp = pytest.importorskip("xllamacpp")
+    save_model(tmp_path, CharTokenizer.train("abc"), n_embd=32,
+               **(dict(block_size=1) if fault == "one position" else {}))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    if fault == "crash":
+        def refuse(params):
+            raise RuntimeError("Failed to init server")
+        monkeypatch.setattr(xllamacpp, "Server", refuse)
+    path, out = export_gguf(tmp_path)
+    assert path.exists()
+    assert {"proxy": "the same 15 of 15", "crash": "could not be asked",
+            "one position": "read back"}[fault] in out
+
+def test_what_a_gguf_file_cannot_hold_is_refused_before_it_is_written(tmp_path):
+    """Rows that q8_0 cannot pack, and byte pairs without merges, which llama.cpp does not load."""
+    pytest.importorskip("gguf")
+    command = ["--mode", "export", "--format", "gguf", "--out_dir", tmp_path, "--export_dir",
+               tmp_path / "new"]
+    save_model(tmp_path, CharTokenizer.train("abc"), n_embd=20)
+    check_mistake(*run_main(*command, "--gguf_type", "q8_0"), ["--gguf_type q8_0", "20", "f16"])
+    save_model(tmp_path, BPETokenizer([]), n_embd=20)
+    check_mistake(*run_main(*command), ["--format gguf", "merges", "--vocab_size"])
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_a_very_short_window_can_be_exported_with_previous_position_heads(tmp_path, block_size):
+    """With one position, there is no other one to be told apart from."""
+    model = save_model(tmp_path, CharTokenizer.train("abc"), **LAPTOP, prev_heads=1,
+                       block_size=block_size)
+    idx = torch.ones(1, block_size, dtype=torch.long)
+    with torch.no_grad():
+        logits = model.double()(idx)[0]
+    assert_close(qwen3_formula(*minigpt.to_qwen3(model), idx), logits, 1e-4)
 
 def test_a_failed_gguf_export_leaves_nothing_behind(tmp_path, monkeypatch):
     """A file that exists is not overwritten; a disk that is full leaves no part of one."""
@@ -6186,6 +6227,37 @@ def test_a_checkpoint_of_nanogpt_is_used_as_ours_is(tmp_path):
         tmp_path / "out", "--max_steps", 1, "--batch_size", 2, "--no_wandb", "--sample_tokens", 0)
     assert code == 0 and model_of(tmp_path / "out" / "latest.pt")[0].config.activation == "gelu_erf"
 
+@pytest.mark.parametrize("name, value", [
+    ("n_head", 0), ("n_head", -1), ("n_head", "2"), ("n_head", 5), ("n_layer", 3), ("n_layer", "2"),
+    ("vocab_size", None), ("dropout", None), ("block_size", -16), ("block_size", 10**9),
+    ("iter_num", math.inf), ("model", []), ("model", {"transformer.wte.weight": 1}),
+    ("model", {3: torch.zeros(2)}), ("n_head", ...)])
+def test_a_damaged_checkpoint_of_nanogpt_is_one_line(tmp_path, name, value):
+    """Whatever is in it, and before memory is taken for a size that its weights do not have."""
+    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    part = state if name in state else state["model_args"]
+    part[name] = value
+    if value is ...:
+        del part[name]
+    torch.save(state, tmp_path / "ckpt.pt")
+    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
+    check_mistake(*run_main("--mode", "generate", "--checkpoint", tmp_path / "ckpt.pt", "--data",
+                            tmp_path / "text"), ["ckpt.pt", "nanoGPT"])
+
+def test_a_checkpoint_of_nanogpt_may_have_a_head_of_its_own(tmp_path):
+    """Would fail if the head were read as the token table, or the other way round."""
+    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    table, head = torch.randn(2, 8, 24)
+    state["model"]["transformer.wte.weight"] = table
+    state["model"]["lm_head.weight"] = head
+    torch.save(state, tmp_path / "ckpt.pt")
+    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
+    read = minigpt.read_model(tmp_path / "ckpt.pt", str(tmp_path / "text"))
+    model, _ = minigpt.model_from_checkpoint(read, ModelConfig)
+    assert torch.equal(model.wte.weight, table) and torch.equal(model.lm_head.weight, head)
+
 def test_mistakes_with_a_checkpoint_of_nanogpt(tmp_path):
     """Another text, one whose characters are too few, a damaged one, and --data where the
     checkpoint has its own characters."""
@@ -6194,13 +6266,10 @@ def test_mistakes_with_a_checkpoint_of_nanogpt(tmp_path):
     command = ["--mode", "generate", "--checkpoint", tmp_path / "ckpt.pt", "--data"]
     check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "3 different", "has 8"])
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    del state["model"]["transformer.h.1.ln_1.weight"]
+    del state["model"]["transformer.h.1.ln_2.weight"]
     torch.save(state, tmp_path / "ckpt.pt")
     (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
-    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "h.1.ln_1.weight"])
-    del state["model_args"]["n_head"]
-    torch.save(state, tmp_path / "ckpt.pt")
-    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "n_head"])
+    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "h.1.ln_2.weight"])
     save_model(tmp_path, CharTokenizer.train("abc"))
     command[3] = tmp_path / "best.pt"
     check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "its own tokenizer"])
@@ -6319,6 +6388,47 @@ def test_the_page_shows_the_numbers_of_the_model(tmp_path, changes):
     shares = minigpt.shares_of_logit(model, inside, torch.tensor(ids[1:] + [0]))
     for name, share in data["shares"].items():
         assert share[:-1] == pytest.approx(shares[name][:-1], abs=1e-3)
+
+@pytest.mark.parametrize("fault", ["no template", "bad template", "the template", "no folder"])
+def test_the_page_is_an_extra_that_costs_no_result(tmp_path, monkeypatch, fault):
+    """Without its template, or where it cannot be written, one line says so. The template itself is
+    never overwritten. A folder that does not exist is made."""
+    program = tmp_path / "program"
+    shutil.copytree(Path(minigpt.__file__).parent / "data", program / "data")
+    monkeypatch.setattr(minigpt, "PROGRAM", program / "minigpt.py")
+    template = program / "data" / "inspect.html"
+    if fault == "no template":
+        template.unlink()
+    if fault == "bad template":
+        template.write_text("mine")
+    before = contents(program)
+    save_model(tmp_path, CharTokenizer.train("abc"))
+    out_dir = {"the template": program / "data", "no folder": tmp_path / "a" / "b"}.get(
+        fault, tmp_path)
+    code, out, err = run_main("--mode", "inspect", "--checkpoint", tmp_path / "best.pt",
+                              "--prompt", "abc", "--out_dir", out_dir)
+    assert code == 0 and out.count("\n") == 5, err
+    if fault == "no folder":
+        assert page_of(out_dir / "inspect.html")["tokens"] == ["a", "b", "c"]
+    else:
+        assert [line for line in err.splitlines() if re.match("no .*inspect.html: ", line)]
+    after = contents(program)
+    after.pop(program / "data" / "attention.png", None)
+    assert after == before
+
+@pytest.mark.parametrize("n_layer, n_head, text", [(48, 1, "é"), (12, 12, "😀"), (1, 1, "a"),
+                                                   (48, 24, "漢")])
+def test_the_page_stays_below_two_megabytes(tmp_path, n_layer, n_head, text):
+    """However many layers and heads, and whatever characters."""
+    tokenizer = CharTokenizer([*map(chr, range(200, 210)), text])
+    model = small_model(vocab_size=11, n_layer=n_layer, n_head=n_head, n_embd=n_head,
+                        block_size=1024).float().eval()
+    ids = [10] * 1024
+    limit = minigpt.tokens_on_page(minigpt.look_inside(model, torch.tensor([ids[:3]])))
+    inside = minigpt.look_inside(model, torch.tensor([ids[:limit]]))
+    data = minigpt.page_data(model, inside, ids[:limit], tokenizer)
+    assert minigpt.write_page(tmp_path / "page.html", data)
+    assert limit > 30 and (tmp_path / "page.html").stat().st_size < 2_000_000
 
 def hooks_of(model):
     return [hook for module in model.modules()
@@ -6644,7 +6754,7 @@ def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
         options = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"]).options
         assert getattr(options, name).replace("\\", "/") == "/home/me/a"
     texts = {f.name for f in fields(minigpt.Options) if f.type == "str"}
-    assert texts - {"mode", "device", "vary"} == minigpt.PATHS
+    assert texts - {"mode", "device", "vary", "format", "gguf_type"} == minigpt.PATHS
 
 @POSIX
 def test_a_prompt_is_the_utf8_that_was_typed():
