@@ -2633,8 +2633,8 @@ READERS["fused"] = CachedReader
 #     windows of 128, then of 512            2,086          1.448 ± 0.003
 #     a previous-position head: `laptop`     1,920          1.439 ± 0.006
 #
-# RoPE and Muon bring more than half of the gain. The preset itself, with other seeds (51, 52 and 53,
-# which were never looked at before), ends at 1.440 ± 0.002.
+# RoPE and Muon bring more than half of the gain. The preset itself, with the seeds 51, 52 and 53,
+# which were never looked at before, ends at 1.440 ± 0.002.
 
 # ---- Tricks that do and do not survive on a small text -------------------------------------------
 # Much of what is known about training was found on texts that are read once. Here, the text is read
