@@ -6535,7 +6535,7 @@ def test_the_picture_of_attention_has_the_size_that_it_needs(tmp_path, monkeypat
         code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", prompt)
         n = min(len(prompt), 48)
         assert code == 0 and f"the first {n} tokens; layers from left to right: 3, heads" in err
-        assert err.rstrip().endswith("heads from top to bottom: 2")
+        assert "heads from top to bottom: 2\n" in err
         _, width, height, _, weights, labels = calls.pop()
         assert (width, height) == pytest.approx((1 + 0.12 * n * 3, 1 + 0.12 * n * 2))
         assert len(labels) == n and [w.shape for w in weights] == [(2, n, n)] * 3
