@@ -2510,8 +2510,8 @@ NORMS["fused_layernorm"] = fused_layer_norm
 #
 # Cost      Each pass handles one token instead of up to block_size. Most of its time then goes into
 #           reading the weights from memory: once for all texts that are written side by side.
-# Here      With fused attention, a model of the size of `plain` writes 956 tokens per second with
-#           the cache and 273 without it; in a second round of --mode bench, 812 and 272.
+# Here      With fused attention, a model of the size of `plain` writes 1,317 tokens per second with
+#           the cache and 439 without it. In a second round of --mode bench, it was 1,361 and 423.
 # Shapes    keys and values of each layer: (B, nh, S, hs), where S grows up to block_size
 class LayerMemory:
     """What one block remembers of the tokens that it has read."""
@@ -2679,7 +2679,7 @@ READERS["fused"] = CachedReader
 # 611 and 612:
 #
 #     windows of 512 after 85 % of the steps                                  1.432
-#     windows of 512 after 70 % of the steps, 1.05 times the time             1.424
+#     windows of 512 after 70 % of the steps                                  1.424
 #     windows of 512 after 50 % of the steps, 1,900 steps                     1.436
 #     windows of 256, then of 512 after 70 % of the steps, 1,950 steps        1.439
 #     biases in all layers (such a model cannot be exported)                  1.427
