@@ -5360,8 +5360,8 @@ def test_the_benchmark_compares_the_reader_of_the_model_with_the_plain_one(monke
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_written_text_can_be_trained_on(temperature):
-    """The cached reader works in inference mode, whose tensors autograd refuses. What it writes must
-    not be one of them."""
+    """The cached reader works in inference mode, whose tensors autograd refuses. What it writes
+    must not be one of them."""
     model = small_model(attention="fused", pos="rope", prev_heads=1)
     text = model.generate(random_ids(1, 2), 5, temperature=temperature)
     assert not text.is_inference()
