@@ -2532,6 +2532,60 @@ def test_each_token_is_read_once_unless_the_window_moves(attention):
     model.generate(random_ids(1, 30), 2)
     assert counts == [8, 4]  # an overlong prompt fills the window, so the next token moves it
 
+@pytest.fixture
+def three_threads():
+    """Three threads while the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_out, pieces", [(12, 3), (11, 1), (9, 3)])
+def test_a_matrix_in_pieces_gives_the_same_product(three_threads, monkeypatch, bias, n_out, pieces):
+    """For one vector, in each number of dimensions, and for several. The rows are divided evenly,
+    or not at all. Fails if the pieces are put together in another order, or if the bias is lost."""
+    monkeypatch.setattr(minigpt.VectorLinear, "smallest", n_out * 5)
+    linear = torch.nn.Linear(5, n_out, bias=bias)
+    fast = minigpt.VectorLinear(linear)
+    assert fast.pieces == pieces
+    for shape in ((5,), (1, 5), (1, 1, 5), (3, 5), (2, 1, 5)):
+        x = torch.randn(shape)
+        assert_close(fast(x), linear(x), 1e-6)
+        assert fast(x).shape == linear(x).shape
+    monkeypatch.setattr(minigpt.VectorLinear, "smallest", n_out * 5 + 1)
+    assert minigpt.VectorLinear(linear).pieces == 1
+
+def test_writing_leaves_the_model_as_it_is_and_sees_its_newest_weights(three_threads, monkeypatch):
+    """The reader works on a copy whose layers differ, but which has the same weights and buffers.
+    The model that is trained keeps its Linears and its dropout. A layer of a class of one's own
+    stays what it is."""
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(minigpt.VectorLinear, "smallest", 0)
+    model = small_model(attention="fused", pos="rope", dropout=0.5, n_embd=12, n_head=2).train()
+    model.h[1].mlp.c_proj = Doubled(48, 12).double()
+    before = [type(module) for module in model.modules()]
+    reader = CachedReader(model)
+    assert [type(module) for module in model.modules()] == before and model.training
+    assert type(reader.model.h[1].mlp.c_proj) is Doubled
+    assert reader.model.h[0].mlp.c_fc.pieces == 3
+    assert not any(isinstance(module, torch.nn.Dropout) for module in reader.model.modules())
+    for kind in ("parameters", "buffers"):
+        mine, copied = (dict(getattr(m, "named_" + kind)()) for m in (model, reader.model))
+        assert mine and mine.keys() == copied.keys()
+        assert all(tensor is copied[name] for name, tensor in mine.items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    idx = random_ids(1, 4)
+    for new in idx.split(1, dim=1):
+        logits = reader.read(new)
+    with torch.no_grad():
+        assert_close(logits, model.eval()(idx)[0][:, -1].float(), 1e-5)
+
 def test_the_bigram_model_writes_with_every_attention():
     """It has no attention, so the setting must not matter. Presets for GPUs set it."""
     # needs fix 1
@@ -2608,7 +2662,7 @@ def test_an_error_while_writing_leaves_the_model_as_it_was(attention):
         model.generate(torch.tensor([[1, 99]]), 3)
     reader = minigpt.new_reader(model)
     reader.read(random_ids(1, 3))
-    hook = model.h[1].mlp.register_forward_pre_hook(fail)
+    hook = reader.model.h[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="as if"):
         reader.read(random_ids(1, 1))
     hook.remove()
