@@ -1742,14 +1742,6 @@ class Rotary(nn.Module):
         # Both lines of the equation at once: x1 cos - x2 sin, and x2 cos + x1 sin.
         return x * cos + torch.cat([x2, x1], dim=-1) * sin
 
-class NoRotation(nn.Module):
-    """Leaves queries and keys as they are."""
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-
-    def forward(self, x, start: int):
-        return x
-
 POSITIONS["rope"] = NoPositions
 ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
 
@@ -1772,9 +1764,13 @@ class Attention(CausalSelfAttention):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         hs = config.n_embd // config.n_head
-        self.q_norm = NORMS[config.norm](hs, config) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm](hs, config) if config.qk_norm else nn.Identity()
-        self.rotary = ROTATIONS.get(config.pos, NoRotation)(config)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = NORMS[config.norm](hs, config)
+            self.k_norm = NORMS[config.norm](hs, config)
+        self.rotates = config.pos in ROTATIONS
+        if self.rotates:
+            self.rotary = ROTATIONS[config.pos](config)
         self.prev_heads = config.prev_heads
         if config.prev_heads:  # the chapter "Heads that read the previous position"
             width = config.prev_heads * hs
@@ -1804,8 +1800,10 @@ class Attention(CausalSelfAttention):
     def heads(self, x, start: int = 0):
         """(B, T, C) -> q, k, v (B, nh, T, hs) of tokens at the positions start, start + 1, ..."""
         q, k, v = super().heads(x)
-        q = self.rotary(self.q_norm(q), start)
-        k = self.rotary(self.k_norm(k), start)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = self.rotary(q, start), self.rotary(k, start)
         return q, k, v
 
     def weights(self, q, k):
@@ -2550,24 +2548,24 @@ class VectorLinear(nn.Module):
             self.pieces = math.gcd(linear.out_features, torch.get_num_threads())
 
     def forward(self, x):
-        n_out, n_in = self.weight.shape
+        n_in = x.shape[-1]
         if self.pieces == 1 or x.numel() > n_in:  # nothing to divide, or several vectors
             return F.linear(x, self.weight, self.bias)
         vectors = x.view(1, 1, n_in).expand(self.pieces, -1, -1)  # the same one for each piece
         matrices = self.weight.view(self.pieces, -1, n_in).mT  # (pieces, n_in, n_out / pieces)
-        y = (vectors @ matrices).view(*x.shape[:-1], n_out)
+        y = (vectors @ matrices).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
-def copy_for_writing(model):
-    """A copy that shares the model's weights, with VectorLinears and without dropout."""
-    tensors = [*model.parameters(), *model.buffers()]
-    copied = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
-    for module in list(copied.modules()):
-        for name, part in module.named_children():
-            if type(part) is nn.Linear:
-                setattr(module, name, VectorLinear(part))
-            elif isinstance(part, nn.Dropout):
-                setattr(module, name, nn.Identity())
+def copy_for_writing(module: nn.Module) -> nn.Module:
+    """A copy that shares all weights with the module, has VectorLinears, and no dropout."""
+    if type(module) is nn.Linear:
+        return VectorLinear(module)
+    if isinstance(module, nn.Dropout):
+        return nn.Identity()
+    copied = copy.copy(module)  # a new object with the same attributes
+    copied._modules = dict(module._modules)  # where PyTorch keeps the parts of a module
+    for name, part in module.named_children():
+        copied._modules[name] = copy_for_writing(part)
     return copied
 
 # Window    When a text outgrows block_size, the window has to move. Every token in it then has a
@@ -2579,7 +2577,7 @@ class CachedReader(PlainReader):
 
     With remember=False it reads the same windows without keeping anything, to compare."""
     def __init__(self, model, remember: bool = True):
-        super().__init__(copy_for_writing(model))
+        super().__init__(copy_for_writing(model.eval()))
         self.remember = remember
         self.forget()
 
