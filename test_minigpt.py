@@ -2401,6 +2401,54 @@ def test_windows_are_short_at_first():
     starts = even_starts(range(300), max_steps=300, short_share=1.0, short_block=2)
     assert min(starts) == 0 and max(starts) == 497
 
+# ---- Training at a lower temperature -------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [0.5, 0.9, 1.0, 2.0])
+def test_the_loss_of_a_step_is_that_of_the_divided_logits(temperature):
+    """Value and gradient, written out in float64. Fails if the logits are multiplied, or if those
+    that are returned are divided, too."""
+    model = small_model()
+    x, y = pair(random_ids(2, 9))
+    logits, loss = minigpt.Tempered(model, temperature)(x, y)
+    gradient, = torch.autograd.grad(loss, model.h[0].mlp.c_fc.weight)
+    z, _ = model(x)
+    assert torch.equal(logits, z)
+    powers = (z / temperature).exp()
+    p = powers.gather(-1, y[..., None])[..., 0] / powers.sum(dim=-1)
+    expected = -p.log().mean()
+    assert_close(loss, expected.float(), 1e-6)
+    assert_close(gradient, torch.autograd.grad(expected, model.h[0].mlp.c_fc.weight)[0], 1e-6)
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_trains_at_the_temperature_and_is_evaluated_at_one(tmp_path, dtype):
+    """The typed setting arrives in the loss of a step, and nowhere else."""
+    run = tiny_full_run(tmp_path, dtype=dtype, train_temperature=0.5)
+    stir(run.model).float()
+    x, y = next(iter(run.batches()))
+    z, plain = run.model(x, y)
+    _, loss = run.runner(x, y)
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    assert_close(loss, torch.nn.functional.cross_entropy((2 * z).flatten(0, 1), y.flatten()),
+                 tolerance)
+    assert abs(loss - plain) > 0.1
+    assert run.estimate() == minigpt.estimate_loss(run.model, run.corpus, run.config)
+    assert type(tiny_full_run(tmp_path / "other").runner) is GPT
+
+def test_a_model_trained_at_a_temperature_has_flatter_probabilities():
+    """Token 1 follows in three of four cases. A table learns 3/4 at the temperature of training, so
+    its two logits differ by T ln 3, and at temperature 1 it gives 1 / (1 + 3^-T). Fails if the
+    temperature acts in the other direction."""
+    x = torch.zeros(1, 4, dtype=torch.long)
+    y = torch.tensor([[1, 1, 1, 0]])
+    for temperature in (0.5, 1.0, 1.5):
+        model = minigpt.new_model(small_config(model="bigram", vocab_size=2), 0)
+        runner = minigpt.Tempered(model, temperature)
+        config = TrainConfig(grad_accum=1, grad_clip=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        for _ in range(300):
+            train_step(runner, optimizer, [(x, y)], config)
+        p = torch.softmax(model(x)[0][0, 0], dim=-1)[1].item()
+        assert p == pytest.approx(1 / (1 + 3**-temperature), abs=1e-4)
+
 # ---- The key/value cache -------------------------------------------------------------------------
 def read_in_chunks(reader, idx, sizes):
     """Reads idx (B, N) in pieces of these sizes; yields how much is read and the logits."""
@@ -6662,6 +6710,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --preset plain --qk_norm => --qk_norm & --attention & extended & fused
 --mode train --attention explicit => --pos rope & --attention
 --mode train --preset plain --short_share 0.5 => --short_share 0.5 & --sampling even
+--mode train --train_temperature 0 => --train_temperature & '0' & 0.01
 --mode train --device tpu => --device tpu & cpu
 --mode train --tokenizer bpe --vocab_size 100 => --vocab_size & '100'
 --mode train --tokenizer bpe --vocab_size 65537 => --vocab_size & 65536
