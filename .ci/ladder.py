@@ -63,10 +63,13 @@ PART_2 = {
     "--learning_rate 7e-3 --schedule linear --min_lr 0 --warmup_steps 50",
     "even windows": "--sampling even",
     "windows of 128, then of 512": "--block_size 512 --batch_size 4 --short_share 0.7",
-    "a previous-position head: `laptop`": "--prev_heads 1",
+    "a previous-position head": "--prev_heads 1",
+    "training at temperature 0.9: `laptop`": "--train_temperature 0.9",
 }
-LAST = "a previous-position head: `laptop`"
-FREE = "even windows"  # costs no time: as many steps as the rung before it
+# These cost no time, so they get as many steps as the rung before them.
+FREE = {"even windows": "Muon, learning rate linear to 0",
+        "training at temperature 0.9: `laptop`": "a previous-position head"}
+LAST = "a previous-position head"  # the time of its steps is the time of every rung
 
 
 def run(job: tuple) -> list[dict]:
@@ -102,7 +105,8 @@ def steps_in_equal_time(rungs: dict, args) -> dict[str, int]:
             for number, (name, flags) in enumerate(rungs.items()):
                 rates[name].append(rate(flags, args.out_dir / f"rate_{number}_{turn}"))
         fastest = {name: max(measured) for name, measured in rates.items()}
-        fastest[FREE] = fastest["Muon, learning rate linear to 0"]
+        for free, before in FREE.items():
+            fastest[free] = fastest[before]
         seconds = args.steps * TOKENS / fastest[LAST]
         steps = {name: round(seconds * rate / TOKENS) for name, rate in fastest.items()}
         path.write_text(json.dumps({"seconds": seconds, "rates": rates, "steps": steps}))
