@@ -2737,8 +2737,8 @@ READERS["fused"] = CachedReader
 #     a previous-position head               1,920          1.439 ± 0.006
 #     training at temperature 0.9: `laptop`  1,920          1.429 ± 0.001
 #
-# RoPE and Muon bring more than half of the gain. The preset itself takes 2,000 steps. With the seeds
-# 81, 82 and 83, which were never looked at before, it ends at 1.427 ± 0.001.
+# RoPE and Muon bring more than half of the gain. The preset itself takes 2,000 steps. With the
+# seeds 81, 82 and 83, which were never looked at before, it ends at 1.427 ± 0.001.
 
 # ---- Tricks that do and do not survive on a small text -------------------------------------------
 # Much of what is known about training was found on texts that are read once. Here, the text is read
