@@ -497,7 +497,8 @@ def attention_weights(q, k, mask):
 #           1 - p, so that the expected sum stays the same [Srivastava et al. 2014]. model.train()
 #           switches it on and model.eval() switches it off. Here it acts on the weights and on the
 #           result.
-# Methods   The class has several small methods, so that Part II can replace one of them at a time.
+# Methods   The class has several small methods, so that a subclass in Part II can override one of
+#           them at a time.
 # Try it    In `weights`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
 #           --max_steps 300. At step 250 the loss is already 0.08: the model has found that
 #           the answer stands at the next position. What it writes is worthless, because there is no
@@ -736,7 +737,7 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 # Tying     The token table (from id to vector) and the output head (from vector to logits) are both
 #           matrices of V x C. We use one matrix for both [Press and Wolf 2017]. The Embedding picks
 #           row v for token v; the Linear takes the dot product with every row. Both should hold
-#           similar vectors for tokens that are used alike, so learning one helps the other. Tying
+#           similar vectors for tokens with similar uses, so learning one helps the other. Tying
 #           saves V C weights: 8,320 in `plain`, but 38.6 million in GPT-2 small, which would have
 #           163 million weights without tying.
 # Start     The weights start as normal random numbers with standard deviation 0.02 [Radford et al.
@@ -2807,7 +2808,7 @@ READERS["fused"] = CachedReader
 #     the same, 1,560 steps, the time of the first row (seed 611)     1.425   1.416
 #
 # The wide model with token shift is the best of these. It learns the training text more closely
-# than the others (1.11 to 1.15 nats, others about 1.18), so it needs the division most.
+# than the others (1.11 to 1.15 nats, others 1.17 to 1.20), so it needs the division most.
 #
 # Older trials, in earlier forms of `laptop` with 1,000 to 2,500 steps, and one seed unless stated
 # otherwise. A plus means worse.
@@ -2821,8 +2822,8 @@ READERS["fused"] = CachedReader
 #     weight decay of 0.5                                                     less than 0.002
 #
 # Where does the context matter? In a `laptop`, the loss at the first position of a window is 2.50.
-# It falls to 1.50 at positions 8 to 15 and to 1.44 at 32 to 63, and later positions are no better
-# (1.43 on average).
+# It falls to 1.50 at positions 8 to 15 and to 1.44 at 32 to 63. Later positions are hardly better:
+# 1.43 on average.
 
 # ==================================================================================================
 # Part III: The machine room
