@@ -4815,6 +4815,20 @@ def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe
                       [*other, "--init_from has"])
 
 # ---- Resuming a run ------------------------------------------------------------------------------
+def test_the_rungs_of_the_ladder_lead_to_laptop():
+    """All flags of the second ladder together are the settings of the preset, except for how long
+    it trains and how often it is evaluated. Fails if one of the two is changed alone."""
+    tree = ast.parse((HERE / ".ci" / "ladder.py").read_text(encoding="utf-8"))
+    rungs, = (ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
+              and ast.unparse(node.targets[0]) == "PART_2")
+    request = minigpt.parse(["--mode", "train", *" ".join(rungs.values()).split()])
+    plain, laptop = (minigpt.PRESETS[name] for name in ("plain", "laptop"))
+    assert {**plain.model, **request.model} == laptop.model
+    training = {**plain.training, **request.training, "preset": "laptop"}
+    for name in ("max_steps", "eval_interval", "eval_batches"):
+        training[name] = laptop.training[name]
+    assert training == {**laptop.training, "preset": "laptop"}
+
 README_MODELS = [line for line in (HERE / "README.md").read_text(encoding="utf-8").split("\n")
                  if re.match(r"\| .* \| `--preset ", line)]
 
