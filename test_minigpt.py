@@ -2637,7 +2637,6 @@ def test_writing_leaves_the_model_as_it_is_and_sees_its_newest_weights(three_thr
 
 def test_the_bigram_model_writes_with_every_attention():
     """It has no attention, so the setting must not matter. Presets for GPUs set it."""
-    # needs fix 1
     idx = random_ids(2, 3)
     for attention in minigpt.ATTENTION:
         model = small_model(model="bigram", attention=attention)
