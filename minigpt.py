@@ -414,8 +414,8 @@ class Bigram(nn.Module):
 # 0.25 0.25 0.25 0.25
 #
 #           Why not take the softmax first and set the later tokens to zero afterwards? Then the
-#           rows no longer sum to 1, as below. And when the scores are not equal, what a row loses
-#           depends on tokens that it must not see.
+#           rows no longer sum to 1. And when the scores are not equal, what a row loses depends on
+#           tokens that it must not see. With equal scores, the rows are:
 #
 # >>> print_rows(torch.softmax(scores, dim=1).tril())
 # 0.25 0.00 0.00 0.00
@@ -671,9 +671,8 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 #                     +--> ln_1 --> attention ----+      +--> ln_2 --> MLP --------+
 #
 # Example   The gradient of one output number with respect to the last token's input vector, through
-#           8 blocks, with the additions and without them:
-#
-#           (The next chapter defines GPT; model.h is the list of its blocks.)
+#           8 blocks, with the additions and without them. (The next chapter defines GPT; model.h is
+#           the list of its blocks.)
 #
 # >>> generator = torch.manual_seed(0)
 # >>> model = GPT(GPTConfig(65, block_size=16, n_layer=8, n_head=4, n_embd=32, dropout=0.0))

@@ -3826,7 +3826,7 @@ def test_a_damaged_best_model_is_refused_before_anything_is_written(tmp_path):
     before = contents(tmp_path)
     code, _, err = run_main(*RESUME, tmp_path)
     assert code == 2 and f"{best}: this file is damaged" in last_line(err)
-    assert contents(tmp_path) == before  # needs fix 2
+    assert contents(tmp_path) == before
 
 @POSIX
 def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
@@ -3869,7 +3869,7 @@ def test_a_disk_that_is_full_costs_no_records(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and "too large" in last_line(err), err
-    assert metrics_of(tmp_path) == before  # needs fix 3
+    assert metrics_of(tmp_path) == before
 
 @pytest.mark.parametrize("failures", [1, 4, 5])
 def test_a_file_that_is_in_use_for_a_moment_is_replaced_later(tmp_path, monkeypatch, failures):
@@ -3960,7 +3960,7 @@ def test_metrics_have_each_step_once_when_the_first_save_failed(tmp_path, tiny_r
             run_main(*TRAIN, "--out_dir", tmp_path)
     assert (tmp_path / "metrics.jsonl").exists()
     train_tiny(tmp_path, "--resume", "--checkpoint_interval", "2")
-    assert kinds_and_steps(tmp_path) == kinds_and_steps(tiny_run[0])  # needs fix 4
+    assert kinds_and_steps(tmp_path) == kinds_and_steps(tiny_run[0])
 
 @pytest.mark.parametrize("garbage", [
     b'{"step": 9, "lo\n', b'\xff\xfe\x80\n5\n{"a": 1}\n{"step": "x"}\n' + b"\0" * 99 + b"\n",
@@ -4983,7 +4983,7 @@ def test_a_resumed_run_with_a_later_best_model_is_the_run_it_would_have_been(tmp
     assert_same(again["model"], end["model"])
     assert (tmp_path / "best.pt").read_bytes() == best
     assert again["best_val"] == end["best_val"]
-    assert "the best model (step 6): " in last_line(err)  # needs fix 1
+    assert "the best model (step 6): " in last_line(err)
     assert again["best_step"] == metrics_of(tmp_path)[-1]["best_step"] == 6
 
 def test_best_is_only_replaced_by_a_better_model(tmp_path):
@@ -5803,7 +5803,7 @@ def test_the_current_folder_can_be_exported_to(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     code, _, err = run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", ".")
-    assert code == 0 or last_line(err).startswith("error: ")  # needs fix 3
+    assert code == 0 or last_line(err).startswith("error: ")
 
 @POSIX
 def test_exported_files_follow_the_umask(tmp_path):
@@ -6134,7 +6134,7 @@ def test_every_width_of_an_mlp_can_be_read():
                 width = minigpt.MLP(config).c_fc.weight.shape[0]
             if width != hidden:
                 wrong.append((hidden, n_embd))
-    assert wrong == []  # needs fix 1
+    assert wrong == []
 
 def test_rows_beyond_the_tokenizer_are_ignored_and_missing_ones_refused(transformers, tmp_path,
                                                                         capsys):
@@ -6899,7 +6899,7 @@ def test_a_prompt_is_the_utf8_that_was_typed():
 
 def test_two_dashes_as_a_value_are_a_mistake_and_no_crash(tmp_path, monkeypatch):
     """For argparse, a bare -- is no value but an empty list, which a setting must never become.
-    This holds whichever flag it is."""  # needs fix 5
+    This holds whichever flag it is."""
     monkeypatch.chdir(tmp_path)
     for name, kind in all_flags().items():
         if kind is bool:
