@@ -176,12 +176,17 @@ def find(destination: Path = DESTINATION) -> Path:
         if not destination.exists():
             download(destination)
         return destination
-    except OSError as problem:
+    except DownloadError as problem:
         say(f"{'!' * 80}\nTiny Shakespeare could not be downloaded: {problem}\nTraining uses the "
             f"small sample {sample} instead. Its text will be much poorer.\nFor the real corpus, "
             "connect to the network and try again, or import a copy with\n`python download_data.py "
             "--source FILE`. You can also train on your own text with --data.\n" + "!" * 80)
-        return sample
+    except OSError as problem:
+        say(f"{'!' * 80}\n{destination} could not be written: {problem.strerror}\nTraining uses "
+            f"the small sample {sample} instead. Its text will be much poorer.\nFor the real "
+            "corpus, make this folder writable and try again. You can also put the corpus\n"
+            "elsewhere and name it by --data.\n" + "!" * 80)
+    return sample
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,10 +203,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("")
         return 130
-    except OSError as problem:
+    except DownloadError as problem:
         say(f"error: {problem}; {DESTINATION} was not changed; connect and try again, or import a "
             "copy with --source FILE")
-        return 2
+    except OSError as problem:
+        say(f"error: {DESTINATION}: could not be written ({problem.strerror}); make its folder "
+            "writable")
+    return 2
 
 
 if __name__ == "__main__":
