@@ -5,7 +5,7 @@ minigpt: a GPT trained on Shakespeare, from scratch, in one file
 A language model answers one question again and again: given the text so far, what comes next? This
 file builds a model that answers it well enough to write verse in the style of Shakespeare.
 
-    python minigpt.py --mode train                        # three to four minutes, two cores
+    python minigpt.py --mode train                        # about three minutes, two cores
     python minigpt.py --mode generate --prompt "ROMEO:"   # write text with the trained model
 
 The file is a book in five parts. You can read Part I from top to bottom without skipping anything.
@@ -129,13 +129,14 @@ class CharTokenizer:
     'bee'
     """
     kind = "char"  # the name of this class in TOKENIZERS
-    first_id = 0  # the id that an unprompted sample begins with: the line break, in Shakespeare
     end_id = None  # characters have no id that ends a text; --stop ends it at a given string
 
     def __init__(self, itos: list[str]):
         self.itos = list(itos)
         self.stoi = {character: i for i, character in enumerate(self.itos)}
         self.vocab_size = len(self.itos)
+        # The id that a text without a prompt begins with: the line break, if there is one.
+        self.first_id = self.stoi.get("\n", 0)
 
     @property
     def state(self) -> list[str]:
@@ -733,8 +734,9 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 #           the whole source sentence, and a decoder wrote the translation, looking at the source
 #           through cross-attention. We have one text, so we need neither an encoder nor
 #           cross-attention. Recurrent networks read a text one token after the other, each step
-#           waiting for the one before. Here all T positions are computed at once, because the mask
-#           hides the tokens that a position must not see.
+#           waiting for the one before. In training, our model computes all T positions at once,
+#           because the mask hides the tokens that a position must not see. (When it writes, it goes
+#           token by token, too.)
 # Tying     The token table (from id to vector) and the output head (from vector to logits) are both
 #           matrices of V x C. We use one matrix for both [Press and Wolf 2017]. The Embedding picks
 #           row v for token v; the Linear takes the dot product with every row. Both should hold
@@ -1026,8 +1028,9 @@ OPTIMIZERS = {"adamw": make_adamw}  # Part II adds Muon
 # Peak      There is no formula for the peak. We try several values, each twice the last, and take
 #           the best. In `plain`, with 300 steps, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2 end at
 #           2.39, 2.36, 2.32, 2.28, 2.34 and 2.36 (seed 1337). Larger models need smaller values
-#           with AdamW: 3e-4, the default, is usual for 10 to 100 million parameters. (Part II's
-#           Muon takes larger ones.)
+#           with AdamW: nanoGPT takes 1e-3 for 10.7 million parameters, and GPT-3's authors took
+#           6e-4 for 125 million [Brown et al. 2020, table 2.1]. The default, 3e-4, is a cautious
+#           value for models of these sizes.
 # Try it    `plain` with --max_steps 600 --learning_rate 0.1 ends at 3.03; with its own rate
 #           it ends at 1.93.
 def cosine(r: float) -> float:
@@ -1254,7 +1257,7 @@ def describe_loss(nats: float, corpus: Corpus, what: str = "full validation spli
 #           on are kept every checkpoint_interval steps.
 # Safety    PyTorch's files use Python's pickle format, which can run code when it is loaded. With
 #           weights_only=True, nothing but tensors and plain values is created.
-FORMAT = "minigpt-4"  # Part III checks this before it uses a checkpoint
+FORMAT = "minigpt-5"  # Part III checks this before it uses a checkpoint
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes a dictionary of tensors and plain values, completely or not at all. Raises OSError."""
@@ -1501,8 +1504,9 @@ def train(run: Run, after_step=None) -> None:
 #     LayerNorm                               1.693 ± 0.006
 #     four layers, which is `plain`           1.678 ± 0.012
 #
-# The norms and the additions bring most, although the additions have no weights at all and the
-# norms have few. They make the other parts learn faster.
+# In this order, the norms and the additions bring most, although the additions have no weights at
+# all and the norms have few. They make the other parts learn faster. (All rows except the first
+# have the learning rate of `plain`. The rows without norms might do better with one of their own.)
 #
 # What a large model adds. Today's large language models work on the same principle, with more of
 # everything: billions of parameters in place of 0.8 million, trillions of tokens in place of one
@@ -1546,8 +1550,9 @@ def train(run: Run, after_step=None) -> None:
 # Part II: Better
 #
 # Part I is the architecture of GPT-2 (2019). This part varies it, one chapter for each variation,
-# and ends at the architecture that today's open models share. A variation is an entry in one of the
-# tables of Part I, under a key of its own, or a switch of its own. Nothing of Part I is changed.
+# and ends close to the architecture of Qwen3 (2025), an open model. A variation is an entry in one
+# of the tables of Part I, under a key of its own, or a switch of its own. Nothing of Part I is
+# changed.
 #
 # "Here" tells what a variation did on this machine: the loss of the preset `plain` after 300 steps
 # with this one change, in nats per character on the full validation split, mean and standard
@@ -1598,6 +1603,29 @@ class ModelConfig(GPTConfig):
                 raise UserError(f"--qk_norm: needs --attention {able}")
             if self.prev_heads:
                 raise UserError(f"--prev_heads {self.prev_heads}: needs --attention {able}")
+
+@dataclass
+class RunConfig(TrainConfig):
+    """TrainConfig, with the settings of Parts II and III. Raises UserError if two do not fit."""
+    preset: str = "auto"  # the named set of settings that the run starts from
+    init_from: str = ""  # train: begin with the weights of this .pt file or folder
+    tokenizer: str = "char"  # what a token is
+    bpe_size: int = 1024  # size of the vocabulary with --tokenizer bpe; smaller for a small text
+    sampling: str = "random"  # where the windows of a batch are
+    short_share: float = 0.0  # share of the steps, from the first, with short windows
+    short_block: int = 128  # tokens in a short window
+    train_temperature: float = 1.0  # divides the logits in training; below 1: a model less sure
+    optimizer: str = "adamw"  # how a gradient becomes a step
+    schedule: str = "cosine"  # how the learning rate falls
+    momentum: float = 0.95  # Muon: how much of the old mean of the gradient is kept
+    dtype: str = "auto"  # number format of the matrix products
+    compile: bool = False  # use torch.compile: it takes a minute at first, and then runs faster
+    wandb: bool = True  # log to Weights & Biases, after `wandb login`
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.short_share and self.sampling != "even":
+            raise UserError(f"--short_share {self.short_share}: needs --sampling even")
 
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
 # Problem   LayerNorm subtracts a mean, divides, multiplies by a gain and adds a bias. Is all of
@@ -2353,7 +2381,7 @@ TOKENIZERS["gpt2"] = GPT2Tokenizer
 # The rest  Gains and biases are not matrices. In the token table and the position table, each row
 #           belongs to one token or position, so there is nothing to turn. They stay with AdamW, and
 #           so does an output head of its own.
-# Settings  `momentum` is a setting of RunConfig in Part III; `laptop` has a smaller one.
+# Settings  `momentum` is a setting of RunConfig; `laptop` has a smaller one.
 # Here      --optimizer muon: 2.050 ± 0.012. `laptop` also lets the learning rate fall in a straight
 #           line to 0 (`straight_line` below). With AdamW, --schedule linear gives 2.259 ± 0.010.
 def orthogonalize(G):
@@ -2424,7 +2452,7 @@ def stacked_matrices(name: str, config: ModelConfig) -> int:
         return 2
     return 1
 
-def make_muon(model: nn.Module, config: TrainConfig) -> Muon:
+def make_muon(model: nn.Module, config: RunConfig) -> Muon:
     """Muon for the matrices in the blocks, AdamW for everything else."""
     matrices = {}
     for name, p in model.named_parameters():
@@ -2459,11 +2487,11 @@ SCHEDULES["linear"] = straight_line
 #           earlier ones, so it costs more. At first, a model learns what the last few characters
 #           tell. So the first short_share of the steps take windows of only short_block tokens, and
 #           more of them, so that a step has as many tokens. The other steps take whole windows,
-#           with an offset of their own. (Both are settings of RunConfig in Part III. In `laptop`,
-#           short_share is 0.7 and short_block is 128.)
+#           with an offset of their own. (Both are settings of RunConfig. In `laptop`, short_share
+#           is 0.7 and short_block is 128.)
 # Here      --sampling even: 2.278 ± 0.019, no difference in so few steps. In the full runs of the
 #           chapter "What it all adds up to", it brings 0.02.
-def even_batches(tokens, block_size: int, config: TrainConfig, step: int) -> list:
+def even_batches(tokens, block_size: int, config: RunConfig, step: int) -> list:
     """The grad_accum batches (x, y) of a step: windows that cover the text evenly."""
     short = step < config.short_share * config.max_steps
     T = min(config.short_block, block_size) if short else block_size
@@ -2492,7 +2520,7 @@ SAMPLING["even"] = even_batches
 #           The model learns logits that fit the training text at that temperature. They are then
 #           used at temperature 1, where their probabilities are more equal.
 # Equation  loss = -ln softmax(z / T)[target]     z: the logits. In training only; otherwise T = 1.
-#           T is the setting `train_temperature` of RunConfig in Part III.
+#           T is the setting `train_temperature` of RunConfig.
 # Example   Logits (2, 1, 0) give the probabilities 0.70, 0.23, 0.08 at the temperature 0.9, and
 #           0.67, 0.24, 0.09 at the temperature 1.
 # Where     Part I's train_step does not know of it: it calls this module in place of the model. The
@@ -2739,8 +2767,10 @@ READERS["fused"] = CachedReader
 #     a previous-position head               1,920          1.439 ± 0.006
 #     training at temperature 0.9: `laptop`  1,920          1.429 ± 0.001
 #
-# RoPE and Muon bring more than half of the gain. The preset itself takes 2,000 steps. With the
-# seeds 81, 82 and 83, which were never looked at before, it ends at 1.427 ± 0.001.
+# RoPE and Muon bring more than half of the gain. The numbers of steps are uncertain by some
+# percent, because the machine's speed varies: RoPE, for instance, cannot make a step faster. The
+# preset itself takes 2,000 steps. With the seeds 81, 82 and 83, which were never looked at before,
+# it ends at 1.427 ± 0.001.
 
 # ---- Tricks that do and do not survive on a small text -------------------------------------------
 # Much of what is known about training was found on texts that are read once. Here, the text is read
@@ -2845,28 +2875,6 @@ from dataclasses import replace
 from datetime import timedelta
 
 PROGRAM = Path(globals().get("__file__", "minigpt.py")).resolve()  # no __file__ behind a pipe
-
-@dataclass
-class RunConfig(TrainConfig):
-    """TrainConfig, with the settings of Parts II and III."""
-    preset: str = "auto"  # the named set of settings that the run starts from
-    tokenizer: str = "char"  # what a token is
-    vocab_size: int = 1024  # size of the vocabulary with --tokenizer bpe; smaller for a small text
-    sampling: str = "random"  # where the windows of a batch are
-    short_share: float = 0.0  # share of the steps, from the first, with short windows
-    short_block: int = 128  # tokens in a short window
-    train_temperature: float = 1.0  # divides the logits in training; below 1: a model less sure
-    optimizer: str = "adamw"  # how a gradient becomes a step
-    schedule: str = "cosine"  # how the learning rate falls
-    momentum: float = 0.95  # Muon: how much of the old mean of the gradient is kept
-    dtype: str = "auto"  # number format of the matrix products
-    compile: bool = False  # use torch.compile: it takes a minute at first, and then runs faster
-    wandb: bool = True  # log to Weights & Biases, after `wandb login`
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.short_share and self.sampling != "even":
-            raise UserError(f"--short_share {self.short_share}: needs --sampling even")
 
 # ---- Devices and number formats ------------------------------------------------------------------
 # Problem   Most of the time goes into matrix products. Many processors multiply numbers of 16 bits
@@ -2981,14 +2989,6 @@ class ScaledOptimizer:
 #
 #               with      34.4   34.0   26.5   25.8
 #               without   29.0   26.8   22.2   30.5
-def keep_memory() -> None:
-    """Makes the C library keep freed memory. Where it is not glibc, nothing happens."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: give no block a mapping of its own
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to this many bytes that are free
 #
 # Threads   For a matrix product, each core has a thread. A thread that is done waits for the others
 #           in a loop, for milliseconds, because waking up from a sleep takes long. Beside another
@@ -2999,6 +2999,14 @@ def keep_memory() -> None:
 #
 #               alone                              with   93    97    80   without   92    82    87
 #               beside two busy programs           with  314   483   280   without  639   422   496
+def keep_memory() -> None:
+    """Makes the C library keep freed memory. Where it is not glibc, nothing happens."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: give no block a mapping of its own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to this many bytes that are free
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Problem   One device is too slow, and there are several, in this machine or in others.
@@ -3174,7 +3182,11 @@ def check_checkpoint(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:  # PyTorch's files are zip archives
             damaged = archive.testzip() is not None  # compares checksums
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train first, or name another one") from None
+        hint = "train first, or name another one"
+        if path.suffix != ".pt":  # perhaps the name of a model at Hugging Face
+            hint = ("to get a GPT-2, type: hf download openai-community/gpt2 --local-dir gpt2; "
+                    "then name the folder gpt2")
+        raise UserError(f"{path}: no such file or folder; {hint}") from None
     except OSError as problem:
         if problem.filename:
             raise  # the file cannot be read; that says nothing about its content
@@ -3283,13 +3295,13 @@ def start_wandb(run: FullRun):
     continues the same one."""
     asked_for = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
     installed = importlib.util.find_spec("wandb") is not None
-    if not run.config.wandb or not (asked_for or installed):
+    mode = os.environ.get("WANDB_MODE")
+    if not run.config.wandb or mode == "disabled" or not (asked_for or installed):
         return None
     try:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        if mode not in ("offline", "disabled") and not has_login(wandb):
+        if mode != "offline" and not has_login(wandb):
             say("Weights & Biases is off, because you are not logged in: run `wandb login`, set "
                 "WANDB_MODE=offline, or silence this line by --no_wandb")
             return None
@@ -3385,8 +3397,12 @@ class FullJournal(Journal):
         if self.rank == 0:
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
-        self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; the best "
-                 f"model (step {run.best_step}): {self.out_dir / 'best.pt'}")
+        path = self.out_dir / "best.pt"
+        best = f"the best model (step {run.best_step}): {path}"
+        if run.best_step == 0:
+            best = (f"training has made it worse: {path} is the model from before the first step; "
+                    "use a smaller --learning_rate")
+        self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; {best}")
 
     def show_progress(self, share: float) -> None:
         """For the final evaluation, which a signal ends at once: everything is saved by then."""
@@ -3441,10 +3457,24 @@ def unify_line_breaks(text: str) -> str:
     """A text in which every line ends as on Linux, whatever system it is from."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
-def read_corpus(data: str) -> SourceText:
-    """The text of --data if it is given; otherwise Tiny Shakespeare, downloaded if needed;
-    otherwise the sample, with a warning. Raises UserError for what is not a text."""
-    path = Path(data) if data else find_shakespeare()
+def is_stream(path: Path) -> bool:
+    """Whether a path is a pipe or a device, which can be read only once."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+def read_corpus(data: str, remembered: str = "") -> SourceText:
+    """The text of --data if it is given; otherwise the one that a checkpoint remembers; otherwise
+    Tiny Shakespeare, downloaded if needed; otherwise the sample, with a warning. Raises UserError
+    for what is not a text."""
+    name = data or remembered
+    path = Path(name) if name else find_shakespeare()
+    if path.is_dir():
+        raise UserError(f"--data {path}: this is a folder; name a text, by --data FILE. To train "
+                        "on several texts, join them into one file")
+    if remembered and not data and not path.is_file():
+        raise UserError(f"--data {path}: the text of this model is not there any more; name it, by "
+                        "--data FILE")
+    if is_stream(path) and torch.distributed.is_initialized():
+        raise UserError(f"--data {path}: several processes cannot read one pipe; name a file")
     try:
         encoded = path.read_bytes()
     except OSError as problem:
@@ -3535,7 +3565,7 @@ def make_tokenizer(config: RunConfig, text: str):
     influence on it. Characters are taken from the whole text, since none may be missing."""
     if config.tokenizer == "bpe":
         progress = Progress("learning byte pairs")
-        return BPETokenizer.train(text[: int(0.9 * len(text))], config.vocab_size, progress.show)
+        return BPETokenizer.train(text[: int(0.9 * len(text))], config.bpe_size, progress.show)
     if config.tokenizer == "gpt2":
         return GPT2Tokenizer.fetch()
     return CharTokenizer.train(text)
@@ -3722,6 +3752,7 @@ class FullRun(Run):
 import base64
 import shutil
 import statistics
+from dataclasses import fields
 
 # ---- Comparing variations ------------------------------------------------------------------------
 # Change one thing at a time, and keep steps, seeds and batches the same. A difference that is
@@ -3733,6 +3764,7 @@ class Outcome:
     nats: float  # the best model's loss per token on the whole validation part
     bits: float  # the same in bits per character
     seconds: float
+    best_step: int  # at which the best model was found; 0 if training only made it worse
 
 def mean_and_spread(numbers: list[float]) -> str:
     """The mean, and the standard deviation if there are several numbers.
@@ -3746,7 +3778,9 @@ def mean_and_spread(numbers: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(numbers):.4f}"
 
 def variants_of(request: Request) -> dict[str, Request]:
-    """The request of each variant that --vary FIELD=A,B,C names, by its label."""
+    """The request of each variant that --vary FIELD=A,B,C names, by its label.
+
+    If tokenizers are compared, --bpe_size is that of the byte-pair encoding alone."""
     vary = request.options.vary
     name, _, values = vary.partition("=")
     name = name.replace("-", "_")
@@ -3765,11 +3799,18 @@ def variants_of(request: Request) -> dict[str, Request]:
         typed = parse(["--mode", "ablate", *flag])
         variants[f"{name}={value}"] = replace(request, model={**request.model, **typed.model},
                                               training={**request.training, **typed.training})
+    if "tokenizer=bpe" in variants:
+        for variant in variants.values():
+            if variant.training["tokenizer"] != "bpe":
+                variant.training.pop("bpe_size", None)
     return variants
 
 def run_ablate(request: Request) -> None:
     """--mode ablate: prints a table to stdout and draws curves.png."""
     variants = variants_of(request)
+    if is_stream(Path(request.options.data)):
+        raise UserError(f"--data {request.options.data}: each run reads the text, and a pipe can "
+                        "be read only once; name a file")
     name = request.options.vary.partition("=")[0].replace("-", "_")
     folder = Path(request.options.out_dir) / f"ablate_{name}"
     preset = choose_preset(request, find_device(request.options.device))
@@ -3819,8 +3860,8 @@ def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
         raise UserError(f"--out_dir {latest.parent}: holds a run on another text; name another "
                         "--out_dir")
     stored = {**state["model_config"], **state["train_config"]}
-    training = asdict(training_settings(preset, request))
-    wanted = {**asdict(model_settings(preset, request, vocab_size=1)), **training}
+    sizes = model_settings(preset, request, stored["vocab_size"])  # it follows from the text
+    wanted = {**asdict(sizes), **asdict(training_settings(preset, request))}
     for name, value in wanted.items():
         if stored[name] != value:
             raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
@@ -3835,8 +3876,8 @@ def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: 
         if outcomes[label]:
             curves[f"{label}, seed {seed}"] = (Path(run.options.out_dir), "val_loss")
     draw(folder / "curves.png", 7, 4, paint_curves, curves, "validation loss, nats per token")
-    rows = ["| variant | nats/token | perplexity | bits/character | seconds | seeds |",
-            "|---|---|---|---|---|---|"]
+    rows = ["| variant | nats/token | perplexity | bits/character | seconds | best step | seeds |",
+            "|---|---|---|---|---|---|---|"]
     rows += [table_row(label, outcomes[label], seeds) for label in outcomes]
     write_result("\n".join(rows))
 
@@ -3845,12 +3886,14 @@ def table_row(label: str, outcomes: list[Outcome | None], seeds: int) -> str:
     done = [outcome for outcome in outcomes if outcome is not None]
     if not done:
         what = "diverged" if outcomes else "not run"
-        return f"| {label} | {what} | {what} | {what} | {what} | 0 of {seeds} |"
+        return f"| {label} |{5 * f' {what} |'} 0 of {seeds} |"
     nats = mean_and_spread([outcome.nats for outcome in done])
     choices = mean_and_spread([perplexity(outcome.nats) for outcome in done])
     bits = mean_and_spread([outcome.bits for outcome in done])
     seconds = mean_and_spread([outcome.seconds for outcome in done])
-    return f"| {label} | {nats} | {choices} | {bits} | {seconds} | {len(done)} of {seeds} |"
+    steps = ", ".join([str(outcome.best_step or "0 (not trained)") for outcome in done])
+    return (f"| {label} | {nats} | {choices} | {bits} | {seconds} | {steps} | "
+            f"{len(done)} of {seeds} |")
 
 # ---- Benchmark -----------------------------------------------------------------------------------
 # A speed means nothing without the machine. --mode bench measures this one, with whole windows.
@@ -3860,7 +3903,7 @@ class Bench:
         device = find_device(request.options.device)
         preset = choose_preset(request, device)
         config = replace(training_settings(preset, request), grad_accum=1)
-        vocab_sizes = {"char": 65, "bpe": config.vocab_size, "gpt2": GPT2Tokenizer.size}
+        vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2Tokenizer.size}
         sizes = model_settings(preset, request, vocab_sizes[config.tokenizer])
         if sizes.model != "gpt":
             raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
@@ -3951,19 +3994,23 @@ def run_bench(request: Request) -> None:
 #           none; and some programs expect an MLP of exactly 4 C hidden units. A smaller one is
 #           filled up with units whose weights are zero. They compute GELU(0) = 0, which changes
 #           nothing.
-def refuse_settings(config: ModelConfig, form: str, allowed: dict[str, tuple]) -> None:
-    """Raises UserError, naming the setting, for the first one whose value is not allowed."""
-    for name, values in allowed.items():
-        value = getattr(config, name)
-        if value not in values:
+# Refusal   A form lists the values of each setting that it can hold. A setting that it does not
+#           list, for instance one that you add, must have its default value.
+def refuse_settings(config: ModelConfig, form: str, allowed: dict) -> None:
+    """Raises UserError, naming the setting, for the first one whose value the form cannot hold."""
+    for setting in fields(ModelConfig):
+        name, value = setting.name, getattr(config, setting.name)
+        values = allowed.get(name, (setting.default,))
+        if name not in IN_BOTH_FORMS and value not in values:
             choices = " or ".join(map(str, values))
             raise UserError(f"{name}={value}: {form}'s form needs {choices}, so other programs "
                             "cannot run this model")
 
+IN_BOTH_FORMS = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "dropout",
+                 "tie_weights", "norm_scale"}  # whatever their value is
 LAYER_NORMS = ("layernorm", "fused_layernorm")
-GPT2_FORM = {"model": ("gpt",), "block": ("pre",), "pos": ("learned", "sinusoidal"),
-             "norm": LAYER_NORMS, "activation": ("gelu",), "qk_norm": (False,),
-             "prev_heads": (0,)}
+GPT2_FORM = {"attention": ("explicit", "extended", "fused"), "pos": ("learned", "sinusoidal"),
+             "norm": LAYER_NORMS, "bias": (True, False)}
 
 def pad_with_zeros(tensor, dim: int, size: int):
     """Fills a dimension up with zeros to this size."""
@@ -4022,9 +4069,9 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
 # >>> gated = F.silu(1024 * u) * (u / 1024)
 # >>> (gated - F.relu(u).square()).abs().max().item() < 5e-7
 # True
-QWEN3_FORM = {"model": ("gpt",), "block": ("pre",), "pos": ("rope",), "qk_norm": (True,),
+QWEN3_FORM = {"attention": ("extended", "fused"), "pos": ("rope",), "qk_norm": (True,),
               "bias": (False,), "norm": ("rmsnorm", *LAYER_NORMS),
-              "activation": ("swiglu", "relu2")}
+              "activation": ("swiglu", "relu2"), "prev_heads": range(1001)}
 GATE_FACTOR = 1024.0  # b: larger values overflow in float16
 
 def centre(w, groups: int = 1):
@@ -4121,7 +4168,11 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
 EXTRA_CHANNELS = 32
 CONSTANT = 0.001  # c
 FIXED_LEAD = 30.0  # by how much the score of the previous position exceeds all others
-FIXED_WEIGHT = 1e4  # makes these queries and keys so large that QK-norm's epsilon has no effect
+# The gain of the norms and these weights make the queries and keys so large that QK-norm's epsilon
+# has no effect. The gain does most of it: programs that compute in 8 bits round a vector by one
+# scale, and a constant that is much smaller than the other channels would become 0.
+CONSTANT_GAIN = 1024.0
+FIXED_WEIGHT = 10.0
 
 def wider_config(c: ModelConfig) -> dict:
     """The entries of config.json that change."""
@@ -4132,10 +4183,10 @@ def wider_config(c: ModelConfig) -> dict:
             "rms_norm_eps": (C * RMSNorm.eps - CONSTANT**2) / wide}
 
 def widen_norm(w):
-    """The gains of an RMSNorm of the wider stream. The constant gets the gain 1."""
+    """The gains of an RMSNorm of the wider stream."""
     C = len(w)
     w = pad_with_zeros(w * math.sqrt(C / (C + EXTRA_CHANNELS)), 0, C + EXTRA_CHANNELS)
-    w[C] = 1.0
+    w[C] = CONSTANT_GAIN
     return w
 
 def add_constant(tensors: dict, c: ModelConfig) -> dict:
@@ -4212,12 +4263,18 @@ def fixed_gain(speeds, block_size: int, hs: int) -> float:
     return math.sqrt(FIXED_LEAD / lead)
 
 # ---- Exchange: writing the folder ----------------------------------------------------------------
+# Chat      Chat clients put marks between the messages, by a template of the model. Ours have
+#           learned no such marks, so the template only passes the text on.
+# Padding   To process texts of different lengths side by side, programs fill up the shorter ones
+#           on the left. The attention mask hides what they fill in, so it may be any token.
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
 def tokenizer_files(tokenizer) -> dict[str, dict]:
     """The files that the library `tokenizers` reads, by name."""
     if tokenizer.kind == "char":  # byte-pair encoding without merges
         model = {"type": "BPE", "vocab": tokenizer.stoi, "merges": []}
         rules = {"pre_tokenizer": None, "decoder": {"type": "Fuse"}, "added_tokens": []}
-        special = {"bos_token": "", "eos_token": ""}
+        special = {"pad_token": tokenizer.itos[0]}
     else:
         vocab = tokenizer.vocab()
         merges = [f"{show_bytes(a)} {show_bytes(b)}" for a, b in tokenizer.merges]
@@ -4228,12 +4285,13 @@ def tokenizer_files(tokenizer) -> dict[str, dict]:
                "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         rules = {"pre_tokenizer": byte_level, "added_tokens": [end],
                  "decoder": {"type": "Sequence", "decoders": [byte_level]}}
-        special = dict.fromkeys(["bos_token", "eos_token", "unk_token"], END_OF_TEXT)
+        special = dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], END_OF_TEXT)
     return {"tokenizer.json": {"version": "1.0", "truncation": None, "padding": None,
                                "normalizer": None, "post_processor": None, **rules, "model": model},
             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **special,
                                       "model_input_names": ["input_ids", "attention_mask"],
-                                      "clean_up_tokenization_spaces": False}}
+                                      "clean_up_tokenization_spaces": False,
+                                      "padding_side": "left", "chat_template": CHAT_TEMPLATE}}
 
 def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_size: int) -> None:
     """Writes the folder, completely or not at all. Raises UserError if it holds something already,
@@ -4325,6 +4383,7 @@ def add_gguf_settings(writer, config: dict) -> None:
 def add_gguf_tokenizer(writer, tokenizer) -> None:
     """The tokens, and how a text is split into them."""
     NORMAL, CONTROL = 1, 3  # kinds of tokens
+    writer.add_chat_template(CHAT_TEMPLATE)
     if tokenizer.kind == "char":
         escaped = [c.encode("unicode_escape").decode() if c < " " or c == "\\" else c
                    for c in tokenizer.itos]
@@ -4360,7 +4419,7 @@ def check_gguf_is_possible(tensors: dict, tokenizer, kind: str) -> None:
     """Raises UserError for what a GGUF file cannot hold or llama.cpp cannot load."""
     if tokenizer.kind == "bpe" and not tokenizer.merges:
         raise UserError("--format gguf: llama.cpp cannot load byte-pair tokens without merges; "
-                        "train with a larger --vocab_size")
+                        "train with a larger --bpe_size")
     for name, w in tensors.items():
         if kind == "q8_0" and is_packed(name, w) and w.shape[1] % 32:
             raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but {name} has "
@@ -4684,14 +4743,13 @@ def from_nanogpt(theirs: dict) -> tuple[ModelConfig, dict]:
 #           gave it, from what stands before it, and the five most likely ones. For the end of the
 #           prompt, it prints what the output head would predict from the residual stream after each
 #           layer, as if the remaining layers were missing. This is called the logit lens
-#           [nostalgebraist 2020]. attention.png shows the attention weights of each head: each row
-#           is a position, and its columns are what it looks at. The next chapter shows all of it on
-#           a page.
-# Look for  A head that is dark just left of the diagonal fetches the previous token. One with dark
-#           columns at spaces or line breaks looks back to the beginning of the word or line. One
-#           whose first column is dark all the way down often finds nothing that it looks for, and
-#           puts its weight there (an attention sink). Previous-position heads are not drawn: they
-#           look the same for any text.
+#           [nostalgebraist 2020]. The next chapter shows all of it on a page, for each token, and
+#           also what each head looked at.
+# Look for  A head that always looks one token back fetches the previous token. One that looks at
+#           spaces or line breaks looks back to the beginning of the word or line. One that always
+#           looks at the first token often finds nothing that it looks for, and puts its weight
+#           there (an attention sink). Previous-position heads are not shown: they look the same for
+#           any text.
 @dataclass
 class Inside:
     """What happens in a model while it reads a text of T tokens."""
@@ -4781,66 +4839,35 @@ def shares_of_logit(model, inside: Inside, targets) -> dict[str, list[float]]:
         shares["last norm's bias"] = (norm.bias * directions).sum(dim=-1).tolist()
     return shares
 
-def paint_attention(figure, weights: list, labels: list[str]) -> None:
-    """All heads in one image: a column for each layer, a row for each head.
+def most_likely(p, n: int = 5) -> list[tuple[int, float]]:
+    """The n most likely tokens of a distribution (V,), with their probabilities."""
+    return [(i, p[i].item()) for i in p.argsort(descending=True)[:n].tolist()]
 
-    weights has (nh, T, T) for each layer."""
-    labels = [printable(label) for label in labels]
-    n_layer, n_head, T = len(weights), len(weights[0]), len(labels)
-    gap = 2
-    image = torch.full((n_head * (T + gap), n_layer * (T + gap)), math.nan)  # NaN stays white
-    for layer in range(n_layer):
-        for head in range(n_head):
-            y, x = head * (T + gap), layer * (T + gap)
-            image[y : y + T, x : x + T] = weights[layer][head]
-    axes = figure.add_subplot()
-    axes.imshow(image.tolist(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.spines[:].set_visible(False)
-    middle = [(T - 1) / 2 + i * (T + gap) for i in range(max(n_layer, n_head))]
-    axes.set_xticks(middle[:n_layer], [f"layer {i}" for i in range(n_layer)])
-    axes.set_yticks(middle[:n_head], [f"head {i}" for i in range(n_head)])
-    axes.tick_params(length=0, pad=30, labelsize=8)
-    for axis, n in ((axes.xaxis, n_layer), (axes.yaxis, n_head)):
-        if n * T <= 200:  # more labels would be too small to read
-            places = [i * (T + gap) + t for i in range(n) for t in range(T)]
-            axis.set_ticks(places, labels * n, minor=True)
-    axes.tick_params(which="minor", labelsize=5, length=1)
-    axes.tick_params(axis="x", which="minor", labelrotation=90)
+def bytes_of_token(tokenizer, i: int) -> bytes:
+    """The text of one token in UTF-8. A token of byte-pair encoding may be half a character."""
+    if tokenizer.kind == "char":
+        return tokenizer.decode([i]).encode("utf-8")
+    return tokenizer.tokens[i]
 
-def printable(label: str) -> str:
-    """A label in which characters that matplotlib's font lacks are replaced by their code, such as
-    U+4E2D."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    label = "".join([c if ord(c) in known else f"U+{ord(c):04X}" for c in label])
-    return label.replace("$", r"\$")  # otherwise matplotlib reads a formula
-
-def most_likely(p, tokenizer, n: int = 5) -> list[tuple[str, float]]:
-    """The n most likely tokens of a distribution (V,), as text, with their probabilities."""
-    return [(tokenizer.decode([i]), p[i].item()) for i in p.argsort(descending=True)[:n].tolist()]
+def show_token(tokenizer, i: int) -> str:
+    """A token in quotes: 'to', '\\n', or its bytes if it is half a character: '\\xe5\\x84'."""
+    token = bytes_of_token(tokenizer, i)
+    try:
+        return repr(token.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(token).removeprefix("b")
 
 def print_inside(inside: Inside, ids: list[int], tokenizer) -> None:
     """The probability of each token after the first, and the logit lens."""
-    green, plain = "", ""
-    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
-        green, plain = "\033[32m", "\033[0m"
+    def guesses(p) -> str:
+        return "".join(f"  {show_token(tokenizer, i)} {q:.2f}" for i, q in most_likely(p))
+
     for p, i in zip(inside.probabilities, ids[1:]):
         bar = "#" * round(10 * p[i].item())
-        guesses = "".join(f"  {text!r} {q:.2f}" for text, q in most_likely(p, tokenizer))
-        write_result(f"{tokenizer.decode([i])!r:>10} {p[i]:.3f} {green}{bar:10}{plain}{guesses}")
+        write_result(f"{show_token(tokenizer, i):>10} {p[i]:.3f} {bar:10}{guesses(p)}")
     for layer, p in enumerate(inside.lens):
         name = "embedding" if layer == 0 else f"layer {layer - 1}"
-        guesses = "".join(f"  {text!r} {q:.2f}" for text, q in most_likely(p, tokenizer))
-        write_result(f"next, after {name}:{guesses}")
-
-def print_inside_as_json(inside: Inside, ids: list[int], tokenizer) -> None:
-    """The same, with one JSON record in each line. Layer -1 is the embedding."""
-    for p, i in zip(inside.probabilities, ids[1:]):
-        write_result(json.dumps({"token": tokenizer.decode([i]), "p": p[i].item(),
-                                 "likeliest": most_likely(p, tokenizer)}))
-    for layer, p in enumerate(inside.lens):
-        write_result(json.dumps({"layer": layer - 1, "likeliest": most_likely(p, tokenizer)}))
+        write_result(f"next, after {name}:{guesses(p)}")
 
 # ---- A look inside, as a page --------------------------------------------------------------------
 # inspect.html shows the same for every token: point at one, or use the arrow keys. Below the text,
@@ -4863,8 +4890,11 @@ def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
     # Nothing follows the last token. Its own id fills the place, and the page does not show it.
     following = torch.tensor(ids[1:] + ids[-1:], device=inside.streams[0].device)
 
+    def text_of(i: int) -> str:  # half a character as its bytes, such as \xe5\x84
+        return bytes_of_token(tokenizer, i).decode("utf-8", "backslashreplace")
+
     def likeliest(p) -> list:
-        return [[text, round(q, 4)] for text, q in most_likely(p, tokenizer)]
+        return [[i, text_of(i), round(q, 4)] for i, q in most_likely(p)]
 
     lens = []
     with torch.no_grad():
@@ -4875,7 +4905,7 @@ def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
                          for t in range(len(ids))])
         shares = shares_of_logit(model, inside, following) if inside.parts else {}
     attention = [[pack_triangle(head) for head in layer] for layer in inside.weights]
-    return {"tokens": [tokenizer.decode([i]) for i in ids], "lens": lens, "attention": attention,
+    return {"ids": ids, "tokens": [text_of(i) for i in ids], "lens": lens, "attention": attention,
             "shares": {name: [round(share, 3) for share in shares[name]] for name in shares}}
 
 def pack_triangle(weights) -> str:
@@ -4904,11 +4934,8 @@ def write_page(path: Path, data: dict) -> bool:
         say(f"no {path}: {problem}")
         return False
 
-MAX_DRAWN = 48  # tokens in a picture of attention
-
 def run_inspect(request: Request) -> None:
-    """--mode inspect: prints to stdout, writes inspect.html, and draws attention.png for the first
-    MAX_DRAWN tokens."""
+    """--mode inspect: prints to stdout, and writes inspect.html."""
     options = request.options
     used = load_for_use(options)
     ids = encode_prompt(used.tokenizer, request.writing.prompt)
@@ -4920,29 +4947,15 @@ def run_inspect(request: Request) -> None:
     if not inside.probabilities.isfinite().all():
         raise UserError(f"--checkpoint {options.checkpoint or options.out_dir}: this model "
                         "computes numbers that are not finite; use another one")
-    show = print_inside_as_json if options.json else print_inside
-    show(inside, ids, used.tokenizer)
+    print_inside(inside, ids, used.tokenizer)
     if not inside.weights:
         return
-    draw_attention(Path(options.out_dir, "attention.png"), inside.weights, ids, used.tokenizer)
     T = min(len(ids), tokens_on_page(inside))
     if T < len(ids):
         inside = look_inside(used.model, torch.tensor([ids[:T]]))
     page = Path(options.out_dir, "inspect.html")
     if write_page(page, page_data(used.model, inside, ids[:T], used.tokenizer)):
         say(f"{page}: open it in a browser, for a look at each of the first {T} tokens")
-
-def draw_attention(path: Path, weights: list, ids: list[int], tokenizer) -> None:
-    """Draws the attention weights of the first MAX_DRAWN tokens."""
-    T = min(len(ids), MAX_DRAWN)
-    labels = [repr(tokenizer.decode([i])) for i in ids[:T]]
-    weights = [w[:, :T, :T] for w in weights]
-    n_layer, n_head = len(weights), len(weights[0])
-    # At most 32 inches, which are 3,840 pixels.
-    width, height = [min(1 + 0.12 * T * n, 32) for n in (n_layer, n_head)]
-    if draw(path, width, height, paint_attention, weights, labels):
-        say(f"{path}: the attention weights of the first {T} tokens; layers from left to right: "
-            f"{n_layer}, heads from top to bottom: {n_head}")
 
 # ==================================================================================================
 # Part V: The command line
@@ -4956,7 +4969,7 @@ import argparse
 import codecs
 import difflib
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, field
 
 @dataclass
 class Preset:
@@ -4972,7 +4985,7 @@ PRESETS = {
         training=dict(batch_size=16, grad_accum=1, max_steps=1500, learning_rate=6e-3,
                       min_lr=1e-4)),
     "laptop": Preset(
-        "the best model that two CPU cores train in three to four minutes",
+        "three minutes on two CPU cores, for a model that other programs can run",
         model=dict(n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False,
                    pos="rope", qk_norm=True, activation="relu2", attention="fused",
                    norm="fused_layernorm", prev_heads=1),
@@ -5023,11 +5036,9 @@ class Options:
     checkpoint: str = ""  # the model to use: a .pt file or a folder; by default out_dir/best.pt
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     resume: bool = False  # train: continue from latest.pt of out_dir
-    init_from: str = ""  # train: begin with the weights of this .pt file or folder
     export_dir: str = ""  # export: the folder to write; by default out_dir/hf, or out_dir for gguf
     format: str = "hf"  # export: hf, a folder for transformers; or gguf, a file for llama.cpp
     gguf_type: str = "f32"  # export: how matrices are stored in a gguf file
-    json: bool = False  # inspect: print JSON records
     vary: str = ""  # ablate: what to compare, as FIELD=A,B,C
     seeds: int = 2  # ablate: runs of each variant, from --seed on
     bench_seconds: float = 4.0  # bench: time for each figure
@@ -5060,7 +5071,8 @@ CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "format": ["hf", "gguf"], "gguf_type": GGUF_TYPES,
            "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16", "float16"]}
 PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
-RANGES = {"vocab_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
+ONCE = PATHS | {"prompt", "vary"}  # if one of these is typed twice, its first value would be lost
+RANGES = {"bpe_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
           "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
           "prev_heads": (0, 1000), "train_temperature": (0.01, 100),
@@ -5082,7 +5094,7 @@ def comments(config_class) -> dict[str, str]:
     """The comment beside each field of a class and of the classes that it extends."""
     try:
         source = PROGRAM.read_text(encoding="utf-8")
-    except OSError:  # the program may have come through a pipe; then --help has no comments
+    except (OSError, UnicodeError):  # it came through a pipe, or it is compiled: no comments then
         return {}
     found = {}
     for cls in reversed(config_class.__mro__[:-1]):
@@ -5136,25 +5148,45 @@ class Parser(argparse.ArgumentParser):
             name = message.split(":")[0]
             message += f"; if its value begins with -, type {name}=VALUE"
         if "ignored explicit argument" in message:
-            yes, no = message.split(":")[0].split("/")
-            message = f"{yes}: takes no value; type {yes} or {no.replace('-no-', '-no_')}"
-        if message.startswith("unrecognized arguments: "):
-            word = message.split(" ")[2].split("=")[0]
-            flags = [f"--{name}" for config_class in GROUPS.values()
-                     for name in field_names(config_class)]
-            close = difflib.get_close_matches(word, flags, n=1)
-            message = f"{word}: unknown; did you mean {close[0]}?" if close else (
-                f"{word}: unknown; see --help")
+            yes = message.split("/")[0]
+            message = f"{yes}: takes no value; type {yes} or {yes.replace('--', '--no_')}"
         raise UserError(message)
 
     def print_help(self, file=None):
         write_result(self.format_help())
 
+class Once(argparse.Action):
+    """Stores the value of a flag that may be typed only once."""
+    def __call__(self, parser, namespace, value, option_string=None):
+        if hasattr(namespace, self.dest):
+            raise UserError(f"--{self.dest} {value}: this flag was typed twice; type it once")
+        setattr(namespace, self.dest, value)
+
+def explain_unknown(argv: list[str], word: str, mode: str | None) -> str:
+    """What to do about a word that is neither a flag nor the value of one."""
+    before = argv[max(argv.index(word) - 1, 0)] if word in argv else ""
+    name = before.removeprefix("--").removeprefix("no-")
+    if not word.startswith("-"):
+        if word in MODES and mode is None:
+            return f"{word}: type --mode {word}"
+        if any(name in field_names(group) and kind_of(group, name) is bool
+               for group in GROUPS.values()):
+            return f"--{name} {word}: takes no value; type --{name} or --no_{name}"
+        return (f"{word}: belongs to no flag. A flag takes one value: put a value with spaces in "
+                "quotes, and join several texts into one file")
+    word = word.split("=")[0]
+    flags = [f"--{name}" for name in sorted(MODES[mode].takes if mode else SETTINGS)]
+    close = [flag for flag in flags if flag.startswith(word) and len(word) > 2]
+    if len(close) != 1:
+        close = difflib.get_close_matches(word, flags, n=1, cutoff=0.8)
+    return f"{word}: unknown; " + (f"did you mean {close[0]}?" if close else "see --help")
+
 GROUPS = {"common": Options, "the model": ModelConfig, "training": RunConfig,
           "writing": WritingConfig}
 
-def build_parser() -> Parser:
-    """All flags, in groups. A flag that is not typed is absent from the result."""
+def build_parser(with_comments: bool = False) -> Parser:
+    """All flags, in groups. A flag that is not typed is absent from the result. Only --help needs
+    the comments, which take time to read."""
     parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="Train a GPT, write text with it, and look inside. A value that is "
                     "not typed comes from --preset, if the preset sets it, and otherwise from the "
@@ -5162,7 +5194,7 @@ def build_parser() -> Parser:
                         prog, width=80, max_help_position=26))
     for title, config_class in GROUPS.items():
         group = parser.add_argument_group(title)
-        help_of = comments(config_class)
+        help_of = comments(config_class) if with_comments else {}
         default_of = {f.name: f.default for f in fields(config_class)}
         for name in field_names(config_class):
             default = default_of[name]
@@ -5180,8 +5212,9 @@ def add_flag(group, name: str, kind: type, help_text: str) -> None:
         group.add_argument(f"--{name}", choices=CHOICES[name], dest=name, help=help_text)
     elif kind in (str, list):
         read = functools.partial(read_path if name in PATHS else read_text, name)
+        action = "append" if kind is list else Once if name in ONCE else "store"
         group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text,
-                           action="append" if kind is list else "store")
+                           action=action)
     else:
         read = functools.partial(read_number, name, kind)
         group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text)
@@ -5207,8 +5240,13 @@ def parse(argv: list[str]) -> Request:
     for before, word in zip(argv, argv[1:]):
         if word == "--":  # argparse would take it for an empty list
             raise UserError(f"{before} --: -- is not a value; type another one, or leave it out")
-    typed = vars(build_parser().parse_args([spell_flag(word) for word in argv]))
+    argv = [spell_flag(word) for word in argv]
+    parser = build_parser(with_comments="--help" in argv or "-h" in argv)
+    namespace, unknown = parser.parse_known_args(argv)
+    typed = vars(namespace)
     mode = typed.get("mode")
+    if unknown:
+        raise UserError(explain_unknown(argv, unknown[0], mode))
     if not mode:
         raise UserError(f"--mode is missing: choose one of {', '.join(MODES)} (see --help)")
     for name in typed:
@@ -5246,8 +5284,8 @@ def training_settings(preset: str, request: Request) -> RunConfig:
         share = config.min_lr / config.learning_rate
         typed = {**typed, "min_lr": share * typed["learning_rate"]}
     config = replace(config, **{**typed, "preset": preset})
-    if "vocab_size" in request.training and config.tokenizer != "bpe":
-        raise UserError(f"--vocab_size {config.vocab_size}: only --tokenizer bpe can choose it")
+    if "bpe_size" in typed and config.tokenizer != "bpe":
+        raise UserError(f"--bpe_size {config.bpe_size}: only --tokenizer bpe can choose it")
     return config
 
 def model_settings(preset: str, request: Request, vocab_size: int) -> ModelConfig:
@@ -5258,7 +5296,8 @@ def refuse_changes(typed: dict, stored: dict, who: str) -> None:
     """Raises UserError for a typed setting that differs from the stored one, which `who` has."""
     for name, value in typed.items():
         if name in stored and value not in (stored[name], "auto"):
-            raise UserError(f"--{name} {value}: {who} has {stored[name]}; leave the flag out")
+            has = "none" if stored[name] == "" else stored[name]
+            raise UserError(f"--{name} {value}: {who} has {has}; leave the flag out")
 
 def limit_steps(config: RunConfig, sizes: ModelConfig, corpus: Corpus, typed: dict) -> RunConfig:
     """Lowers max_steps for a small text to six passes over it, so that a model without dropout does
@@ -5343,15 +5382,15 @@ def resume_run(request: Request, state: dict) -> RunStart:
                    "cannot change on --resume: the run")
     changed = {name: value for name, value in request.training.items() if name in MAY_CHANGE}
     config = RunConfig(**{**state["train_config"], **changed})
-    data = options.data or state["corpus"]["data"]
-    text = read_corpus(data)
+    remembered = state["corpus"]["data"]
+    text = read_corpus(options.data, remembered)
     if text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    unused = state["corpus"].get("unused", [])  # older checkpoints do not have it
-    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused), state)
+    source = source_of(text, options.data or remembered, state["corpus"]["unused"])
+    return RunStart(model, tokenizer, text, corpus, config, source, state)
 
 def tokenizer_settings(origin: dict) -> dict:
     """The settings that made the tokenizer of a checkpoint, as the command line names them."""
@@ -5359,15 +5398,15 @@ def tokenizer_settings(origin: dict) -> dict:
     size = origin["model_config"]["vocab_size"]
     if "train_config" in origin:  # a checkpoint of ours
         made = origin["train_config"]
-        kind, size = made["tokenizer"], made["vocab_size"]
+        kind, size = made["tokenizer"], made["bpe_size"]
     elif kind == "bpe" and size == GPT2Tokenizer.size:  # a folder with GPT-2's own tokens
         kind = "gpt2"
-    return {"tokenizer": "bpe", "vocab_size": size} if kind == "bpe" else {"tokenizer": kind}
+    return {"tokenizer": "bpe", "bpe_size": size} if kind == "bpe" else {"tokenizer": kind}
 
 def run_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
-    origin = read_model(Path(options.init_from), options.data)
+    origin = read_model(Path(request.training["init_from"]), options.data)
     made = tokenizer_settings(origin)
     stored = {**origin["model_config"], **made}
     stored.pop("dropout")  # it may differ
@@ -5375,12 +5414,13 @@ def run_from_weights(request: Request, preset: str) -> RunStart:
     config = training_settings(preset, replace(request, training={**request.training, **made}))
     sizes = {**origin["model_config"], **request.model}
     model, tokenizer = model_from_checkpoint({**origin, "model_config": sizes}, ModelConfig)
-    data = options.data or origin["corpus"]["data"]
-    text = read_corpus(data)
+    remembered = origin["corpus"]["data"]
+    text = read_corpus(options.data, remembered)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
     known = set(origin["corpus"].get("unused", []))
     unused = [i for i in unused_tokens(corpus, tokenizer) if i in known]
-    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data, unused))
+    source = source_of(text, options.data or remembered, unused)
+    return RunStart(model, tokenizer, text, corpus, config, source)
 
 def new_run(request: Request, preset: str) -> RunStart:
     """A new run with random weights."""
@@ -5416,7 +5456,7 @@ def begin(request: Request, device: torch.device) -> RunStart:
         report_corpus(start)
         return start
     preset = choose_preset(request, device)
-    start_run = run_from_weights if options.init_from else new_run
+    start_run = run_from_weights if request.training.get("init_from") else new_run
     start = start_run(request, preset)
     report_corpus(start)
     sizes = start.model.config
@@ -5461,7 +5501,7 @@ def run_train(request: Request) -> Outcome:
             raise
         finally:
             journal.close(exit_code)
-    return Outcome(nats, bits_per_character(nats, run.corpus), seconds)
+    return Outcome(nats, bits_per_character(nats, run.corpus), seconds, run.best_step)
 
 def write_config(run: FullRun) -> None:
     """Writes the settings of a run to config.json, for people to read."""
@@ -5552,12 +5592,6 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; without one, the id that a sample begins with."""
     return tokenizer.encode(adapt_text(tokenizer, "--prompt", prompt)) or [tokenizer.first_id]
 
-def bytes_of_token(tokenizer, i: int) -> bytes:
-    """The text of one token in UTF-8. A token of byte-pair encoding may be half a character."""
-    if tokenizer.kind == "char":
-        return tokenizer.decode([i]).encode("utf-8")
-    return tokenizer.tokens[i]
-
 class TextPrinter:
     """Prints a text while it is written. It holds back what is not yet certain: half of a
     character, and what may be the beginning of a stop text."""
@@ -5623,21 +5657,32 @@ def run_generate(request: Request) -> None:
         printer.finish()
 
 def run_eval(request: Request) -> None:
-    """--mode eval: prints the loss on the whole validation part."""
+    """--mode eval: prints the loss on the validation part of the text that the model was trained
+    on, or on the whole of another text. --block_size chooses windows that are shorter than the
+    model's."""
     used = load_for_use(request.options)
+    config = used.model.config
+    size = request.model.get("block_size", config.block_size)
+    if size > config.block_size:
+        raise UserError(f"--block_size {size}: the model cannot read more than {config.block_size} "
+                        "tokens at once; choose a smaller number")
     stored = used.state["corpus"]
-    text = read_corpus(request.options.data or stored["data"])
-    if stored["sha256"] not in ("", text.sha256):
-        say(f"note: {text.path} is not the text that this model was trained on")
+    text = read_corpus(request.options.data, stored["data"])
     corpus = encode_text(text, used.tokenizer)
     what = "full validation split"
+    if stored["sha256"] == "":  # a folder does not say what its model was trained on
+        what = "last tenth of the text"
+    elif stored["sha256"] != text.sha256:
+        what = "whole text, which the model was not trained on"
     if len(corpus.val) < 2:
         what = "whole text, which is too short to have a validation part"
+    if what.startswith("whole text"):
         tokens = encode_to_tensor(text.text, used.tokenizer)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
         raise UserError(f"--data {text.path}: name a text of at least 2 tokens; this one has "
                         f"{len(corpus.val)}")
+    used.model.config = replace(config, block_size=size)
     nats = evaluate(used.model, corpus.val, progress=Progress("evaluating").show)
     write_result(describe_loss(nats, corpus, what))
 
@@ -5650,15 +5695,15 @@ class Mode:
 
 EVERY_MODE = {"mode", "device"}
 USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint", "data"}
-SETTINGS = {*field_names(ModelConfig), *field_names(RunConfig)}
+SETTINGS = {*field_names(ModelConfig), *field_names(RunConfig)} - {"init_from"}
 MODES = {
     "train": Mode(run_train, EVERY_MODE | SETTINGS | {"out_dir", "data", "resume", "init_from",
                                                       "checkpoint"}),
     "generate": Mode(run_generate, USES_MODEL | {"seed", *field_names(WritingConfig)}),
-    "eval": Mode(run_eval, USES_MODEL),
+    "eval": Mode(run_eval, USES_MODEL | {"block_size"}),
     "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
     "bench": Mode(run_bench, EVERY_MODE | SETTINGS | {"bench_seconds", "max_tokens"}),
-    "inspect": Mode(run_inspect, USES_MODEL | {"prompt", "json"}),
+    "inspect": Mode(run_inspect, USES_MODEL | {"prompt"}),
     "export": Mode(run_export, USES_MODEL | {"export_dir", "format", "gguf_type"}),
 }
 CHOICES["mode"] = MODES
@@ -5673,8 +5718,8 @@ def explain(problem: Exception) -> str | None:
             return ("download_data.py must be in the same folder as minigpt.py; or name a text by "
                     "--data")
         return f"{problem.name} is not installed, but it is needed: pip install {problem.name}"
-    if isinstance(problem.__context__, OSError):  # PyTorch's writer hides what went wrong
-        problem = problem.__context__
+    if not isinstance(problem, OSError) and isinstance(problem.__context__, OSError):
+        problem = problem.__context__  # PyTorch's writer hides what went wrong
     if isinstance(problem, OSError):
         where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or "--out_dir"))
         what = problem.strerror or problem
@@ -5786,8 +5831,7 @@ if __name__ == "__main__":
 # >>> torch.allclose(LayerNorm(3)(x), LayerNorm(3)(10 * x), atol=1e-4)
 # True
 #
-# 9.  Its input. The parts add zero to the residual stream. This is why c_proj starts small: a new
-#     block changes little at first.
+# 9.  Its input. The parts add zero to the residual stream.
 #
 # 10. The residual stream begins with the vector of the token itself, and at first the blocks add
 #     little. The head compares the stream with all token vectors, and it is the same matrix. A
@@ -5806,8 +5850,21 @@ if __name__ == "__main__":
 # [1, 1, 1]
 #
 # 12. Not at all, apart from eps: m and the root of s both grow by the factor 1000, and the quotient
-#     stays the same. (Clipping sees the larger norm and would act more often, but the direction
-#     stays.)
+#     stays the same. This holds without clipping. Clipping divides each gradient by its own norm,
+#     so it changes how much each of them counts in the means m and s:
+#
+# >>> def last_step(gradients):                           # of AdamW, in units of the learning rate
+# ...     w = nn.Parameter(torch.zeros(2))
+# ...     adamw = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+# ...     for w.grad in gradients:
+# ...         before = w.tolist()
+# ...         adamw.step()
+# ...     return [round(a - b, 2) for a, b in zip(before, w.tolist())]
+# >>> g = torch.tensor([[0.5, 0.5], [0.05, -0.05]])
+# >>> last_step(g), last_step(1000 * g)
+# ([0.74, 0.59], [0.74, 0.59])
+# >>> last_step(1000 * g / (1000 * g).norm(dim=1, keepdim=True))        # each one clipped to norm 1
+# [1.0, -0.05]
 #
 # 13. learning_rate itself: (0 - 0) / max_steps is the start of the cosine.
 #

@@ -34,7 +34,6 @@ import tempfile
 import threading
 import time
 import types
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -68,6 +67,7 @@ torch.set_num_threads(1)  # models this small only lose time by sharing their wo
 
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = str(HERE)  # for the processes that these tests start
+os.environ["WANDB_MODE"] = "disabled"  # no test may log to the account of the user who runs it
 SAMPLE = HERE / "data" / "sample.txt"
 SOURCE = (HERE / "minigpt.py").read_text(encoding="utf-8")
 SMALL = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
@@ -124,13 +124,22 @@ TRAIN = ["--mode", "train", "--preset", "laptop", "--data", str(SHORT), "--devic
          "--sample_tokens", "12"]
 RESUME = ["--mode", "train", "--resume", "--out_dir"]
 
+def replaced(argv):
+    """A command line in which a later value replaces an earlier one of the same flag."""
+    argv = [str(word) for word in argv]
+    for flag in ("--data", "--out_dir", "--preset", "--init_from"):
+        while argv.count(flag) > 1:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    return argv
+
 def run_main(*argv):
     """The command in this process, on the CPU: its exit code, and what it wrote to both streams."""
     if "--mode" in argv and "--device" not in argv:
         argv = [*argv, "--device", "cpu"]
+    argv = replaced(argv)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = minigpt.main([str(a) for a in argv])
+        code = minigpt.main(argv)
     return code, out.getvalue(), err.getvalue()
 
 def succeed(*argv):
@@ -434,6 +443,7 @@ def remove_body(function, monkeypatch):
              "    def removed(*args, **kwargs):",
              f"        ({names})",
              "        raise NotImplementedError('removed')",
+             "        yield" if inspect.isgeneratorfunction(function) else "",  # of the same kind
              "    return removed"]
     scope = {}
     exec("\n".join(lines), scope)
@@ -443,12 +453,6 @@ def remove_body(function, monkeypatch):
 PLAIN = ["--mode", "train", "--preset", "plain", "--data", str(SHORT), "--n_layer", "1",
          "--n_head", "2", "--n_embd", "8", "--block_size", "8", "--batch_size", "2",
          "--max_steps", "2", "--sample_tokens", "2", "--warmup_steps", "1"]
-COMMENTS = functools.cache(minigpt.comments)
-
-@pytest.fixture
-def quick_start(monkeypatch):
-    """Reads the help texts only once. On Python 3.11, that takes most of the time of a command."""
-    monkeypatch.setattr(minigpt, "comments", COMMENTS)
 
 def train_and_write(folder):
     """Trains a tiny `plain` model and writes with it. Returns the text."""
@@ -481,7 +485,6 @@ ELSEWHERE = {
     "Run.restore": resume,
 }
 
-@pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_plain_runs_this_function_of_part_one(name, monkeypatch, tmp_path):
     """The title page says that Part I is what runs. So training and writing with `plain` must fail
@@ -496,7 +499,6 @@ def test_plain_runs_this_function_of_part_one(name, monkeypatch, tmp_path):
         with pytest.raises(NotImplementedError, match="^removed$"):
             train_and_write(tmp_path)
 
-@pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize("name", [name for name, command in ELSEWHERE.items() if command])
 def test_another_command_runs_this_function_of_part_one(name, monkeypatch, tmp_path):
     """Otherwise it would be dead code, or a later part would have a copy of it."""
@@ -1458,10 +1460,6 @@ def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, l
     script_losses(run, monkeypatch, losses)
     minigpt.train(run)
     assert run.step == end and step_of(tmp_path / "latest.pt") == end
-# ==================================================================================================
-# Part II: Better
-# ==================================================================================================
-
 def test_patience_counts_evaluations_and_not_steps(tmp_path):
     """The best model may be of a step that is not a multiple of eval_interval, such as the last
     step of a run that was lengthened. The next evaluation is then at 500. Fails if steps are
@@ -1476,6 +1474,10 @@ def test_patience_counts_evaluations_and_not_steps(tmp_path):
     assert ends == [False, True, True]
 
 EXTENDED_KINDS = [Attention, minigpt.FusedAttention]  # those that know RoPE, QK-norm and a memory
+
+# ==================================================================================================
+# Part II: Better
+# ==================================================================================================
 
 # ---- The settings of the variations --------------------------------------------------------------
 def test_the_defaults_of_part_two_are_the_model_of_part_one():
@@ -2023,7 +2025,6 @@ def test_a_tokenizer_with_other_ids_is_refused(bpe, tmp_path):
     with pytest.raises(UserError, match="does not number its tokens as GPT-2 does"):
         BPETokenizer.load(tmp_path)
 
-@pytest.mark.skipif(not importable("huggingface_hub"), reason="huggingface_hub is not installed")
 def test_the_counts_of_the_trainer_are_those_of_its_words_after_each_merge():
     """The trainer only looks at pairs that touch a new token. Words of two letters have long runs,
     at their ends and next to each other, which is where such a short cut goes wrong."""
@@ -2077,7 +2078,7 @@ def test_learning_byte_pairs_reports_its_progress(monkeypatch):
     """Otherwise a large text shows nothing for minutes."""
     seen = []
     monkeypatch.setattr(minigpt.Progress, "show", lambda self, share: seen.append(self.what))
-    minigpt.make_tokenizer(RunConfig(tokenizer="bpe", vocab_size=262), "low lower lowest " * 9)
+    minigpt.make_tokenizer(RunConfig(tokenizer="bpe", bpe_size=262), "low lower lowest " * 9)
     assert set(seen) == {"learning byte pairs"}
     shares = []
     tokenizer = BPETokenizer.train("low lower lowest " * 9, 262, shares.append)
@@ -3236,8 +3237,13 @@ def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
 
 def workers_of(torchrun):
     """The ids of the processes that it started, in the order of their ranks."""
-    listed = subprocess.run(["pgrep", "-P", str(torchrun.pid)], text=True, capture_output=True)
-    return sorted(map(int, listed.stdout.split()))
+    workers = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process may have ended
+            parent = path.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == torchrun.pid:
+                workers.append(int(path.parent.name))
+    return sorted(workers)
 
 TWO_STEPS = """
 import os
@@ -3722,18 +3728,6 @@ def test_a_stream_that_knows_no_terminal_is_none(tiny_run, tmp_path, monkeypatch
                                  "--out_dir", str(tmp_path), "--device", "cpu", *prompt])
         assert code == 0 and out.text and "\033" not in out.text
 
-@pytest.mark.parametrize("value, coloured", [(None, True), ("", True), ("1", False)])
-def test_no_color_is_respected(tiny_run, tmp_path, monkeypatch, value, coloured):
-    """By the convention, any value that is not empty switches colours off, also on a terminal."""
-    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if value is not None:
-        monkeypatch.setenv("NO_COLOR", value)
-    monkeypatch.setattr(io, "StringIO", terminal)
-    code, out, _ = run_main("--mode", "inspect", "--checkpoint", tiny_run[0] / "best.pt",
-                           "--out_dir", tmp_path, "--prompt", "THE")
-    assert code == 0 and ("\033[32m" in out) == coloured
-
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
 def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
     """A bit of every fifth byte of the archive's members, one at a time. Each flip is refused, or
@@ -3835,7 +3829,7 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     continues. Fails if a checkpoint is written in place, or if a partial file stays."""
     import resource
 
-    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--bpe_size", "300")
     checkpoints = [tmp_path / "best.pt", tmp_path / "latest.pt"]
     before = [path.read_bytes() for path in checkpoints]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -4009,10 +4003,8 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, pict
     (tmp_path / "c" / "loss.png").unlink()
     (tmp_path / "c" / "loss.png").mkdir()
     said = resume_tiny(tmp_path / "c")
-    assert "no loss.png (IsADirectoryError: " in said and "trained to step 6" in last_line(said)
-    (tmp_path / "c" / "attention.png").mkdir()
-    code, out, err = run_main("--mode", "inspect", "--out_dir", tmp_path / "c", "--prompt", "THE")
-    assert code == 0 and out and "no attention.png (IsADirectoryError: " in err
+    assert re.search(r"no loss.png \((IsADirectory|Permission)Error: ", said)
+    assert "trained to step 6" in last_line(said)
 
     class Refused(types.ModuleType):
         def __getattr__(self, name):
@@ -4206,7 +4198,7 @@ def test_a_corpus_is_cut_at_nine_tenths_of_its_characters(kind):
     learns nothing from the last tenth, which would be cheating."""
     text = SHORT.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
-    config = RunConfig(tokenizer=kind, vocab_size=300)
+    config = RunConfig(tokenizer=kind, bpe_size=300)
     tokenizer = minigpt.make_tokenizer(config, text)
     corpus = minigpt.encode_corpus(source_text(text), tokenizer, 16)
     assert corpus.train.tolist() == tokenizer.encode(text[:cut])
@@ -4276,13 +4268,12 @@ def test_another_file_in_the_place_of_the_corpus_is_refused(tmp_path, monkeypatc
     argv = [word for word in TRAIN if word not in ("--data", str(SHORT))]
     named = ["input.txt", "not Tiny Shakespeare", why, "download_data.py", "--data"]
     check_mistake(*run_main(*argv, "--out_dir", tmp_path / "out"), named)
-    minigpt.comments.cache_clear()  # they were looked for in that folder
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_large_text_is_encoded_in_pieces_to_the_same_corpus(monkeypatch, kind):
     """Only its memory is another. Fails if a piece is lost, or cut within a word."""
     text = source_text(SAMPLE.read_text(encoding="utf-8")[:50_000] + "<|endoftext|>end")
-    tokenizer = minigpt.make_tokenizer(RunConfig(tokenizer=kind, vocab_size=300), text.text)
+    tokenizer = minigpt.make_tokenizer(RunConfig(tokenizer=kind, bpe_size=300), text.text)
     expected = minigpt.encode_text(text, tokenizer)
     shares = []
     monkeypatch.setattr(minigpt, "in_pieces", functools.partial(minigpt.in_pieces, size=999))
@@ -4317,7 +4308,7 @@ def test_a_large_text_takes_little_memory(tmp_path, kind):
 import resource, minigpt
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-config = minigpt.RunConfig(tokenizer={kind!r}, vocab_size=300)
+config = minigpt.RunConfig(tokenizer={kind!r}, bpe_size=300)
 tokenizer = minigpt.make_tokenizer(config, {text[:250_000]!r})
 minigpt.word_pattern()
 before = peak()
@@ -4529,7 +4520,7 @@ def test_bpe_run_evaluates_and_writes(tmp_path):
     """The tokenizer travels in the checkpoint, and was learned from the training part alone. Bits
     per character count characters, not tokens, and the prompt may hold characters that the corpus
     does not have."""
-    train_tiny(tmp_path, "--tokenizer", "bpe", "--vocab_size", "300")
+    train_tiny(tmp_path, "--tokenizer", "bpe", "--bpe_size", "300")
     _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
     tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
                           for unit in ("tokens", "nats", "bits"))
@@ -4801,8 +4792,8 @@ def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe
     folder = {"tokenizer": ("bpe", []), "model_config": {"vocab_size": 50257}}
     assert minigpt.tokenizer_settings(folder) == {"tokenizer": "gpt2"}
     for name, flags, other in (("gpt2", ["--tokenizer", "gpt2"], ["--tokenizer", "bpe"]),
-                               ("bpe", ["--tokenizer", "bpe", "--vocab_size", "5000"],
-                                ["--vocab_size", "300"])):
+                               ("bpe", ["--tokenizer", "bpe", "--bpe_size", "5000"],
+                                ["--bpe_size", "300"])):
         train_tiny(tmp_path / name, "--max_steps", "1", *flags)
         more = ["--mode", "train", "--init_from", tmp_path / name / "best.pt", "--preset", "laptop",
                 "--batch_size", "2", "--eval_batches", "1", "--max_steps", "1", "--sample_tokens",
@@ -4942,7 +4933,7 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokeni
     than seed and step, if the optimizer, the step or the best is not restored, or if an evaluation
     is repeated. The folder has only what was there after k steps."""
     whole = tmp_path / "whole"
-    size = ["--vocab_size", "300"] if tokenizer == "bpe" else []
+    size = ["--bpe_size", "300"] if tokenizer == "bpe" else []
     train_tiny(whole, "--checkpoint_interval", "1", "--optimizer", optimizer, "--tokenizer",
                tokenizer, *size)
     for k, best in ((2, None), (3, 3)):
@@ -5220,16 +5211,13 @@ def test_training_leaves_the_users_files_alone(tmp_path):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in mine} == mine
 
 # ---- Part IV: comparing variations ---------------------------------------------------------------
-# Reading the comments of the settings from the source takes 0.7 s, and every command does it.
-minigpt.comments = functools.cache(minigpt.comments)
-
 def ablate_tiny(out_dir, *argv):
     """The cells of the table that an ablation prints, and what it wrote to stderr."""
     code, out, err = run_main("--mode", "ablate", *TRAIN[2:], "--out_dir", out_dir, *argv)
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == ("| variant | nats/token | perplexity | bits/character | seconds | "
-                        "seeds |")
+                        "best step | seeds |")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     return rows, err
 
@@ -5237,11 +5225,11 @@ def test_an_ablation_is_the_runs_that_it_stands_for(tmp_path):
     """Each figure of the table is the mean and the standard deviation of plain training runs with
     the same flags and seeds, in the unit of its column. Would fail if a variant lost a flag, if
     seeds were counted from another start, or if nats and bits changed places."""
-    bpe = ["--tokenizer", "bpe", "--vocab_size", "300"]
+    bpe = ["--tokenizer", "bpe", "--bpe_size", "300"]
     rows, err = ablate_tiny(tmp_path, "--vary", "pos=learned,rope", *bpe, "--seed", "5")
     assert "--resume" not in err  # nobody has typed it
     assert [row[0] for row in rows] == ["pos=learned", "pos=rope"]
-    assert [row[5] for row in rows] == ["2 of 2", "2 of 2"]
+    assert [row[6] for row in rows] == ["2 of 2", "2 of 2"]
     figures = []
     for seed in ("5", "6"):
         err = train_tiny(tmp_path / seed, "--pos", "rope", "--seed", seed, *bpe)
@@ -5301,10 +5289,10 @@ def test_an_ablation_never_reports_the_run_of_another_command(tmp_path):
 def test_an_ablation_never_reports_the_run_of_another_vocabulary(tmp_path):
     """Also if the size is that of the defaults and was not typed."""
     command = ["--vary", "activation=gelu", "--seeds", "1", "--tokenizer", "bpe"]
-    ablate_tiny(tmp_path, *command, "--vocab_size", "300")
-    for flags in ([], ["--vocab_size", "320"]):
+    ablate_tiny(tmp_path, *command, "--bpe_size", "300")
+    for flags in ([], ["--bpe_size", "320"]):
         argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, *flags]
-        check_mistake(*run_main(*argv), ["--vocab_size 300", "this command needs", "--out_dir"])
+        check_mistake(*run_main(*argv), ["--bpe_size 300", "this command needs", "--out_dir"])
 
 def test_an_ablation_on_another_text_is_refused_before_anything_is_trained(tmp_path):
     """Also if only the last variant has a folder already."""
@@ -5344,9 +5332,9 @@ def test_an_ablation_that_is_stopped_shows_what_it_has_done(tmp_path, monkeypatc
     assert "---- run 1 of 2: n_layer=1, seed 1337" in err and "---- run 2 of 2: " in err
     done, stopped = out.splitlines()[2:]
     assert done.startswith("| n_layer=1 | ") and done.endswith(" | 1 of 1 |")
-    assert stopped == "| n_layer=2 | not run | not run | not run | not run | 0 of 1 |"
+    assert stopped == f"| n_layer=2 |{5 * ' not run |'} 0 of 1 |"
     rows, err = ablate_tiny(tmp_path, "--vary", "n_layer=1,2", "--seeds", "1")
-    assert "resuming" in err and [row[5] for row in rows] == ["1 of 1", "1 of 1"]
+    assert "resuming" in err and [row[6] for row in rows] == ["1 of 1", "1 of 1"]
     assert done.split(" | ")[1:4] == rows[0][1:4]
 
 def test_tokenizers_can_be_compared_in_bits_per_character(tmp_path):
@@ -5372,15 +5360,15 @@ def test_a_variant_that_diverges_is_a_row_of_the_table(tmp_path):
     rows, _ = ablate_tiny(tmp_path, "--vary", "learning_rate=1e30,1e-3", "--seeds", "1",
                           "--grad_clip", "0")
     bad, good = rows
-    assert bad == ["learning_rate=1e30", *["diverged"] * 4, "0 of 1"]
-    assert 2 < float(good[1]) < 5 and good[5] == "1 of 1"
+    assert bad == ["learning_rate=1e30", *["diverged"] * 5, "0 of 1"]
+    assert 2 < float(good[1]) < 5 and good[6] == "1 of 1"
 
 def test_a_table_of_an_ablation_counts_what_has_ended_well(tmp_path, monkeypatch):
     """A diverged run is not counted, but its curve is drawn. If nothing has ended, there is no
     table."""
-    outcome = minigpt.Outcome(1.0, 2.0, 3.0)
+    outcome = minigpt.Outcome(1.0, 2.0, 3.0, 500)
     assert minigpt.table_row("a", [outcome, None], 2) == (
-        "| a | 1.0000 | 2.7183 | 2.0000 | 3.0000 | 1 of 2 |")
+        "| a | 1.0000 | 2.7183 | 2.0000 | 3.0000 | 500 | 1 of 2 |")
     drawn = []
     monkeypatch.setattr(minigpt, "draw", lambda *arguments: drawn.append(arguments))
     request = minigpt.Request(minigpt.Options(out_dir="x"))
@@ -5401,7 +5389,7 @@ def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
 
     def run_train(request):
         seen[request.training["batch_size"]] = request.training["max_steps"]
-        return minigpt.Outcome(1.0, 1.0, 1.0)
+        return minigpt.Outcome(1.0, 1.0, 1.0, 1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(minigpt, "run_train", run_train)
@@ -5827,6 +5815,7 @@ class WithoutSafetensors:
 @POSIX
 def test_a_link_to_an_empty_folder_can_be_exported_to(tmp_path):
     """The folder behind it is filled, and the link stays."""
+    pytest.importorskip("safetensors")
     save_model(tmp_path, CharTokenizer.train("abc"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
@@ -5838,6 +5827,7 @@ def test_a_link_to_an_empty_folder_can_be_exported_to(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_folder_whose_name_is_not_utf8_can_be_exported_to(tmp_path):
     """Linux allows any bytes in a name. The library that writes the weights does not."""
+    pytest.importorskip("safetensors")
     save_model(tmp_path, CharTokenizer.train("abc"))
     name = os.fsdecode(os.fsencode(tmp_path) + b"/h\xe9")
     assert run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", name)[0] == 0
@@ -5867,10 +5857,12 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = n_ctx, 1, 0, 0
         params.warmup = False
         self.server = xllamacpp.Server(params)
+        self.session = requests.Session()
+        self.session.trust_env = False  # a proxy must not be asked for a local address
 
     def ask(self, what, **question):
         url = f"{self.server.listening_address}/{what}"
-        return requests.post(url, json=question, timeout=60).json()
+        return self.session.post(url, json=question, timeout=60).json()
 
     def encode(self, text):
         return self.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
@@ -5981,7 +5973,7 @@ def test_what_a_gguf_file_cannot_hold_is_refused_before_it_is_written(tmp_path):
     save_model(tmp_path, CharTokenizer.train("abc"), n_embd=20)
     check_mistake(*run_main(*command, "--gguf_type", "q8_0"), ["--gguf_type q8_0", "20", "f16"])
     save_model(tmp_path, BPETokenizer([]), n_embd=20)
-    check_mistake(*run_main(*command), ["--format gguf", "merges", "--vocab_size"])
+    check_mistake(*run_main(*command), ["--format gguf", "merges", "--bpe_size"])
     assert os.listdir(tmp_path) == ["best.pt"]
 
 @pytest.mark.parametrize("block_size", [1, 2])
@@ -6064,7 +6056,7 @@ def test_byte_pairs_are_read_from_the_librarys_own_file_as_well(tmp_path, bpe):
     {"model": "another order"},
     {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}},
     {"normalizer": {"type": "Lowercase"}},
-    {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}])  # the last three need fix 2
+    {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}])
 def test_a_tokenizer_with_other_rules_is_refused(tmp_path, bpe, changes):
     """It would give other ids for the same text, and the model would read nonsense."""
     save_model(tmp_path, bpe)
@@ -6232,7 +6224,6 @@ def damage_folder(folder, damage):
     ("half a file", "damaged"), ("no weights", "safetensors"), ("no config", "config.json"),
     ("half a config", "config.json"), ("no tokenizer", "tokenizer.json"),
     ("missing shard", "model-00001-of-00002.safetensors"), ("adapter", "adapter"),
-    # These need fix 2.
     ("empty config", "config.json"), ("config of another kind", "config.json"),
     ("empty tokenizer", ""), ("half a vocabulary", ""), ("strange merges", "")])
 def test_a_damaged_folder_is_one_line(gpt2_folder, damage, named):
@@ -6278,16 +6269,12 @@ def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     save_model(tmp_path, tokenizer, block_size=32)
     folder = export(tmp_path)
     for argv in (["generate", "--prompt", "The", "--max_tokens", "9"], ["eval", "--data", SHORT],
-                 ["inspect", "--prompt", "The tide", "--json"]):
+                 ["inspect", "--prompt", "The tide"]):
         ours = run_main("--mode", *argv, "--out_dir", tmp_path)
         theirs = run_main("--mode", *argv, "--checkpoint", folder, "--out_dir", tmp_path)
         assert ours[0] == theirs[0] == 0, theirs[2]
-        if argv[-1] == "--json":
-            ours, theirs = ([json.loads(line)["likeliest"][0][1] for line in out.splitlines()]
-                            for _, out, _ in (ours, theirs))
-            assert ours == pytest.approx(theirs, abs=1e-5)
-        else:
-            assert ours[1] == theirs[1] != "" and "note" not in theirs[2]
+        # The folder does not say which text its model was trained on.
+        assert ours[1].replace("full validation split", "last tenth of the text") == theirs[1] != ""
     train = ["--mode", "train", "--init_from", folder, "--data", SHORT, "--learning_rate", "3e-3",
              "--max_steps", "6", "--sample_tokens", "0", "--preset", "laptop", "--batch_size", "2",
              "--eval_batches", "2", "--eval_interval", "3", "--dropout", "0.3", "--min_lr", "0"]
@@ -6346,7 +6333,7 @@ def test_a_checkpoint_of_nanogpt_is_used_as_ours_is(tmp_path):
     text = SHORT.read_text(encoding="utf-8")
     save_nanogpt(tmp_path / "ckpt.pt", text)
     for command in (["--mode", "generate", "--prompt", text[:3], "--max_tokens", 3],
-                    ["--mode", "eval"], ["--mode", "inspect", "--prompt", text[:5], "--json"]):
+                    ["--mode", "eval"], ["--mode", "inspect", "--prompt", text[:5]]):
         code, out, err = run_main(*command, "--checkpoint", tmp_path / "ckpt.pt", "--data", SHORT,
                                   "--out_dir", tmp_path)
         assert code == 0 and out, err
@@ -6505,7 +6492,7 @@ def test_the_page_shows_the_numbers_of_the_model(tmp_path, changes):
                 p = model.lm_head(model.ln_f(x[t])).softmax(-1)
                 assert layer[t]["p"] == pytest.approx(p[i].item(), abs=1e-4)
                 best, most = p.argmax().item(), p.max().item()
-                assert layer[t]["likeliest"][0] == [tokenizer.decode([best]),
+                assert layer[t]["likeliest"][0] == [best, tokenizer.decode([best]),
                                                     pytest.approx(most, abs=1e-4)]
     for packed, weights in zip(sum(data["attention"], []), torch.cat(inside.weights), strict=True):
         rows = list(minigpt.base64.b64decode(packed))
@@ -6540,9 +6527,7 @@ def test_the_page_is_an_extra_that_costs_no_result(tmp_path, monkeypatch, fault)
         assert page_of(out_dir / "inspect.html")["tokens"] == ["a", "b", "c"]
     else:
         assert [line for line in err.splitlines() if re.match("no .*inspect.html: ", line)]
-    after = contents(program)
-    after.pop(program / "data" / "attention.png", None)
-    assert after == before
+    assert contents(program) == before
 
 @pytest.mark.parametrize("n_layer, n_head, text", [(48, 1, "é"), (12, 12, "😀"), (1, 1, "a"),
                                                    (48, 24, "漢")])
@@ -6578,95 +6563,49 @@ def test_no_hook_stays_behind():
             raise ZeroDivisionError
     assert hooks_of(model) == []
 
-def test_inspect_prints_what_is_inside(tiny_run, tmp_path, pictures):
-    """The logarithms of the probabilities that it prints sum to the loss, the likeliest tokens come
-    in order, and --json says the same as the table for people."""
+def test_inspect_prints_what_is_inside(tiny_run, tmp_path):
+    """The logarithms of the probabilities that it prints sum to the loss, and the likeliest tokens
+    come in order."""
     text = "THE TIDE: me\nO"
     shutil.copy(tiny_run[0] / "best.pt", tmp_path)
     argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
-    code, out, err = run_main(*argv, "--json")
+    code, out, err = run_main(*argv)
     assert code == 0, err
-    records = [json.loads(line) for line in out.splitlines()]
-    tokens = [r for r in records if "token" in r]
-    lens = [r for r in records if "layer" in r]
     model, tokenizer = model_of(tmp_path / "best.pt")
-    idx = torch.tensor([tokenizer.encode(text)])
+    ids = tokenizer.encode(text)
+    idx = torch.tensor([ids])
     loss = model.eval()(*pair(idx))[1].item()
-    mean = -sum(math.log(r["p"]) for r in tokens) / len(tokens)
-    assert mean == pytest.approx(loss, abs=1e-4)
-    assert "".join(r["token"] for r in tokens) == text[1:]
-    assert [r["layer"] for r in lens] == [-1, 0]
     inside = minigpt.look_inside(model, idx)
+    given = [p[i].item() for p, i in zip(inside.probabilities, ids[1:])]
+    assert -sum(map(math.log, given)) / len(given) == pytest.approx(loss, abs=1e-4)
+    starts = [f"{token!r:>10} {p:.3f} {'#' * round(10 * p):10}"
+              for token, p in zip(text[1:], given)]
+    starts += ["next, after embedding:", "next, after layer 0:"]
     expected = [*inside.probabilities[:-1], *inside.lens]
-    lines = run_main(*argv)[1].splitlines()
-    for line, r, p in zip(lines, records, expected, strict=True):
-        likeliest = [[tokenizer.decode([i]), p[i].item()] for i in p.topk(5).indices.tolist()]
-        assert r["likeliest"] == likeliest and len(line) <= 80
-        assert line.endswith("".join(f"  {token!r} {q:.2f}" for token, q in likeliest))
-        if "token" in r:
-            bar = "#" * round(10 * r["p"])
-            assert line.startswith(f"{r['token']!r:>10} {r['p']:.3f} {bar:10}")
-        else:
-            place = "embedding" if r["layer"] < 0 else f"layer {r['layer']}"
-            assert line.startswith(f"next, after {place}:")
-    assert (tmp_path / "attention.png").stat().st_size > 10_000 or not importable("matplotlib")
+    for line, start, p in zip(out.splitlines(), starts, expected, strict=True):
+        likeliest = [f"  {tokenizer.decode([i])!r} {p[i]:.2f}" for i in p.topk(5).indices.tolist()]
+        assert line == start + "".join(likeliest) and len(line) <= 80
     for prompt, why in (("ï", "'ï'"), ("T", "this one has 1"), ("T" * 17, "this one has 17")):
         check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
 
-def test_each_head_is_drawn_in_its_place():
-    """There is a column for each layer and a row for each head, with white between them. Would fail
-    if they, or queries and keys, changed places. A dollar is a dollar, not the beginning of a
-    formula, and a character that the font lacks is shown as its code point."""
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    weights = [torch.rand(3, 4, 4) for _ in range(2)]
-    minigpt.paint_attention(figure, weights, ["'a'", "'$'", "'中'", "'é'"])
-    (axes,) = figure.axes
-    image = torch.tensor(axes.get_images()[0].get_array().filled(math.nan).tolist())
-    assert axes.get_images()[0].get_clim() == (0, 1)
-    for layer, head in itertools.product(range(2), range(3)):
-        part = image[6 * head : 6 * head + 4, 6 * layer : 6 * layer + 4]
-        assert_close(part, weights[layer][head], 1e-6)
-    assert image[4:6].isnan().all() and image[:, 4:6].isnan().all()
-    for axis, names in ((axes.xaxis, ["layer 0", "layer 1"]),
-                        (axes.yaxis, ["head 0", "head 1", "head 2"])):
-        assert [label.get_text() for label in axis.get_majorticklabels()] == names
-        assert axis.get_majorticklocs().tolist() == [1.5 + 6 * i for i in range(len(names))]
-        labels = [label.get_text() for label in axis.get_minorticklabels()]
-        assert labels == ["'a'", r"'\$'", "'U+4E2D'", "'é'"] * len(names)
-        assert axis.get_minorticklocs().tolist()[4:8] == [6, 7, 8, 9]
-
-@pytest.mark.slow
-def test_a_picture_of_many_heads_stays_small(tmp_path, pictures):
-    """12 layers of 12 heads and Chinese text: at most 4,000 pixels, no warning about letters that
-    the font lacks, and no labels that are too small to read."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-
-    text = "".join(chr(0x4E00 + i) for i in range(64))
-    save_model(tmp_path, CharTokenizer(list(text)), n_layer=12, n_head=12, n_embd=24, block_size=64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", text)
-    assert code == 0 and "first 48 tokens" in err
-    assert 3000 < max(imread(tmp_path / "attention.png").shape) <= 4000
-    figure = Figure()
-    minigpt.paint_attention(figure, [torch.rand(1, 101, 101)] * 2, ["x"] * 101)
-    assert len(figure.axes[0].xaxis.get_minorticklocs()) == 0
-
-def test_the_picture_of_attention_has_the_size_that_it_needs(tmp_path, monkeypatch):
-    """A column for each layer and a row for each head, for the tokens that are drawn."""
-    calls = []
-    monkeypatch.setattr(minigpt, "draw", lambda *arguments: calls.append(arguments) or True)
-    save_model(tmp_path, CharTokenizer.train("to be"), n_layer=3, block_size=64)
-    for prompt in ("to be" * 2, "to be" * 12):
-        code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", prompt)
-        n = min(len(prompt), 48)
-        assert code == 0 and f"the first {n} tokens; layers from left to right: 3, heads" in err
-        assert "heads from top to bottom: 2\n" in err
-        _, width, height, _, weights, labels = calls.pop()
-        assert (width, height) == pytest.approx((1 + 0.12 * n * 3, 1 + 0.12 * n * 2))
-        assert len(labels) == n and [w.shape for w in weights] == [(2, n, n)] * 3
+def test_tokens_that_are_half_a_character_are_told_apart(tmp_path):
+    """With byte pairs, a token may be some of the bytes of a character. `decode` makes the same
+    replacement sign of all of them. inspect prints the bytes, and the page compares ids, so that a
+    wrong guess is never marked as right."""
+    tokenizer = BPETokenizer([(b"\xe4", b"\xb8")])
+    ids = [tokenizer.tokens.index(token) for token in (b"a", b"\n", b"\xe4\xb8", b"\xb8")]
+    shown = ["'a'", "'\\n'", r"'\xe4\xb8'", r"'\xb8'"]
+    assert [minigpt.show_token(tokenizer, i) for i in ids] == shown
+    save_model(tmp_path, tokenizer, block_size=16)
+    code, out, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", "a中b")
+    assert code == 0 and "\ufffd" not in out, err
+    assert [line.split()[0] for line in out.splitlines()[:3]] == [r"'\xe4\xb8'", r"'\xad'", "'b'"]
+    data = page_of(tmp_path / "inspect.html")
+    assert data["ids"] == tokenizer.encode("a中b")
+    assert data["tokens"] == ["a", r"\xe4\xb8", r"\xad", "b"]
+    for layer in data["lens"]:
+        for i, text, _ in sum((place["likeliest"] for place in layer), []):
+            assert text == tokenizer.tokens[i].decode("utf-8", "backslashreplace")
 
 # ---- Part V: the command line, as a user types it ------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
@@ -6679,7 +6618,6 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --bias maybe => maybe
 --mode train --prompt a => --prompt & --mode train & generate & inspect
 --mode train --vary pos=rope => --vary & --mode train & ablate
---mode train --json => --json & --mode train & inspect
 --mode generate --max_steps 5 => --max_steps & --mode generate & train & ablate & bench
 --mode generate --no_bias => --bias & --mode generate & train
 --mode eval --prompt a => --prompt & --mode eval & generate
@@ -6727,9 +6665,9 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --preset plain --short_share 0.5 => --short_share 0.5 & --sampling even
 --mode train --train_temperature 0 => --train_temperature & '0' & 0.01
 --mode train --device tpu => --device tpu & cpu
---mode train --tokenizer bpe --vocab_size 100 => --vocab_size & '100'
---mode train --tokenizer bpe --vocab_size 65537 => --vocab_size & 65536
---mode train --vocab_size 300 => --vocab_size 300 & --tokenizer bpe
+--mode train --tokenizer bpe --bpe_size 100 => --bpe_size & '100'
+--mode train --tokenizer bpe --bpe_size 65537 => --bpe_size & 65536
+--mode train --bpe_size 300 => --bpe_size 300 & --tokenizer bpe
 --mode train --n_embd 12 --n_head 4 => --pos & --n_embd & --n_head
 --mode train --out_dir {tmp}/empty.txt/out => {tmp}
 --mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & --init_from & --resume
@@ -6916,6 +6854,11 @@ def test_a_line_break_in_a_name_does_not_break_the_message(tmp_path, flag):
     (tmp_path / "file").write_text("x")
     argv = [*TRAIN, "--out_dir", tmp_path / "out", flag, f"{tmp_path}/file/a\nb"]
     check_mistake(*run_main(*argv), ["file/a\\nb" if flag == "--data" else "/file/a"])
+
+def test_a_message_names_the_file_that_was_typed_and_not_a_temporary_one(tmp_path):
+    """An export writes to a folder with another name first."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "file").write_text("x")
     export = ["--mode", "export", "--out_dir", tmp_path, "--export_dir", tmp_path / "file" / "x"]
     save_model(tmp_path, CharTokenizer.train("abc"))
     code, _, err = run_main(*export)
@@ -6949,7 +6892,7 @@ def test_help_lists_every_flag_in_80_columns():
 
 def test_help_shows_every_default_that_is_a_number():
     """A default of 0 is a default, too. Fails if 0 is taken for a missing default."""
-    shown = re.sub(r"\s+", " ", minigpt.build_parser().format_help())
+    shown = re.sub(r"\s+", " ", minigpt.build_parser(with_comments=True).format_help())
     assert "0: never (0)" in shown and "with short windows (0.0)" in shown
 
 def test_vary_takes_dashes_as_all_flags_do(tmp_path):
