@@ -2994,8 +2994,8 @@ class ScaledOptimizer:
 #           in a loop, for milliseconds, because waking up from a sleep takes long. Beside another
 #           program, it so takes the core away from the thread that it waits for. The file begins by
 #           setting GOMP_SPINCOUNT, the number of rounds in this loop, to 10,000 (unless you have
-#           set it or OMP_WAIT_POLICY), after which a thread sleeps. Three pairs of runs of `laptop`,
-#           milliseconds per step:
+#           set it or OMP_WAIT_POLICY), after which a thread sleeps. Milliseconds per step of
+#           `laptop`, in three pairs of runs:
 #
 #               alone                              with   93    97    80   without   92    82    87
 #               beside two busy programs           with  314   483   280   without  639   422   496
@@ -3816,7 +3816,7 @@ def run_ablate(request: Request) -> None:
     preset = choose_preset(request, find_device(request.options.device))
     # Without an explicit max_steps, a small text would shorten each variant differently.
     common = {"sample_tokens": 0, "checkpoint_interval": 0, "log_interval": 100,
-              "max_steps": training_settings(preset, request).max_steps}
+              "max_steps": training_settings(preset, [*variants.values()][0]).max_steps}
     first_seed = request.training.get("seed", RunConfig.seed)
     runs = {}  # the request of each run, by label and seed
     for seed in range(first_seed, first_seed + request.options.seeds):

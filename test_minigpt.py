@@ -2275,6 +2275,14 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
         assert torch.equal(p, q) == is_adamws, name
         assert p.grad is None
 
+def test_part_two_works_with_the_settings_that_it_declares():
+    """A reader who calls a function of Part II finds in its first line which settings it needs."""
+    for function, arguments in ((minigpt.make_muon, [small_model()]),
+                                (minigpt.even_batches, [torch.arange(500), 8])):
+        assert inspect.get_annotations(function)["config"] == "RunConfig"
+        step = [0] if function is minigpt.even_batches else []
+        assert function(*arguments, RunConfig(), *step)
+
 def test_muon_takes_the_two_matrices_of_swiglu_apart():
     """c_fc of SwiGLU stacks two matrices, as c_attn stacks three. Others are one matrix each."""
     for activation, parts in (("swiglu", [3, 1, 2, 1]), ("relu2", [3, 1, 1, 1])):
@@ -3150,6 +3158,19 @@ def test_a_float16_run_is_resumed_exactly_with_its_scale(tmp_path):
     resume_tiny(tmp_path / "parts", "--dtype", "float32", "--max_steps", "7")
     resume_tiny(tmp_path / "parts", "--dtype", "float16", "--max_steps", "8")
     assert load_checkpoint(path)["scaler"]["_growth_tracker"] == 1
+
+@pytest.mark.parametrize("set_by_user, spins", [
+    ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")])
+def test_threads_that_wait_give_up_their_core_unless_the_user_says_otherwise(set_by_user, spins):
+    """The variable is read when PyTorch is imported, so it must be set before. Would fail if it
+    were set afterwards, or if it overruled what the user has set."""
+    unset = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT",
+                                                                       "OMP_WAIT_POLICY")}
+    begin = SOURCE[: SOURCE.index("\nimport torch\n")]
+    program = f"{begin}\nprint('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], env={**unset, **set_by_user}, text=True,
+                          capture_output=True, timeout=60)
+    assert done.stdout.split() == ["False", spins], done.stderr
 
 # ---- Several processes ---------------------------------------------------------------------------
 def as_process(run, rank, processes):
@@ -4076,6 +4097,8 @@ def test_wandb_gets_the_records_of_a_run_where_it_is_wanted(tmp_path, no_wandb_a
     name, settings = fake.calls[0]
     assert name == "init" and settings["reinit"] == "create_new"
     assert settings["config"]["max_steps"] == 2 and settings["config"]["n_embd"] == 16
+    n_characters = len(set(SHORT.read_text(encoding="utf-8")))
+    assert settings["config"]["vocab_size"] == n_characters  # of the model, and not --bpe_size
     logged = [value for name, value in fake.calls if name == "log"]
     assert logged == raw_records(tmp_path / "out")
     assert [name for name, _ in fake.calls].count("finish") == 1
@@ -4453,6 +4476,22 @@ def test_training_downloads_the_corpus_when_it_is_missing(server, tmp_path, monk
         assert source.path.read_bytes() == BODY
     assert Handler.hits["good"] == 1
 
+def test_a_corpus_that_cannot_be_written_is_no_fault_of_the_network(tmp_path, monkeypatch, server,
+                                                                    capsys):
+    """In a checkout on a read-only disk, the download succeeds and its file cannot be written. To
+    connect to the network would not help; --data would."""
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system", "a temporary name")
+
+    monkeypatch.setattr(download_data.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
+    monkeypatch.setattr(download_data, "DESTINATION", tmp_path / "input.txt")
+    assert download_data.find(tmp_path / "input.txt") == tmp_path / "sample.txt"
+    assert download_data.main([]) == 2
+    for said in capsys.readouterr().err.split(f"downloading {server}/good")[1:]:
+        assert f"{tmp_path / 'input.txt'}" in said and "Read-only file system" in said
+        assert "connect" not in said and "not be downloaded" not in said
+
 # ---- Whole runs, through the real entry point ----------------------------------------------------
 @pytest.mark.parametrize("name", minigpt.PRESETS)
 def test_every_preset_trains_and_writes(tmp_path, name):
@@ -4621,8 +4660,9 @@ def test_the_score_is_that_of_the_best_model(tiny_run):
     assert metrics_of(folder)[-1]["full_val_loss"] == pytest.approx(nats, rel=1e-6)
 
 def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
-    """It was named by a relative path, and is found from another folder. Another text is scored
-    with a note, since its figure cannot be compared."""
+    """It was named by a relative path, and is found from another folder. Another text, which the
+    model was not trained on, is scored whole, and the line says so. Would fail if nine tenths of it
+    were left out."""
     text = SHORT.read_text(encoding="utf-8").upper()
     (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
     (tmp_path / "other.txt").write_text(text[::-1], encoding="utf-8")
@@ -4631,9 +4671,12 @@ def test_a_checkpoint_remembers_its_corpus(tmp_path, monkeypatch):
     monkeypatch.chdir(HERE)
     code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out")
     assert code == 0 and out.strip() == score(err) and "note" not in said
-    code, out, said = run_main("--mode", "eval", "--out_dir", tmp_path / "out", "--data",
-                               tmp_path / "other.txt")
-    assert code == 0 and "note: " in said and "other.txt is not the text" in said
+    code, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path / "out", "--data",
+                            tmp_path / "other.txt")
+    model, tokenizer = model_of(tmp_path / "out" / "best.pt")
+    nats = minigpt.evaluate(model, torch.tensor(tokenizer.encode(text[::-1])))
+    assert code == 0 and out.startswith(
+        f"whole text, which the model was not trained on, {len(text) - 1:,} tokens: {nats:.4f} ")
 
 def test_logged_loss_is_the_mean_over_the_accumulated_step(tiny_run):
     """Computed again from the seeds alone, with dropout: the loss of the third step is the mean
@@ -4771,18 +4814,73 @@ def test_a_token_that_was_never_a_target_is_not_drawn(tmp_path):
     assert tokenizer.decode(state["corpus"]["unused"]) == "#z"
 
 def test_a_text_of_two_tokens_can_be_evaluated(tmp_path, tiny_run):
-    """Even if its last tenth is too short to be a validation part, and block_size is larger."""
+    """Also where block_size is larger."""
     text = tmp_path / "short.txt"
     model, tokenizer = model_of(tiny_run[0] / "best.pt")
-    for content in ("TH", "THE TIDE: me", "THE TIDE" * 5):
+    for content in ("TH", "THE TIDE: me"):
         text.write_text(content)
         code, out, err = run_main("--mode", "eval", "--out_dir", tiny_run[0], "--data", text)
-        tail = content[int(0.9 * len(content)) :]
-        whole = len(tail) < 2
-        idx = torch.tensor([tokenizer.encode(content if whole else tail)])
-        expected = model.eval()(*pair(idx))[1].item()
-        assert code == 0 and ("whole text" in out) == whole
+        expected = model.eval()(*pair(torch.tensor([tokenizer.encode(content)])))[1].item()
+        assert code == 0 and "whole text" in out
         assert float(re.search(r"([\d.]+) nats", out)[1]) == pytest.approx(expected, abs=1e-4)
+
+def test_shorter_windows_can_be_evaluated_and_longer_ones_are_refused(tiny_run):
+    """--block_size 5 cuts the validation part into windows of 5 tokens, so that a figure can be
+    compared with that of a model that has shorter windows. Would fail if the flag were ignored."""
+    model, tokenizer = model_of(tiny_run[0] / "best.pt")
+    corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
+    windows = corpus.val[: (len(corpus.val) - 1) // 5 * 5 + 1].long()
+    x, y = windows[:-1].view(-1, 5), windows[1:].view(-1, 5)
+    with torch.no_grad():
+        sum_of_whole = model.eval()(x, y)[1].item() * x.numel()
+        rest = corpus.val[x.numel() :].long()[None]
+        sum_of_rest = model(*pair(rest))[1].item() * (rest.numel() - 1) if rest.numel() > 1 else 0
+    expected = (sum_of_whole + sum_of_rest) / (len(corpus.val) - 1)
+    command = ["--mode", "eval", "--out_dir", tiny_run[0], "--block_size"]
+    code, out, err = run_main(*command, "5")
+    assert code == 0 and f" {expected:.4f} nats" in out, err
+    check_mistake(*run_main(*command, "17"), ["--block_size 17", "more than 16"])
+
+@POSIX
+def test_a_text_from_a_pipe_is_read_once_and_then_named_again(tmp_path):
+    """A pipe can be trained on. A later command must not wait for somebody to write to it again,
+    which looks like a command that hangs. Several runs cannot share one."""
+    fifo, out_dir = tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(SHORT.read_bytes()), daemon=True)
+    writer.start()
+    train_tiny(out_dir, "--data", fifo, "--max_steps", "1")
+    writer.join(60)
+    for argv in (["--mode", "eval"], RESUME[:3]):
+        check_mistake(*run_main(*argv, "--out_dir", out_dir), [f"--data {fifo}", "--data FILE"])
+        fifo.rename(tmp_path / "gone")  # as /dev/fd/63 is, after a command with <(...)
+        check_mistake(*run_main(*argv, "--out_dir", out_dir), [f"--data {fifo}", "--data FILE"])
+        (tmp_path / "gone").rename(fifo)
+    resume_tiny(out_dir, "--data", SHORT, "--max_steps", "2")
+    ablate = ["--mode", "ablate", *TRAIN[2:], "--vary", "n_layer=1,2", "--data", fifo]
+    check_mistake(*run_main(*ablate), [f"--data {fifo}", "pipe"])
+
+def test_a_text_without_a_prompt_begins_with_a_line_break(tmp_path):
+    """Also where the vocabulary has a tab, which comes before the line break and would be the first
+    id. Without a line break in the vocabulary, it begins with the first character."""
+    for content, first in (("a\tb\nab\n" * 200, "\n"), ("ab " * 200, " ")):
+        text = tmp_path / "text.txt"
+        text.write_text(content, encoding="utf-8")
+        out_dir = tmp_path / str(len(content))
+        train_tiny(out_dir, "--data", text, "--max_steps", "1")
+        code, out, _ = run_main("--mode", "generate", "--out_dir", out_dir, "--max_tokens", "3")
+        assert code == 0 and out[0] == first and len(out) == 5
+
+def test_a_run_that_training_made_worse_says_so(tmp_path):
+    """Its best model is the one from before the first step. Would fail if that were praised."""
+    bad = ["--learning_rate", "10", "--warmup_steps", "1", "--grad_clip", "0"]
+    line = last_line(train_tiny(tmp_path / "bad", *bad))
+    assert "training has made it worse" in line and "--learning_rate" in line
+    assert step_of(tmp_path / "bad" / "best.pt") == 0
+    good = last_line(train_tiny(tmp_path / "good"))
+    assert "worse" not in good and "the best model (step 6)" in good
+    rows, _ = ablate_tiny(tmp_path, "--vary", "learning_rate=10,0.01", "--seeds", "1", *bad[2:])
+    assert [row[5] for row in rows] == ["0 (not trained)", "6"]
 
 def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe, monkeypatch):
     """A run with GPT-2's tokens, or with fewer byte pairs than were asked for (the text had no
@@ -5047,6 +5145,28 @@ def test_resume_where_nothing_was_saved_begins_a_new_run(tmp_path, tiny_run):
     assert "a new run" not in train_tiny(tmp_path / "a", "--resume", "--max_steps", "7")
     assert step_of(latest) == 7
 
+def test_a_resumed_run_keeps_the_model_that_it_began_with(tmp_path, tiny_run):
+    """A restart script types --init_from and --resume each time, and that works, also if that file
+    is gone. Another file would be ignored, so it is refused, whether it exists or not."""
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path / "a.pt")
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path / "b.pt")
+    train = ["--mode", "train", "--preset", "laptop", "--data", SHORT, "--batch_size", "2",
+             "--eval_batches", "1", "--sample_tokens", "0", "--warmup_steps", "0", "--resume"]
+    begun, other = tmp_path / "begun", tmp_path / "other"
+    first = [*train, "--out_dir", begun, "--init_from", tmp_path / "a.pt", "--max_steps"]
+    assert "a new run begins" in succeed(*first, "1")
+    assert "resuming" in succeed(*first, "2")
+    (tmp_path / "a.pt").unlink()
+    assert "resuming" in succeed(*first, "3") and step_of(begun / "latest.pt") == 3
+    assert "resuming" in succeed(*RESUME, begun, "--max_steps", "4")
+    train_tiny(other, "--max_steps", "1")
+    for folder, file, has in ((begun, "b.pt", f"has {tmp_path / 'a.pt'}"),
+                              (begun, "nowhere.pt", f"has {tmp_path / 'a.pt'}"),
+                              (other, "b.pt", "has none")):
+        path = tmp_path / file
+        refused = run_main(*RESUME, folder, "--init_from", path, "--max_steps", "9")
+        check_mistake(*refused, [f"--init_from {path}", has, "leave the flag out"])
+
 @pytest.mark.parametrize("name", ["best.pt", "step_000002.pt"])
 def test_resume_without_latest_is_refused_where_another_checkpoint_is(tmp_path, tiny_run, name):
     """latest.pt was lost or renamed. A new run would overwrite what is left of the old one, so
@@ -5167,7 +5287,7 @@ def test_a_corpus_that_was_moved_is_named_by_data(tmp_path):
     train_tiny(tmp_path / "out", "--data", text, "--max_steps", "2")
     text.rename(tmp_path / "moved.txt")
     for argv in ([*RESUME, tmp_path / "out"], ["--mode", "eval", "--out_dir", tmp_path / "out"]):
-        check_mistake(*run_main(*argv), [f"--data {text}", "No such file", "name a text"])
+        check_mistake(*run_main(*argv), [f"--data {text}", "not there any more", "--data FILE"])
     resume_tiny(tmp_path / "out", "--data", tmp_path / "moved.txt", "--max_steps", "3")
     resume_tiny(tmp_path / "out", "--max_steps", "4")  # the new place is remembered
 
@@ -5340,7 +5460,9 @@ def test_an_ablation_that_is_stopped_shows_what_it_has_done(tmp_path, monkeypatc
 def test_tokenizers_can_be_compared_in_bits_per_character(tmp_path):
     """--vary tokenizer=char,bpe: a loss per token means something else for each, bits do not."""
     rows, _ = ablate_tiny(tmp_path, "--vary", "tokenizer=char,bpe", "--seeds", "1", "--max_steps",
-                          "2")
+                          "2", "--bpe_size", "300")
+    folder = tmp_path / "ablate_tokenizer" / "tokenizer=bpe_seed=1337"
+    assert model_of(folder / "best.pt")[1].vocab_size == 300  # the size is that of the byte pairs
     (_, char_nats, _, char_bits, *_), (_, bpe_nats, _, bpe_bits, *_) = rows
     assert float(char_bits) == pytest.approx(float(char_nats) / math.log(2), abs=1e-3)
     assert float(bpe_nats) > float(char_nats) and float(bpe_bits) < float(bpe_nats) / math.log(2)
@@ -5585,6 +5707,31 @@ def gpt2_formula(config, tensors, idx):
         x = x + linear(y, f"h.{i}.mlp.c_proj")
     head = "wte.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     return norm(x, "ln_f") @ w[head].T
+
+def test_a_setting_that_a_form_does_not_know_is_refused(tmp_path, monkeypatch):
+    """The book invites readers to add attentions of their own, such as ALiBi. Other programs do not
+    have it, so a model with it must not be exported as if it were a GPT-2. The same holds for a
+    setting that is added to ModelConfig, unless it has its default."""
+    class ALiBi(Attention):
+        def mask(self, T, S, device):
+            places = torch.arange(S, device=device)
+            distances = places - places[S - T :, None]
+            return super().mask(T, S, device) + 0.5 * distances
+
+    monkeypatch.setitem(minigpt.ATTENTION, "alibi", ALiBi)
+    save_model(tmp_path, CharTokenizer.train("abc"), attention="alibi")
+    refused = run_main("--mode", "export", "--out_dir", tmp_path)
+    check_mistake(*refused, ["attention=alibi", "GPT-2's form"])
+
+    @minigpt.dataclass
+    class NewConfig(ModelConfig):
+        memory_tokens: int = 0
+
+    monkeypatch.setattr(minigpt, "ModelConfig", NewConfig)
+    for form, settings in ((minigpt.GPT2_FORM, SMALL), (minigpt.QWEN3_FORM, {**SMALL, **QWEN3})):
+        minigpt.refuse_settings(NewConfig(**settings), "a", form)
+        with pytest.raises(UserError, match="memory_tokens=2: a's form needs 0"):
+            minigpt.refuse_settings(NewConfig(**settings, memory_tokens=2), "a", form)
 
 @pytest.mark.parametrize("form, changes", EXPORTED)
 def test_the_converted_tensors_compute_the_same_by_the_formulas_of_the_form(form, changes):
@@ -6612,7 +6759,18 @@ MISTAKES = [line.split(" => ") for line in """\
  => --mode is missing & generate
 --mode dance => --mode & dance & eval
 --mode train --max_stepz 5 => --max_stepz: unknown; did you mean --max_steps?
---mode train --max 5 => --max: unknown
+--mode train --max 5 => --max: unknown & did you mean --max_steps?
+--mode train --lr 1e-3 => --lr: unknown; see --help
+--mode train --epochs=3 => --epochs: unknown; see --help
+--mode train --start x => --start: unknown; see --help
+--mode generate --temp 1 => --temp: unknown; did you mean --temperature?
+--mode eval --tmperature 1 => --tmperature: unknown; see --help
+train => train: type --mode train
+train --n_layer 1 => train: type --mode train
+--mode train --bias False => --bias False: takes no value; type --bias or --no_bias
+--mode train --no_bias False => --bias False: takes no value; type --bias or --no_bias
+--mode train --data a.txt b.txt => b.txt: belongs to no flag & one value & join several texts
+--mode generate --prompt To be => be: belongs to no flag & quotes
 --mode train --max_steps => --max_steps
 --mode train --max_steps many => --max_steps & 'many' & whole number
 --mode train --bias maybe => maybe
@@ -6640,14 +6798,16 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --n_embd 2000000000 => memory & --n_embd
 --mode train --data nowhere.txt => nowhere.txt & No such file
 --mode train --data {tmp}/empty.txt => {tmp}/empty.txt & only 0 tokens; use a longer text
---mode train --data {tmp} => --data {tmp} & name a text
+--mode train --data {tmp} => --data {tmp}: this is a folder & name a text & join them
 --mode train --data {tmp}/latin.txt => latin.txt & line 1 is not UTF-8 & 0xe9
 --mode train --data {tmp}/few.txt => {tmp}/few.txt & only 1 token; use a longer text
 --mode train --data {tmp}/some.txt => --block_size 512 & part, 5; & --data
 --mode train --bias=true => --bias & takes no value & --no_bias
 --mode train --learning_rate inf => --learning_rate & of at least 0, and finite
 --mode generate --temperature 1e39 => --temperature & from 0 to 1000
---mode train --init_from nowhere.pt => nowhere.pt: no such file
+--mode train --init_from nowhere.pt => nowhere.pt: no such file & train first
+--mode train --init_from gpt2 => gpt2: no such file & hf download openai-community/gpt2 --local-dir
+--mode generate --checkpoint openai-community/gpt2 => no such file & hf download
 --mode train -d x => -d: unknown; see --help
 --mode generate --checkpoint {run}/config.json => config.json & name the .pt file of a run
 --mode generate --checkpoint {tmp}/run => {tmp}/run & name the file {tmp}/run/latest.pt
@@ -6668,6 +6828,7 @@ MISTAKES = [line.split(" => ") for line in """\
 --mode train --tokenizer bpe --bpe_size 100 => --bpe_size & '100'
 --mode train --tokenizer bpe --bpe_size 65537 => --bpe_size & 65536
 --mode train --bpe_size 300 => --bpe_size 300 & --tokenizer bpe
+--mode ablate --vary tokenizer=char,gpt2 --bpe_size 300 => --bpe_size 300 & --tokenizer bpe
 --mode train --n_embd 12 --n_head 4 => --pos & --n_embd & --n_head
 --mode train --out_dir {tmp}/empty.txt/out => {tmp}
 --mode train --checkpoint {run}/best.pt => --checkpoint {run}/best.pt & --init_from & --resume
@@ -6818,10 +6979,24 @@ def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     for name in minigpt.PATHS:
-        options = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"]).options
-        assert getattr(options, name).replace("\\", "/") == "/home/me/a"
+        request = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"])
+        value = {**vars(request.options), **request.training}[name]
+        assert value.replace("\\", "/") == "/home/me/a"
     texts = {f.name for f in fields(minigpt.Options) if f.type == "str"}
-    assert texts - {"mode", "device", "vary", "format", "gguf_type"} == minigpt.PATHS
+    no_paths = {"mode", "device", "vary", "format", "gguf_type"}
+    assert texts - no_paths | {"init_from"} == minigpt.PATHS
+
+def test_a_flag_that_names_a_file_or_a_text_may_be_typed_once():
+    """Would fail if only the last file were used, without a word. A number may be typed again, as
+    in a script that overrides its own default, and so may --stop."""
+    for name in ("data", "out_dir", "checkpoint", "init_from", "export_dir", "prompt", "vary"):
+        argv = ["--mode", mode_of(name), f"--{name}", "a", f"--{name}", "b"]
+        with pytest.raises(UserError, match=f"--{name} b: .* typed twice"):
+            minigpt.parse(argv)
+    request = minigpt.parse(["--mode", "train", "--n_layer", "1", "--n_layer", "2"])
+    assert request.model == {"n_layer": 2}
+    writing = minigpt.parse(["--mode", "generate", "--stop", "a", "--stop", "b"]).writing
+    assert writing.stop == ["a", "b"]
 
 @POSIX
 def test_a_prompt_is_the_utf8_that_was_typed():
@@ -6863,6 +7038,26 @@ def test_a_message_names_the_file_that_was_typed_and_not_a_temporary_one(tmp_pat
     save_model(tmp_path, CharTokenizer.train("abc"))
     code, _, err = run_main(*export)
     assert code == 2 and last_line(err).startswith(f"error: {tmp_path / 'file' / 'x'}: ")
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_own_reason(tmp_path, monkeypatch):
+    """Where several folders are missing, Python first fails to make the last one, because the one
+    before it is missing, and then that one, because the disk is read-only. The second is the
+    reason."""
+    def mkdir(path, mode=0o777):
+        missing = not Path(path).parent.exists()
+        raise FileNotFoundError(2, "No such file", path) if missing else OSError(
+            30, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    refused = run_main(*TRAIN, "--out_dir", tmp_path / "a" / "b")
+    check_mistake(*refused, [f"{tmp_path / 'a'}: Read-only file system"])
+
+def test_help_without_the_source_has_no_comments(tmp_path, monkeypatch):
+    """A compiled program (.pyc) has no text to read them from. It must not end in an error."""
+    monkeypatch.setattr(minigpt, "PROGRAM", tmp_path / "minigpt.pyc")
+    (tmp_path / "minigpt.pyc").write_bytes(b"\xa7\r\r\n\xff\x00")
+    code, out, _ = run_main("--help")
+    assert code == 0 and "--n_layer" in out and "stacked on top" not in out
 
 def test_only_a_users_mistake_is_explained():
     """An error in the program must show its traceback, or nobody could find it."""
