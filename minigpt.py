@@ -4149,7 +4149,11 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
 #           previous-position head read this channel alone, and QK-norm removes its size.
 # Norms     An RMSNorm now takes its mean over C' = C + 32 channels instead of C. The sum of squares
 #           grows by c^2 only. With the gains times sqrt(C / C') and the epsilon
-#           (C eps - c^2) / C', the result is the same.
+#           (C eps - c^2) / C', the result is the same. The constant itself gets a gain of 1,024,
+#           which makes it as large as the other channels. Programs that compute in 8 bits need
+#           that: they round all channels by one scale, and a channel that is much smaller than the
+#           others would become 0. It also makes queries and keys so large that the epsilon of
+#           QK-norm has no effect.
 # Position  RoPE turns pair p of a query at position t by the angle t w_p. Let the key have (1, 0)
 #           in a pair, and the query (1, 0) turned back by one position. Then their product is
 #           cos((t - 1 - s) w_p) for a key at position s, which is largest for s = t - 1. Summed
@@ -4168,11 +4172,7 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
 EXTRA_CHANNELS = 32
 CONSTANT = 0.001  # c
 FIXED_LEAD = 30.0  # by how much the score of the previous position exceeds all others
-# The gain of the norms and these weights make the queries and keys so large that QK-norm's epsilon
-# has no effect. The gain does most of it: programs that compute in 8 bits round a vector by one
-# scale, and a constant that is much smaller than the other channels would become 0.
 CONSTANT_GAIN = 1024.0
-FIXED_WEIGHT = 10.0
 
 def wider_config(c: ModelConfig) -> dict:
     """The entries of config.json that change."""
@@ -4228,7 +4228,7 @@ def queries_and_keys(block: dict, c: ModelConfig) -> dict:
         ordinary = torch.zeros(c.n_head, 2, hs, wide, dtype=torch.float64)
         ordinary[:, :, ::2, :C] = scale * block[name].view(c.n_head, 2, hs // 2, C)
         previous = torch.zeros(c.prev_heads, 2, hs, wide, dtype=torch.float64)
-        previous[:, :, pairs, C] = FIXED_WEIGHT * fixed
+        previous[:, :, pairs, C] = fixed
         changed[name] = torch.cat([ordinary, previous]).flatten(0, 2)  # (heads 2 hs, wide)
         name = f"self_attn.{letter}_norm.weight"
         gains = torch.zeros(2, hs, dtype=torch.float64)

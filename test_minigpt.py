@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -5891,6 +5892,24 @@ def test_byte_pairs_have_the_same_ids_in_transformers(transformers, tmp_path, bp
     write = transformers.pipeline("text-generation", str(folder))
     assert write("the", max_new_tokens=3)[0]["generated_text"].startswith("the")
 
+def test_eight_bits_change_the_loss_of_an_exported_laptop_little(transformers, tmp_path):
+    """PyTorch's dynamic quantization rounds the weights of a layer, and the vectors that it reads,
+    by one scale each. A previous-position head reads a constant. Would fail if that, or the weights
+    that read it, were much larger or smaller than the rest: one of the two would be rounded to 0,
+    and the loss would rise by 0.5 and more."""
+    train_tiny(tmp_path, "--data", SAMPLE, "--n_layer", "1", "--n_embd", "128", "--block_size",
+               "64", "--max_steps", "60", "--batch_size", "8", "--grad_accum", "1",
+               "--eval_interval", "60", "--dropout", "0", "--checkpoint_interval", "0")
+    tokenizer = model_of(tmp_path / "best.pt")[1]
+    corpus = Corpus.from_text(SAMPLE.read_text(encoding="utf-8"), tokenizer)
+    x, y = minigpt.cut_windows(corpus.val, 64, torch.arange(0, 64 * 50, 64))
+    model = transformers.AutoModelForCausalLM.from_pretrained(export(tmp_path))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # there is a newer way, in a package of its own
+        rounded = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        loss, in_8_bits = (minigpt.cross_entropy(m(x).logits, y).item() for m in (model, rounded))
+    assert loss < 2.3 and abs(in_8_bits - loss) < 0.01
+
 # ---- Exchange: writing the folder ----------------------------------------------------------------
 @pytest.mark.parametrize("problem", [OSError(28, "No space left on device", "x"),
                                      KeyboardInterrupt()])
@@ -6063,6 +6082,23 @@ def test_llama_cpp_has_the_same_tokens(tmp_path, bpe, kind):
         texts += ["I'll  go<|endoftext|> now\n\n 's", SAMPLE.read_text(encoding="utf-8")[:5000]]
     for text in texts:
         assert llama.encode(text) == tokenizer.encode(text)
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_llama_cpp_chats_by_passing_the_text_on(tmp_path, bpe, kind):
+    """Chat clients send messages. The template of the file joins their texts and adds nothing, so
+    the answer is the continuation. Without a template, llama.cpp takes one whose marks consist of
+    characters that the model does not know."""
+    pytest.importorskip("gguf")
+    tokenizer = CharTokenizer.train(LETTERS) if kind == "char" else bpe
+    model = save_model(tmp_path, tokenizer, n_embd=64, block_size=32)
+    llama = LlamaCpp(export_gguf(tmp_path)[0], 32)
+    messages = [("user", "to be"), ("assistant", ", or "), ("user", "not")]
+    answer = llama.ask("v1/chat/completions", temperature=0, max_tokens=8,
+                       messages=[{"role": role, "content": text} for role, text in messages])
+    ids = torch.tensor([tokenizer.encode("to be, or not")])
+    written = model.generate(ids, 8, temperature=0, end_id=tokenizer.end_id)[0, ids.shape[1] :]
+    text = tokenizer.decode(written.tolist()).partition("<|endoftext|>")[0]
+    assert answer["choices"][0]["message"]["content"] == text
 
 @pytest.mark.parametrize("kind, worst", [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8),
                                          ("q8_0", 1 / 127)])
