@@ -156,8 +156,10 @@ def resume_tiny(out_dir, *argv):
     return succeed(*RESUME, out_dir, *argv)
 
 def check_mistake(code, out, err, named):
-    """A mistake ends in one line that holds all the words of named, with exit code 2."""
-    lines = err.strip().split("\n")
+    """A mistake ends in one line that holds all the words of named, with exit code 2. (Windows
+    prints a path with other slashes than it may have been typed with.)"""
+    lines = err.strip().replace("\\", "/").split("\n")
+    named = [word.replace("\\", "/") for word in named]
     assert code == 2 and out == "" and "Traceback" not in err, err
     assert [line.startswith("error: ") for line in lines].count(True) == 1, err
     assert lines[-1].startswith("error: ") and all(word in lines[-1] for word in named), lines[-1]
