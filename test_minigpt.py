@@ -3374,7 +3374,7 @@ def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
     assert re.search("^error: --mode eval: runs in one process only", err, re.M), err
 
 @pytest.mark.slow
-@POSIX
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_processes_that_are_stopped_continue_exactly(tmp_path):
     """With dropout, which differs between the processes. The first signal goes to the second
     process alone: both must agree on the step after which they stop. Later a process is killed,
@@ -5009,7 +5009,7 @@ def test_epochs_and_perplexity_stand_beside_steps_and_losses(tmp_path):
             perplexity = record[name.replace("loss", "perplexity")]
             assert perplexity == pytest.approx(math.exp(record[name]))
 
-@pytest.mark.skipif(not (HERE / "data" / "input.txt").exists(), reason="needs the real corpus")
+@pytest.mark.skipif(not (HERE / "data" / "input.txt").exists(), reason="needs data/input.txt: python download_data.py")
 def test_the_real_corpus_has_the_figures_of_the_book():
     """65 characters, and the sizes of both parts that every log begins with."""
     text = minigpt.read_corpus("")
@@ -7061,6 +7061,7 @@ def test_two_dashes_as_a_value_are_a_mistake_and_no_crash(tmp_path, monkeypatch)
             code, out, err = run_main(*mode, *argv)
             check_mistake(code, out, err.replace("-", "_"), [flag.replace("-", "_")])
 
+@POSIX
 @pytest.mark.parametrize("flag", ["--data", "--out_dir"])
 def test_a_line_break_in_a_name_does_not_break_the_message(tmp_path, flag):
     """It is one line, whatever the name is, and names the file that was typed, not a temporary."""
