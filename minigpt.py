@@ -5925,3 +5925,44 @@ if __name__ == "__main__":
 # 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
 #     numbers, about 60 % as many as the model has parameters. Each previous-position head adds
 #     the 64 values of the last position.
+
+# ---- References ----------------------------------------------------------------------------------
+# Ba et al. 2016              Layer Normalization
+# Brown et al. 2020           Language Models are Few-Shot Learners (GPT-3)
+# Chen et al. 2025            Cautious Weight Decay
+# Chowdhery et al. 2022       PaLM: Scaling Language Modeling with Pathways
+# Dao et al. 2022             FlashAttention
+# Fan et al. 2018             Hierarchical Neural Story Generation (top-k)
+# Geva et al. 2021            Transformer Feed-Forward Layers Are Key-Value Memories
+# Guo et al. 2017             On Calibration of Modern Neural Networks
+# He et al. 2016a             Deep Residual Learning for Image Recognition
+# He et al. 2016b             Identity Mappings in Deep Residual Networks
+# Hendrycks and Gimpel 2016   Gaussian Error Linear Units
+# Henry et al. 2020           Query-Key Normalization for Transformers
+# Holtzman et al. 2020        The Curious Case of Neural Text Degeneration (top-p)
+# Jiang et al. 2023           Pre-RMSNorm and Pre-CRMSNorm Transformers
+# Jordan 2024                 Muon: An optimizer for hidden layers in neural networks
+# Knuth 1998                  The Art of Computer Programming, volume 3
+# Li et al. 2020              PyTorch Distributed: Experiences on Accelerating Data Parallel Training
+# Liu et al. 2025             Muon is Scalable for LLM Training
+# Loshchilov and Hutter 2017  SGDR: Stochastic Gradient Descent with Warm Restarts
+# Loshchilov and Hutter 2019  Decoupled Weight Decay Regularization (AdamW)
+# Micikevicius et al. 2018    Mixed Precision Training
+# nostalgebraist 2020         interpreting GPT: the logit lens
+# Pascanu et al. 2013         On the Difficulty of Training Recurrent Neural Networks
+# Peng et al. 2023            RWKV: Reinventing RNNs for the Transformer Era
+# Press and Wolf 2017         Using the Output Embedding to Improve Language Models
+# Press et al. 2022           Train Short, Test Long (ALiBi)
+# Radford et al. 2018         Improving Language Understanding by Generative Pre-Training (GPT)
+# Radford et al. 2019         Language Models are Unsupervised Multitask Learners (GPT-2)
+# Sennrich et al. 2016        Neural Machine Translation of Rare Words with Subword Units
+# Shazeer 2020                GLU Variants Improve Transformer
+# So et al. 2021              Primer: Searching for Efficient Transformers for Language Modeling
+# Srivastava et al. 2014      Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+# Su et al. 2021              RoFormer: Enhanced Transformer with Rotary Position Embedding
+# Szegedy et al. 2016         Rethinking the Inception Architecture (label smoothing)
+# Vaswani et al. 2017         Attention Is All You Need
+# Weyl 1916                   Über die Gleichverteilung von Zahlen mod. Eins
+# Xiong et al. 2020           On Layer Normalization in the Transformer Architecture
+# Yang et al. 2025            Qwen3 Technical Report
+# Zhang and Sennrich 2019     Root Mean Square Layer Normalization
