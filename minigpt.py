@@ -50,7 +50,6 @@ with >>> is Python, and the lines below it are what it prints. The tests run all
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -159,15 +158,6 @@ class CharTokenizer:
         """Ids to text."""
         return "".join([self.itos[i] for i in ids])
 
-    def save(self, folder) -> None:
-        """Writes folder/chars.json."""
-        Path(folder, "chars.json").write_text(json.dumps(self.itos), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder) -> CharTokenizer:
-        """Reads what save wrote."""
-        return cls(json.loads(Path(folder, "chars.json").read_text(encoding="utf-8")))
-
 TOKENIZERS = {"char": CharTokenizer}  # Part II adds tokens that are longer than a character
 
 # Question 1   What does `encode` do with a character that did not occur in the corpus? Could the
@@ -199,19 +189,9 @@ class Corpus:
     def from_text(cls, text: str, tokenizer) -> Corpus:
         """Splits a text and encodes both parts."""
         cut = int(0.9 * len(text))
-        train = encode_to_tensor(text[:cut], tokenizer)
-        val = encode_to_tensor(text[cut:], tokenizer)
+        train = torch.as_tensor(tokenizer.encode(text[:cut]))
+        val = torch.as_tensor(tokenizer.encode(text[cut:]))
         return cls(train, val, len(text) - cut)
-
-def encode_to_tensor(text: str, tokenizer) -> torch.Tensor:
-    """The ids of a text (N,), in as few bytes each as the vocabulary needs."""
-    return torch.tensor(tokenizer.encode(text), dtype=id_format(tokenizer.vocab_size))
-
-def id_format(vocab_size: int) -> torch.dtype:
-    """The smallest format of integers that can hold all ids: 1, 2 or 4 bytes."""
-    if vocab_size <= 2**8:
-        return torch.uint8
-    return torch.uint16 if vocab_size <= 2**16 else torch.int32
 
 def get_batch(tokens, block_size: int, batch_size: int, generator=None):
     """batch_size windows at random positions of tokens (N,): x (B, T) and y (B, T), int64.
@@ -303,7 +283,7 @@ class Bigram(nn.Module):
 #
 # >>> text = "to be or not to be " * 20
 # >>> tokenizer = CharTokenizer.train(text)
-# >>> tokens = encode_to_tensor(text, tokenizer)
+# >>> tokens = torch.tensor(tokenizer.encode(text))
 # >>> generator = torch.manual_seed(0)                   # a source of random numbers
 # >>> model = Bigram(GPTConfig(tokenizer.vocab_size))
 # >>> for step in range(201):
@@ -493,15 +473,16 @@ def attention_weights(q, k, mask):
 #           W_O is `c_proj`. The matrices that make q, k and v of all heads stand side by side in
 #           one matrix, `c_attn`, so that one product computes them all. (The names of the layers
 #           are those of GPT-2's published weights. The c is for convolution: GPT-2 used a kind of
-#           layer that was called Conv1D.)
+#           layer that was called Conv1D.) With two heads, the 3 C numbers of a token are:
+#
+#               q of head 0 | q of head 1 | k of head 0 | k of head 1 | v of head 0 | v of head 1
+#
 # Shapes    x (B, T, C) -> q, k, v (B, nh, T, hs) -> weights (B, nh, T, T) -> result (B, T, C)
 # Dropout   During training, dropout sets a random share p of the numbers that pass through it to
 #           zero, so that the model cannot rely on any single one of them. It divides the others by
 #           1 - p, so that the expected sum stays the same [Srivastava et al. 2014]. model.train()
 #           switches it on and model.eval() switches it off. Here it acts on the weights and on the
 #           result.
-# Methods   The class has several small methods, so that a subclass in Part II can override one of
-#           them at a time.
 # Try it    In `weights`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
 #           --max_steps 300. At step 250 the loss is already 0.08: the model has found that
 #           the answer stands at the next position. What it writes is worthless, because there is no
@@ -512,39 +493,25 @@ class CausalSelfAttention(nn.Module):
     "Self" means that queries, keys and values all come from the same sequence."""
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_size = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_attn.parts = 3 * [config.n_embd]  # how many of its channels are for q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        q, k, v = self.heads(x)
-        return self.join(self.attend(q, k, v))
+        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=-1)  # (B, T, C) each
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)  # (B, nh, T, hs)
+        weights = attention_weights(q, k, causal_mask(x.shape[1], x.device))  # (B, nh, T, T)
+        y = self.attn_dropout(weights) @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C): the heads of a token next to each other again
+        return self.resid_dropout(self.c_proj(y))
 
-    def heads(self, x):
-        """The queries, keys and values of all heads: (B, T, C) -> three times (B, nh, T, hs)."""
-        x = self.c_attn(x)  # (B, T, 3 C): the queries of all heads, then the keys, then the values
-        x = x.unflatten(-1, (3 * self.n_head, -1))  # (B, T, 3 nh, hs)
-        # A matrix product works on the last two dimensions and repeats for all others. With the
-        # heads before the time, it multiplies (T, hs) matrices, once for each head of each
-        # sequence.
-        x = x.transpose(1, 2)  # (B, 3 nh, T, hs)
-        return x.chunk(3, dim=1)  # (B, nh, T, hs) each
-
-    def attend(self, q, k, v):
-        """The equation: (B, nh, T, hs) three times -> (B, nh, T, hs)."""
-        return self.attn_dropout(self.weights(q, k)) @ v
-
-    def weights(self, q, k):
-        """How much each position takes from each: (B, nh, T, T)."""
-        T = q.shape[2]
-        return attention_weights(q, k, causal_mask(T, q.device))
-
-    def join(self, y):
-        """Concat(...) W_O: (B, nh, T, hs) -> (B, T, C)."""
-        y = y.transpose(1, 2)  # (B, T, nh, hs): the heads of a token next to each other again
-        return self.resid_dropout(self.c_proj(y.flatten(2)))  # flatten: (B, T, C)
+    def split_heads(self, x):
+        """(B, T, C) -> (B, nh, T, hs). A matrix product works on the last two dimensions. With the
+        heads before the time, it multiplies (T, hs) matrices, once for each head of each text."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 ATTENTION = {"explicit": CausalSelfAttention}  # Part II adds faster and more capable forms
 
@@ -828,23 +795,11 @@ class GPT(nn.Module):
         tokens = self.wte(idx.to(device))  # (B, T, C)
         return self.drop(tokens + self.wpe(positions.to(device)))  # (B, T, C) + (T, C)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, end_id=None,
-                 **options):
-        """Continues idx (B, T): returns at most (B, T + max_new_tokens).
-
-        end_id, if given, is the token that ends a text. A row that has drawn it is filled up with
-        it, and generation stops early when every row has drawn it. The next chapter explains the
-        other arguments; options are those of stream_tokens."""
-        parts = [idx]
-        ended = torch.zeros(len(idx), 1, dtype=torch.bool)
-        for token in stream_tokens(self, idx, max_new_tokens, temperature, top_k, top_p, **options):
-            if end_id is not None:
-                token = token.masked_fill(ended, end_id)
-                ended = token == end_id
-            parts.append(token)
-            if ended.all():
-                break
-        return torch.cat(parts, dim=1)
+    def generate(self, idx, max_new_tokens, temperature=1.0, **options):
+        """Continues idx (B, T): returns (B, T + max_new_tokens). The next chapter explains the
+        options, which are those of stream_tokens."""
+        new = stream_tokens(self, idx, max_new_tokens, temperature, **options)
+        return torch.cat([idx, *new], dim=1)
 
 MODELS = {"gpt": GPT, "bigram": Bigram}
 
@@ -923,38 +878,29 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     p = torch.softmax(filter_logits(logits, top_k, top_p), dim=-1)
     return torch.multinomial(p, num_samples=1, generator=generator)
 
-class PlainReader:
-    """Reads a text that grows, and computes the logits of its next token.
-
-    It reads the whole window again each time. Part II has a reader that remembers."""
-    def __init__(self, model):
-        self.model = model.eval()
-        self.window = torch.zeros(1, 0, dtype=torch.long)  # nothing read so far
-
-    @torch.no_grad()  # do not record the computation for gradients
-    def read(self, new):
-        """Takes the tokens (B, n) that follow those already read; returns logits (B, V)."""
-        window = torch.cat([self.window.expand(len(new), -1), new.cpu()], dim=1)
-        self.window = window[:, -self.model.config.block_size :]
-        logits, _ = self.model(self.window)  # (B, T, V)
-        # Only the last position predicts a token that we do not have yet.
-        return logits[:, -1].float().cpu()
-
-READERS = {"explicit": PlainReader}  # by the kind of attention
+@torch.no_grad()  # do not record the computation for gradients
+def read_window(model, idx):
+    """The logits (B, V) of the token that follows idx (B, T), from its last block_size tokens."""
+    logits, _ = model.eval()(idx[:, -model.config.block_size :])  # (B, T, V)
+    # Only the last position predicts a token that we do not have yet.
+    return logits[:, -1].float().cpu()
 
 def new_reader(model):
-    """A reader that suits the model's attention. PlainReader serves every model."""
-    if not isinstance(model, GPT):
-        return PlainReader(model)
-    return READERS.get(model.config.attention, PlainReader)(model)
+    """A function that takes a text idx (B, T) and returns the logits (B, V) of the next token."""
+    for kind in type(model.h[0].attn).__mro__ if isinstance(model, GPT) else []:
+        if kind in READERS:
+            return READERS[kind](model)
+    return lambda idx: read_window(model, idx)
+
+READERS = {}  # by the class of the attention: Part II adds a reader that remembers what it has read
 
 def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
                   generator=None, reader=None):
     """Yields max_new_tokens tokens (B, 1), one after the other, that continue idx (B, T)."""
     reader = reader or new_reader(model)
-    new = idx
     for _ in range(max_new_tokens):
-        new = draw_token(reader.read(new), temperature, top_k, top_p, generator)
+        new = draw_token(reader(idx), temperature, top_k, top_p, generator)
+        idx = torch.cat([idx, new], dim=1)
         yield new
 
 # One line on its way through the trained model of `plain`:
@@ -1373,6 +1319,10 @@ class Run:
         make_batches = SAMPLING[self.config.sampling]
         return make_batches(self.corpus.train, self.model.config.block_size, self.config, self.step)
 
+    def take_step(self):
+        """One update of the weights. Returns its loss and the norm of its gradient."""
+        return train_step(self.runner, self.optimizer, self.batches(), self.config)
+
     def estimate(self) -> dict[str, float]:
         """The estimated losses of the model as it is."""
         return estimate_loss(self.model, self.corpus, self.config)
@@ -1412,17 +1362,17 @@ class Run:
         return nats
 
 def evaluate_and_save(run: Run) -> None:
-    """Estimates both losses and shows a sample. Writes latest.pt, and also best.pt if the
-    validation loss is the lowest so far."""
+    """Estimates both losses and shows a sample. Writes best.pt if the validation loss is the lowest
+    so far, and latest.pt."""
     losses = run.estimate()
     better = losses["val"] < run.best_val
     if better:
         run.best_val = losses["val"]
         run.best_step = run.step
     run.journal.report_evaluation(run, losses, better)
-    run.save("latest.pt")
     if better:
         run.save("best.pt")
+    run.save("latest.pt")  # last: a run that goes on from it can rely on best.pt
 
 def train(run: Run, after_step=None) -> None:
     """Trains until run.finished(). after_step, if given, is called with the run after each step."""
@@ -1433,7 +1383,7 @@ def train(run: Run, after_step=None) -> None:
         torch.manual_seed(derived_seed(config.seed, run.step))  # for dropout
         for group in run.optimizer.param_groups:
             group["lr"] = get_lr(run.step, config)
-        loss, norm = train_step(run.runner, run.optimizer, run.batches(), config)
+        loss, norm = run.take_step()
         run.step += 1
         run.journal.report_step(run, loss, norm)
         if run.step % config.eval_interval == 0 or run.step == config.max_steps:
@@ -1550,9 +1500,8 @@ def train(run: Run, after_step=None) -> None:
 # Part II: Better
 #
 # Part I is the architecture of GPT-2 (2019). This part varies it, one chapter for each variation,
-# and ends close to the architecture of Qwen3 (2025), an open model. A variation is an entry in one
-# of the tables of Part I, under a key of its own, or a switch of its own. Nothing of Part I is
-# changed.
+# and ends at the architecture of Qwen3 (2025), an open model. A variation is an entry in one of the
+# tables of Part I, under a key of its own, or a switch of its own. Nothing of Part I is changed.
 #
 # "Here" tells what a variation did on this machine: the loss of the preset `plain` after 300 steps
 # with this one change, in nats per character on the full validation split, mean and standard
@@ -1567,10 +1516,10 @@ def train(run: Run, after_step=None) -> None:
 # ==================================================================================================
 
 import collections
-import copy
 import functools
 import heapq
 import importlib.util
+import json
 import re
 import unicodedata
 
@@ -1588,21 +1537,24 @@ class ModelConfig(GPTConfig):
     activation: str = "gelu"  # the activation function of the MLP
     tie_weights: bool = True  # whether the token table is also the output head
     qk_norm: bool = False  # whether queries and keys are normalized
-    norm_scale: bool = True  # whether norms have a gain that is learned
+    norm_scale: bool = True  # whether RMSNorm has a gain that is learned
     prev_heads: int = 0  # heads of each attention that always read the previous position
+    n_kv_head: int = 0  # heads that have keys and values, which the others share; 0: all
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.norm_scale and self.norm not in NORMS_WITHOUT_SCALE:
-            raise UserError(f"--no_norm_scale: needs --norm {' or '.join(NORMS_WITHOUT_SCALE)}")
+        if not self.norm_scale and self.norm != "rmsnorm":
+            raise UserError("--no_norm_scale: needs --norm rmsnorm")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise UserError(f"--n_kv_head {self.n_kv_head}: must divide --n_head {self.n_head}")
         if not issubclass(ATTENTION[self.attention], Attention):
             able = " or ".join(key for key in ATTENTION if issubclass(ATTENTION[key], Attention))
-            if self.pos in ROTATIONS:
-                raise UserError(f"--pos {self.pos}: needs --attention {able}")
-            if self.qk_norm:
-                raise UserError(f"--qk_norm: needs --attention {able}")
-            if self.prev_heads:
-                raise UserError(f"--prev_heads {self.prev_heads}: needs --attention {able}")
+            for flag, needed in ((f"--pos {self.pos}", self.pos in ROTATIONS),
+                                 ("--qk_norm", self.qk_norm),
+                                 (f"--prev_heads {self.prev_heads}", self.prev_heads),
+                                 (f"--n_kv_head {self.n_kv_head}", self.n_kv_head)):
+                if needed:
+                    raise UserError(f"{flag}: needs --attention {able}")
 
 @dataclass
 class RunConfig(TrainConfig):
@@ -1645,9 +1597,13 @@ class RMSNorm(nn.Module):
     """Scales the channels of each token to a root mean square of 1, then applies a gain."""
     eps = 1e-5
 
-    def __init__(self, n_embd: int):
+    def __init__(self, n_embd: int, scale: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
+        gain = torch.ones(n_embd)
+        if scale:
+            self.weight = nn.Parameter(gain)
+        else:
+            self.register_buffer("weight", gain)  # saved with the model, but not learned
 
     def forward(self, x):
         y = x.float()  # queries and keys may come in 16 bits, which are too coarse for squares
@@ -1655,16 +1611,9 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(mean_square + self.eps) * self.weight
         return y.to(x.dtype)
 
-def without_scale(norm):
-    """The same norm with a gain that stays 1: it is saved with the model, but not learned."""
-    gain = norm.weight.data
-    del norm.weight
-    norm.register_buffer("weight", gain)
-    return norm
-
 def rms_norm(n: int, config: GPTConfig) -> RMSNorm:
     """An RMSNorm of n channels."""
-    return RMSNorm(n) if config.norm_scale else without_scale(RMSNorm(n))
+    return RMSNorm(n, config.norm_scale)
 
 def no_norm(n: int, config: GPTConfig) -> nn.Module:
     """Passes its input on unchanged."""
@@ -1672,7 +1621,6 @@ def no_norm(n: int, config: GPTConfig) -> nn.Module:
 
 NORMS["rmsnorm"] = rms_norm
 NORMS["none"] = no_norm
-NORMS_WITHOUT_SCALE = ["rmsnorm", "fused_layernorm"]  # those that can do without a gain
 
 # ---- Where the norm stands: post-norm ------------------------------------------------------------
 # Problem   The first Transformer normalized after each addition, on the residual stream itself
@@ -1801,7 +1749,7 @@ class Attention(CausalSelfAttention):
     """Part I's attention, whose queries and keys may be normalized, rotated and remembered."""
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        hs = config.n_embd // config.n_head
+        hs = self.head_size
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = NORMS[config.norm](hs, config)
@@ -1814,6 +1762,12 @@ class Attention(CausalSelfAttention):
             width = config.prev_heads * hs
             self.c_prev = nn.Linear(config.n_embd, width, bias=config.bias)
             self.c_proj = nn.Linear(config.n_embd + width, config.n_embd, bias=config.bias)
+        self.group = 1  # how many heads share a key and a value
+        if config.n_kv_head:  # the chapter "Heads that share keys and values"
+            self.group = config.n_head // config.n_kv_head
+            parts = [config.n_embd, config.n_kv_head * hs, config.n_kv_head * hs]
+            self.c_attn = nn.Linear(config.n_embd, sum(parts), bias=config.bias)
+            self.c_attn.parts = parts
 
     def forward(self, x, memory=None):
         """memory is a LayerMemory, which holds the keys and values of earlier tokens, or None."""
@@ -1823,7 +1777,34 @@ class Attention(CausalSelfAttention):
         y = self.attend(q, k, v)
         if self.prev_heads:
             y = torch.cat([y, self.read_previous(x, memory)], dim=1)  # (B, nh + prev_heads, T, hs)
-        return self.join(y)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def heads(self, x, start: int = 0):
+        """(B, T, C) -> q, k, v (B, nh, T, hs) of tokens at the positions start, start + 1, ..."""
+        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=-1)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        return q, k, v
+
+    def attend(self, q, k, v):
+        """softmax(Q K^T / sqrt(hs) + mask) V: (B, nh, T, hs)."""
+        return self.attn_dropout(self.weights(q, k)) @ self.for_all_heads(v)
+
+    def weights(self, q, k):
+        """q (B, nh, T, hs) of the last T tokens, k of all S: (B, nh, T, S)."""
+        mask = self.mask(q.shape[2], k.shape[2], q.device)
+        return attention_weights(q, self.for_all_heads(k), mask)
+
+    def mask(self, T: int, S: int, device):
+        """What is added to the scores of the last T of S tokens: the end of causal_mask(S)."""
+        return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
+
+    def for_all_heads(self, x):
+        """The keys or values (B, n_kv_head, S, hs) of each head: (B, nh, S, hs)."""
+        return x if self.group == 1 else x.repeat_interleave(self.group, dim=1)
 
     def read_previous(self, x, memory=None):
         """The values of the previous position: (B, T, C) -> (B, prev_heads, T, hs)."""
@@ -1832,25 +1813,7 @@ class Attention(CausalSelfAttention):
         if memory is not None:
             before = memory.previous.get("values", before)
             memory.previous["values"] = v[:, -1:]
-        v = torch.cat([before, v[:, :-1]], dim=1)
-        return v.unflatten(-1, (self.prev_heads, -1)).transpose(1, 2)
-
-    def heads(self, x, start: int = 0):
-        """(B, T, C) -> q, k, v (B, nh, T, hs) of tokens at the positions start, start + 1, ..."""
-        q, k, v = super().heads(x)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotates:
-            q, k = self.rotary(q, start), self.rotary(k, start)
-        return q, k, v
-
-    def weights(self, q, k):
-        """q (B, nh, T, hs) of the last T tokens, k (B, nh, S, hs) of all S: (B, nh, T, S)."""
-        return attention_weights(q, k, self.mask(q.shape[2], k.shape[2], q.device))
-
-    def mask(self, T: int, S: int, device):
-        """What is added to the scores of the last T of S tokens: the end of causal_mask(S)."""
-        return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
+        return self.split_heads(torch.cat([before, v[:, :-1]], dim=1))
 
 ATTENTION["extended"] = Attention
 
@@ -1890,6 +1853,7 @@ class SwiGLU(MLP):
         super().__init__(config)
         hidden = int(config.mlp_ratio * config.n_embd * 2 / 3)
         self.c_fc = nn.Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_fc.parts = [hidden, hidden]  # W and U
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
     def activate(self, x):
@@ -1958,6 +1922,17 @@ BLOCKS["shift"] = ShiftBlock
 #           has RoPE, QK-norm and no biases, as `laptop` has.
 # Shapes    (B, T, C) -> (B, prev_heads, T, hs), joined to the other heads before c_proj
 # Here      --prev_heads 1 --attention extended: 1.923 ± 0.006. Only token shift gains more.
+
+# ---- Heads that share keys and values ------------------------------------------------------------
+# Problem   A model that writes keeps the keys and values of all tokens (see "The key/value cache").
+#           In large models with long contexts, they take more memory than the weights.
+# Answer    Grouped-query attention: several heads share one key head and one value head, and only
+#           their queries differ [Ainslie et al. 2023, section 2.2]. With n_head = 4 and
+#           n_kv_head = 2, heads 0 and 1 share the first key and value, heads 2 and 3 the second.
+#           With n_kv_head = 1, all heads share one [Shazeer 2019]. In the class Attention, c_attn
+#           then has fewer outputs, and `for_all_heads` repeats keys and values for their heads.
+# Shapes    k, v (B, n_kv_head, T, hs) -> (B, nh, T, hs)
+# Here      GQA_HERE
 
 # ---- Byte-pair encoding --------------------------------------------------------------------------
 # Problem   Characters make long sequences: "the" takes three steps of the model. Whole words make
@@ -2051,17 +2026,17 @@ def split_words(text: str) -> list[str]:
     """The words of a text by GPT-2's pattern."""
     return word_pattern().findall(text)
 
-def in_pieces(text: str, start: int = 0, end: int | None = None, size: int = 2**20):
-    """Yields text[start:end] in pieces of about `size` characters, so that a large text can be
-    processed without several copies of it. No word crosses from one piece to the next: a piece
-    ends before a space or a line break that follows a character that is not white space."""
-    end = len(text) if end is None else end
+def in_pieces(text: str, size: int = 2**20):
+    """Yields a text in pieces of about `size` characters, so that a large text can be processed
+    without several copies of it. No word crosses from one piece to the next: a piece ends before a
+    space or a line break that follows a character that is not white space."""
     boundary = re.compile(r"(?<=\S)[ \n]")
-    while start < end:
-        found = boundary.search(text, min(start + size, end), end)
-        stop = found.start() if found else end
-        yield text[start:stop]
-        start = stop
+    start = 0
+    while start < len(text):
+        found = boundary.search(text, start + size)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
 
 def repair_surrogates(text: str) -> str:
     """Replaces half characters (lone surrogates), which UTF-8 cannot write, by U+FFFD."""
@@ -2082,22 +2057,23 @@ def repair_surrogates(text: str) -> str:
 # Here      --tokenizer bpe: 2.697 ± 0.013 bits per character, where `plain` has 3.288 ± 0.005.
 #           But each step then sees 2.4 times as much text.
 #
-# GPT-2 numbers the bytes in an order of its own, and its files show each byte as a visible
-# character: itself where it has a visible shape, or a character from U+0100 on where it has none.
-VISIBLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = VISIBLE_BYTES + [byte for byte in range(256) if byte not in VISIBLE_BYTES]
-BYTE_TO_SHOWN = {byte: chr(byte) for byte in VISIBLE_BYTES}
-for byte in BYTE_ORDER[len(VISIBLE_BYTES) :]:
-    BYTE_TO_SHOWN[byte] = chr(256 + len(BYTE_TO_SHOWN) - len(VISIBLE_BYTES))
-SHOWN_TO_BYTE = {shown: byte for byte, shown in BYTE_TO_SHOWN.items()}
-
 # While we merge, a word is a str in which the character chr(i) stands for token i. Then one merge
 # is one call of str.replace, which is fast, and a pair is a str of two characters.
-BYTE_TO_TOKEN = {byte: chr(i) for i, byte in enumerate(BYTE_ORDER)}
+#
+# GPT-2 numbers the bytes in an order of its own: first those that are visible characters, then the
+# others. In its files, it shows one of the others as a character from U+0100 on.
+VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_ORDER = sorted(range(256), key=lambda byte: (byte not in VISIBLE, byte))  # byte of each id
+SHOWN = [chr(byte if byte in VISIBLE else 256 + i - len(VISIBLE))
+         for i, byte in enumerate(BYTE_ORDER)]
+BYTE_TO_SHOWN = dict(zip(BYTE_ORDER, SHOWN))
+SHOWN_TO_BYTE = dict(zip(SHOWN, BYTE_ORDER))
 
 def to_token_str(word: str) -> str:
     """A word as such a str: one character for each of its bytes in UTF-8."""
     return word.encode("utf-8").decode("latin-1").translate(BYTE_TO_TOKEN)
+
+BYTE_TO_TOKEN = {byte: chr(i) for i, byte in enumerate(BYTE_ORDER)}
 
 def pairs_of(word: str) -> list[str]:
     """The pairs of neighbours in a word.
@@ -2140,20 +2116,15 @@ class MergeLearner:
         return None
 
     def merge(self, pair: str, token: str) -> None:
-        """Replaces a pair by a token wherever it occurs.
-
-        Only pairs that touch the new token change. With X for the token, a run of it in a word,
-        such as lXXr, was l(ab)(ab)r before. The left and right neighbours may be missing."""
+        """Replaces a pair by a token wherever it occurs. The pairs of the old words are taken back,
+        and those of the new words are added."""
         for number in self.places.pop(pair):
-            word = self.words[number].replace(pair, token)
-            self.words[number] = word
-            for run in re.finditer(f"{token}+", word):
-                start, end = run.span()
-                left, right = word[max(start - 1, 0) : start], word[end : end + 1]
-                for old in pairs_of(left + (end - start) * pair + right):
-                    self.counts[old] -= self.frequencies[number]
-                for new in pairs_of(left + run[0] + right):
-                    self.add(number, new, 1)
+            word = self.words[number]
+            for old in pairs_of(word):
+                self.counts[old] -= self.frequencies[number]
+            self.words[number] = word.replace(pair, token)
+            for new in pairs_of(self.words[number]):
+                self.add(number, new, 1)
 
 class BPETokenizer:
     """Byte-level BPE that reads and writes GPT-2's files.
@@ -2188,10 +2159,10 @@ class BPETokenizer:
         return self.merges
 
     @classmethod
-    def train(cls, text: str, vocab_size: int, progress=None) -> BPETokenizer:
+    def train(cls, text: str, vocab_size: int, progress=lambda share: None) -> BPETokenizer:
         """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
 
-        progress, if given, is called with the share that is done."""
+        progress is called with the share that is done."""
         word_counts = collections.Counter()
         for piece in in_pieces(text):
             for part in repair_surrogates(piece).split(END_OF_TEXT):
@@ -2202,15 +2173,13 @@ class BPETokenizer:
         while len(tokens) < vocab_size - 1:  # one place is for END_OF_TEXT
             pair = learner.most_frequent()
             if pair is None:
-                if progress is not None:
-                    progress(1.0)
+                progress(1.0)
                 break
             learner.merge(pair, chr(len(tokens)))
             a, b = tokens[ord(pair[0])], tokens[ord(pair[1])]
             merges.append((a, b))
             tokens.append(a + b)
-            if progress is not None:
-                progress(len(tokens) / (vocab_size - 1))
+            progress(len(tokens) / (vocab_size - 1))
         return cls(merges)
 
     def encode_word(self, word: str) -> list[int]:
@@ -2298,20 +2267,9 @@ def unshow_bytes(shown: str) -> bytes:
     """The opposite of show_bytes."""
     return bytes([SHOWN_TO_BYTE[character] for character in shown])
 
-# If you want to use our tokens in another program, hand them to the library tiktoken, which encodes
-# faster. It knows a token by its bytes and its rank, and merges the two neighbours whose bytes
-# together have the lowest rank. For tokens that were learned by merging, this is the same thing.
-# Its pattern is the one that `word_pattern` spells out.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-def to_tiktoken(tokenizer: BPETokenizer):
-    """A tiktoken.Encoding with the same ids. Needs the package tiktoken."""
-    import tiktoken
-
-    ranks = {token: i for i, token in enumerate(tokenizer.tokens[: tokenizer.end_id])}
-    return tiktoken.Encoding("minigpt", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
-                             special_tokens={END_OF_TEXT: tokenizer.end_id})
-
+# GPT-2's own tokens come from the library tiktoken. It knows a token by its bytes and its rank, and
+# merges the two neighbours whose bytes together have the lowest rank. For tokens that were learned
+# by merging, this is the same thing.
 def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recovers the merges from tiktoken's ranks. Apply all earlier merges to a token's bytes: the
     two tokens that are left are the pair that made it."""
@@ -2331,31 +2289,18 @@ class GPT2Tokenizer(BPETokenizer):
 
     @classmethod
     def fetch(cls) -> BPETokenizer:
-        """From tiktoken if it is installed, otherwise from Hugging Face. Both keep what they have
-        downloaded. Raises UserError if that fails, and ImportError if neither is installed."""
-        if importlib.util.find_spec("tiktoken") is not None:
-            import tiktoken
-
-            try:
-                return BPETokenizer(merges_from_ranks(gpt2_ranks(tiktoken.get_encoding("gpt2"))))
-            except Exception:  # the library raises errors of many kinds
-                raise UserError(cls.not_fetched) from None
-        from huggingface_hub import snapshot_download
+        """From tiktoken, which keeps what it has downloaded. Raises UserError if that fails, and
+        ImportError without the package."""
+        import tiktoken
 
         try:
-            folder = snapshot_download("openai-community/gpt2",
-                                       allow_patterns=["vocab.json", "merges.txt"])
-        except Exception:
-            raise UserError(cls.not_fetched) from None
-        return BPETokenizer.load(folder)
-
-    not_fetched = ("--tokenizer gpt2: GPT-2's tokens (vocab.json and merges.txt) could not be "
-                   "downloaded; connect to the network once, or use --tokenizer bpe")
-
-def gpt2_ranks(encoding) -> dict[bytes, int]:
-    """The bytes and the rank of each token of a tiktoken.Encoding, without the special ones."""
-    return {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)
-            if i != encoding.eot_token}
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception:  # the library raises errors of many kinds
+            raise UserError("--tokenizer gpt2: GPT-2's tokens could not be downloaded; connect to "
+                            "the network once, or use --tokenizer bpe") from None
+        return BPETokenizer(merges_from_ranks(
+            {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)
+             if i != encoding.eot_token}))
 
 TOKENIZERS["bpe"] = BPETokenizer
 TOKENIZERS["gpt2"] = GPT2Tokenizer
@@ -2403,7 +2348,7 @@ def orthogonalize(G):
 class Muon(torch.optim.AdamW):
     """AdamW, except for the last group, whose matrices take Muon's steps.
 
-    That group has a list `parts`: how many matrices each weight stacks, 3 for c_attn (q, k, v)."""
+    That group has a list `parts`: the numbers of rows of the matrices that each weight stacks."""
     def __init__(self, groups, dtype=torch.float32, **options):
         super().__init__(groups, **options)
         self.dtype = dtype  # of the matrix products
@@ -2417,7 +2362,7 @@ class Muon(torch.optim.AdamW):
                 continue
             update = self.look_ahead(p, group["momentum"])
             p.grad = None  # so that AdamW leaves it alone
-            for w, u in zip(p.chunk(parts), update.chunk(parts)):
+            for w, u in zip(p.split(parts), update.split(parts)):
                 if w.shape[0] > w.shape[1]:
                     w, u = w.mT, u.mT  # views: writing to w writes to p
                 stacks[w.shape].append((w, u))
@@ -2443,21 +2388,12 @@ class Muon(torch.optim.AdamW):
             w.mul_(1 - group["lr"] * group["weight_decay"])
             w.sub_(update * size)
 
-def stacked_matrices(name: str, config: ModelConfig) -> int:
-    """How many matrices stand side by side in a weight: q, k and v in c_attn; gate and up in the
-    c_fc of SwiGLU; otherwise one."""
-    if "c_attn" in name:
-        return 3
-    if "c_fc" in name and config.activation == "swiglu":
-        return 2
-    return 1
-
 def make_muon(model: nn.Module, config: RunConfig) -> Muon:
     """Muon for the matrices in the blocks, AdamW for everything else."""
     matrices = {}
-    for name, p in model.named_parameters():
-        if name.startswith("h.") and p.dim() == 2:
-            matrices[p] = stacked_matrices(name, model.config)
+    for layer in model.h.modules() if isinstance(model, GPT) else []:
+        if isinstance(layer, nn.Linear):
+            matrices[layer.weight] = getattr(layer, "parts", [layer.out_features])
     groups = weight_groups(model, config)
     groups[0]["params"] = [p for p in groups[0]["params"] if p not in matrices]
     groups.append({"params": list(matrices), "parts": list(matrices.values()),
@@ -2556,6 +2492,7 @@ class FusedAttention(Attention):
         # Subtle: on a CPU in bfloat16, the backward pass of the kernel is slower than ours.
         if self.training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return super().attend(q, k, v)
+        k, v = self.for_all_heads(k), self.for_all_heads(v)
         T, S = q.shape[2], k.shape[2]
         dropout = self.attn_dropout.p if self.training else 0.0
         if T == S:
@@ -2571,14 +2508,13 @@ class FusedLayerNorm(LayerNorm):
 
 def fused_layer_norm(n: int, config: GPTConfig) -> FusedLayerNorm:
     """A FusedLayerNorm of n channels."""
-    norm = FusedLayerNorm(n, config.bias)
-    return norm if config.norm_scale else without_scale(norm)
+    return FusedLayerNorm(n, config.bias)
 
 ATTENTION["fused"] = FusedAttention
 NORMS["fused_layernorm"] = fused_layer_norm
 
 # ---- The key/value cache -------------------------------------------------------------------------
-# Problem   To draw the 200th token, PlainReader reads the 199 tokens before it. It read 198 of them
+# Problem   To draw the 200th token, read_window reads the 199 tokens before it. It read 198 of them
 #           a moment ago. No position sees a later one, so nothing about them has changed.
 # Answer    Keep what later tokens need of earlier ones: their keys and values, in every layer. The
 #           prompt goes through the model as a whole ("prefill"). After that, each new token goes
@@ -2615,66 +2551,30 @@ class LayerMemory:
         self.length += T
         return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
-# Vectors   A layer that reads a single token multiplies its matrix by one vector. PyTorch leaves
-#           this product to a routine that, on our machine, uses only one core. But a batch of
-#           several such products is divided among the cores. So we cut a large matrix into pieces
-#           with fewer rows, and multiply all of them by the same vector in one batch. A model of
-#           the size of `gpt` writes 285 tokens per second with this and 194 without it. Smaller
-#           matrices, such as all those of `plain` and `laptop`, are left whole, because an
-#           additional operation would cost more than it saves.
-# Copy      The reader works on a copy of the model, which shares its weights, so that the model
-#           itself is not changed. Dropout does nothing when a text is written, so the copy has
-#           none.
-class VectorLinear(nn.Module):
-    """The same function as the Linear whose weights it shares, on several cores."""
-    smallest = 2**17  # numbers in a matrix that is worth cutting
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight  # (n_out, n_in)
-        self.bias = linear.bias
-        self.pieces = 1
-        if linear.weight.device.type == "cpu" and linear.weight.numel() >= self.smallest:
-            # The greatest common divisor: all pieces then have the same number of rows.
-            self.pieces = math.gcd(linear.out_features, torch.get_num_threads())
-
-    def forward(self, x):
-        n_in = x.shape[-1]
-        if self.pieces == 1 or x.numel() > n_in:  # nothing to divide, or several vectors
-            return F.linear(x, self.weight, self.bias)
-        vectors = x.view(1, 1, n_in).expand(self.pieces, -1, -1)  # the same one for each piece
-        matrices = self.weight.view(self.pieces, -1, n_in).mT  # (pieces, n_in, n_out / pieces)
-        y = (vectors @ matrices).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-def copy_for_writing(module: nn.Module) -> nn.Module:
-    """A copy that shares all weights with the module, has VectorLinears, and no dropout."""
-    if type(module) is nn.Linear:
-        return VectorLinear(module)
-    if isinstance(module, nn.Dropout):
-        return nn.Identity()
-    copied = copy.copy(module)  # a new object with the same attributes
-    copied._modules = dict(module._modules)  # where PyTorch keeps the parts of a module
-    for name, part in module.named_children():
-        copied._modules[name] = copy_for_writing(part)
-    return copied
-
 # Window    When a text outgrows block_size, the window has to move. Learned positions then change
 #           for every token. With RoPE, only differences of positions count. But above the first
 #           layer, the kept keys and values were computed from tokens that the window no longer
-#           has. So it must be read again. PlainReader moves the window by one token each time. That
+#           has. So it must be read again. Part I moves the window by one token each time. That
 #           would make the cache useless. So this reader keeps the last block_size / 2 tokens, with
 #           the new ones, and then has room for many more. From there on, its text differs from
-#           PlainReader's. (remember=False, which is --no_cache, reads the same windows as the
+#           Part I's. (remember=False, which is --no_cache, reads the same windows as the
 #           cache.) A prompt that is too long is cut to its last block_size tokens.
-class CachedReader(PlainReader):
+class CachedReader:
     """A reader that reads each token once, as long as the window need not move.
 
     With remember=False it reads the same windows without keeping anything, to compare."""
     def __init__(self, model, remember: bool = True):
-        super().__init__(copy_for_writing(model.eval()))
+        self.model = model.eval()
         self.remember = remember
+        self.n_read = 0  # tokens of the text
+        self.window = torch.zeros(1, 0, dtype=torch.long)  # those that the memory holds
         self.forget()
+
+    def __call__(self, idx):
+        """Takes a text (B, T) that begins with what was read before; returns logits (B, V)."""
+        new = idx[:, self.n_read :]
+        self.n_read = idx.shape[1]
+        return self.read(new)
 
     def forget(self) -> None:
         """Empties the memory of all layers."""
@@ -2706,8 +2606,7 @@ class CachedReader(PlainReader):
         last = self.model.ln_f(x[:, -1:])
         return self.model.lm_head(last)[:, -1].float().cpu()
 
-READERS["extended"] = CachedReader
-READERS["fused"] = CachedReader
+READERS[Attention] = CachedReader
 
 # Question 23  How many numbers does the cache of `laptop` hold when its window is full?
 
@@ -2718,9 +2617,9 @@ READERS["fused"] = CachedReader
 #
 #     ACTIVATIONS[key](config)       a module (B, T, C) -> (B, T, C), usually a subclass of MLP
 #     ATTENTION[key](config)         the same; here the entry must be a class. A subclass of
-#                                    Attention has RoPE. It has the cache, too, if you add
-#                                    READERS[key] = CachedReader
-#     READERS[key](model)            a reader, by the key of the attention; otherwise PlainReader
+#                                    Attention has RoPE and the cache
+#     READERS[class](model)          a function from a text (B, T) to the logits (B, V) of the next
+#                                    token, by the class of the attention
 #     BLOCKS[key](config)            the same as for ACTIVATIONS, usually a subclass of Block
 #     NORMS[key](n, config)          a module for n channels
 #     POSITIONS[key](config)         a module: positions (T,) -> vectors (T, C), or 0.0
@@ -2736,16 +2635,16 @@ READERS["fused"] = CachedReader
 # reads a text in several pieces).
 
 # ---- From GPT-2 to Qwen3 -------------------------------------------------------------------------
-# The chapters above contain nearly everything that separates Part I from an open model of today,
-# for instance Qwen3 [Yang et al. 2025]: RMSNorm instead of LayerNorm, RoPE instead of learned
-# positions, QK-norm, SwiGLU instead of GELU, and no biases. (Large models also use grouped-query
-# attention: several query heads share one key head and one value head, which makes the cache
-# smaller. We leave that out.) These settings build such a model:
+# The chapters above contain everything that separates Part I from Qwen3 [Yang et al. 2025], an open
+# model of today: RMSNorm instead of LayerNorm, RoPE instead of learned positions, QK-norm, heads
+# that share keys and values, SwiGLU instead of GELU, and no biases. These settings build such a
+# model:
 #
 # >>> qwen3 = ModelConfig(65, block_size=128, n_layer=4, n_head=4, n_embd=128, bias=False,
-# ...     norm="rmsnorm", pos="rope", attention="fused", qk_norm=True, activation="swiglu")
+# ...     norm="rmsnorm", pos="rope", attention="fused", qk_norm=True, activation="swiglu",
+# ...     n_kv_head=2)
 # >>> count_parameters(GPT(qwen3))
-# 795648
+# 730112
 #
 # Part IV writes models of both forms, GPT-2's and Qwen3's, so that other programs can run them.
 
@@ -2863,7 +2762,6 @@ READERS["fused"] = CachedReader
 # run on a real machine needs. The training loop is still the one of Part I.
 # ==================================================================================================
 
-import array
 import contextlib
 import ctypes
 import hashlib
@@ -2882,7 +2780,7 @@ PROGRAM = Path(globals().get("__file__", "minigpt.py")).resolve()  # no __file__
 # Answer    Mixed precision [Micikevicius et al. 2018]: weights, residual stream, norms and loss
 #           stay in float32, and `autocast` computes each matrix product in bfloat16. That format
 #           has the range of float32 (8 bits of exponent) but only 8 bits of precision. Older GPUs
-#           have float16 instead, which needs loss scaling (the next chapter).
+#           have float16 instead.
 # Here      `plain` trains 1.4 times as fast as with --dtype float32 (--mode bench).
 def find_device(name: str) -> torch.device:
     """The device of that name; auto means the best one. Raises UserError if it is not present."""
@@ -2914,6 +2812,13 @@ def find_dtype(name: str, device: torch.device) -> str:
             return "bfloat16"
     return "float32"
 
+#
+# float16   has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many gradients are
+#           smaller than that. So the loss is multiplied by a large factor S, and by the chain rule
+#           all gradients are S times as large. They are divided by S, in float32, before they are
+#           used [Micikevicius et al. 2018, section 3.2]. If S is too large, gradients become
+#           infinite; then the step is skipped, and S is halved. After 2,000 steps in which that did
+#           not happen, S is doubled. PyTorch's GradScaler does this bookkeeping.
 class MixedPrecision(nn.Module):
     """A model whose matrix products are computed in 16 bits."""
     def __init__(self, model, dtype):
@@ -2926,57 +2831,13 @@ class MixedPrecision(nn.Module):
         with torch.autocast(device.type, dtype=self.dtype):
             return self.model(x, y)
 
-# ---- Loss scaling --------------------------------------------------------------------------------
-# Problem   float16 has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many
-#           gradients are smaller than that.
-# Answer    Multiply the loss by a large factor S. By the chain rule, all gradients are then S times
-#           as large. Divide them by S, in float32, before they are used [Micikevicius et al. 2018,
-#           section 3.2]. If S is too large, gradients become infinite; then skip the step, and
-#           halve S. After 2,000 steps in which that did not happen, double S. PyTorch's GradScaler
-#           does this bookkeeping.
-# Where     Part I's train_step does not know of it. ScaledLoss returns the true loss, but with a
-#           gradient that is S times as large. FullRun.batches divides the gradients when
-#           train_step asks for a batch after the last one.
-class ScaledLoss(nn.Module):
-    """A model whose loss has its true value and S times its gradient."""
-    def __init__(self, model, scaler):
-        super().__init__()
-        self.model = model
-        self.scaler = scaler
-
-    def forward(self, x, y):
-        logits, loss = self.model(x, y)
-        scaled = self.scaler.scale(loss)
-        return logits, loss.detach() + (scaled - scaled.detach())  # the value of loss, plus 0
-
-class ScaledOptimizer:
-    """An optimizer that skips steps with gradients that are not finite. It is used like the one
-    that it wraps."""
-    def __init__(self, optimizer, scaler):
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.param_groups = optimizer.param_groups
-        self.zero_grad = optimizer.zero_grad
-        self.state_dict = optimizer.state_dict
-        self.skipped = 0  # steps
-        # Otherwise GradScaler would leave the skipping to the fused kernel of AdamW, and Muon's own
-        # update would still be made.
-        optimizer._step_supports_amp_scaling = False
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state)
-        self.param_groups = self.optimizer.param_groups  # loading has made new ones
-
-    def unscale(self) -> None:
-        """Divides the gradients by S, and notes whether they are finite."""
-        self.scaler.unscale_(self.optimizer)
-
-    def step(self) -> None:
-        before = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < before:
-            self.skipped += 1
+def wrap(model: nn.Module, config: RunConfig) -> nn.Module:
+    """What a step calls: the model at the temperature of training, in 16 bits, and compiled."""
+    if config.train_temperature != 1:
+        model = Tempered(model, config.train_temperature)
+    if config.dtype != "float32":
+        model = MixedPrecision(model, getattr(torch, config.dtype))
+    return torch.compile(model) if config.compile else model
 
 # ---- Memory that is not given back ---------------------------------------------------------------
 # Problem   Each step asks for the same blocks of memory that the step before has freed. The C
@@ -3063,28 +2924,30 @@ def is_terminal(stream) -> bool:
     """Whether a person sees what is printed at once. Streams in notebooks may lack isatty."""
     return hasattr(stream, "isatty") and stream.isatty()
 
-class Progress:
-    """Shows how much of a long computation is done, and the time that is left.
+def progress_of(what: str):
+    """A function that shows how much of a long computation is done, and the time that is left. It
+    takes the share that is done, above 0 and at most 1.
 
-    On a terminal, it is a line that is overwritten. Elsewhere, a line follows every 30 seconds."""
-    def __init__(self, what: str):
-        self.what = what
-        self.began = self.shown = time.perf_counter()
-        self.on_terminal = is_terminal(sys.stderr)
+    On a terminal, it writes a line that is overwritten. Elsewhere, a line follows every 30
+    seconds."""
+    began = shown = time.perf_counter()
+    on_terminal = is_terminal(sys.stderr)
 
-    def show(self, share: float) -> None:
-        """share is the part that is done, above 0 and at most 1."""
+    def show(share: float) -> None:
+        nonlocal shown
         now = time.perf_counter()
-        is_end = share == 1 and self.shown > self.began  # what is done at once shows nothing
-        if now - self.shown < (0.2 if self.on_terminal else 30) and not is_end:
+        is_end = share == 1 and shown > began  # what is done at once shows nothing
+        if now - shown < (0.2 if on_terminal else 30) and not is_end:
             return
-        self.shown = now
-        left = timedelta(seconds=round((now - self.began) * (1 - share) / share))
-        line = f"{self.what}: {share:.0%}, {left} left"
-        if self.on_terminal:
+        shown = now
+        left = timedelta(seconds=round((now - began) * (1 - share) / share))
+        line = f"{what}: {share:.0%}, {left} left"
+        if on_terminal:
             say(f"\r{line:50}", end="\n" if share == 1 else "")
         elif share < 1:
             say(line)
+
+    return show
 
 # ---- Signals -------------------------------------------------------------------------------------
 # Problem   Ctrl-C (SIGINT), a shutdown (SIGTERM) or a closed terminal (SIGHUP) may come in the
@@ -3196,25 +3059,15 @@ def check_checkpoint(path: Path) -> None:
     if damaged:
         raise not_a_checkpoint(path)
 
-def read_pt_file(path: Path):
-    """What a .pt file holds. Raises UserError if it is missing or damaged."""
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
     check_checkpoint(path)
     try:
-        return load_checkpoint(path)
+        state = load_checkpoint(path)
     except MemoryError:
         raise
     except Exception:
         raise not_a_checkpoint(path) from None
-
-def read_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
-    return check_format(path, read_pt_file(path))
-
-def check_format(path: Path, state) -> dict:
-    """Returns what a .pt file holds. Raises UserError if that is not a checkpoint of ours."""
-    if isinstance(state, dict) and "model_args" in state:
-        raise UserError(f"{path}: this is a checkpoint of nanoGPT; use it by --init_from or "
-                        "--checkpoint")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
     return state
@@ -3227,19 +3080,6 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-def insist(write) -> None:
-    """Calls a function that replaces a file. On Windows, a virus scanner that reads the old file
-    at this moment makes it fail, so it is tried again for two seconds. Raises UserError."""
-    for pause in (0.1, 0.3, 0.6, 1.0, None):
-        try:
-            return write()
-        except PermissionError as problem:
-            if pause is None:
-                raise UserError(f"{problem.filename2 or problem.filename}: {problem.strerror}; "
-                                f"close what uses this file, or make it writable; then {AGAIN}"
-                                ) from None
-            time.sleep(pause)
 
 # ---- What is recorded of a run -------------------------------------------------------------------
 def read_metrics(out_dir: Path) -> list[dict]:
@@ -3307,7 +3147,7 @@ def start_wandb(run: FullRun):
             return None
         settings = {**asdict(run.model.config), **asdict(run.config)}
         return wandb.init(project="minigpt", dir=run.out_dir, config=settings, mode=mode,
-                          id=run.journal.wandb_id, resume="allow", reinit="create_new",
+                          id=run.wandb_id, resume="allow", reinit="create_new",
                           settings=wandb.Settings(silent=True))
     except Exception as problem:  # not installed, no network, or an error of its own
         say(f"no Weights & Biases ({type(problem).__name__}); --no_wandb leaves it out")
@@ -3329,12 +3169,6 @@ class FullJournal(Journal):
         self.out_dir = out_dir
         self.watch = watch
         self.rank = process_rank()
-        self.wandb = None
-        self.wandb_id = None  # of the run at W&B
-        self.began = time.perf_counter()
-        self.step_began = 0.0
-        self.step_seconds = 0.0  # spent in training steps since the last report
-        self.step_tokens = 0  # trained on since the last report
         self.progress = None  # of the final evaluation
 
     def say(self, text: str) -> None:
@@ -3348,52 +3182,39 @@ class FullJournal(Journal):
         except OSError:
             pass  # a full disk, for instance
 
-    def begin_step(self) -> None:
-        self.step_began = time.perf_counter()
-
-    def count_tokens(self, n: int) -> None:
-        self.step_tokens += n
-
-    def seconds(self) -> float:
-        """How long the run has taken so far, interruptions not counted."""
-        return time.perf_counter() - self.began
-
     def report_step(self, run: FullRun, loss, norm, details: str = "") -> None:
-        self.step_seconds += time.perf_counter() - self.step_began
         if not self.is_due(run):
             return
         losses = gather(loss.item())
         loss = sum(losses) / len(losses)
-        rate = self.step_tokens / self.step_seconds
-        self.step_tokens = 0
-        self.step_seconds = 0.0
+        rate = run.step_tokens / run.step_seconds
+        run.step_tokens = 0
+        run.step_seconds = 0.0
         lr = run.optimizer.param_groups[0]["lr"]
         run.check_finite(loss)
-        self.record(step=run.step, loss=loss, lr=lr, grad_norm=norm.item(),
-                    tokens_per_second=round(rate))
+        self.record(run, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate))
         steps_left = run.config.max_steps - run.step
-        left = timedelta(seconds=round(self.seconds() * steps_left / run.step))
+        left = timedelta(seconds=round(run.seconds() * steps_left / run.step))
         details = f" | epoch {run.epochs():.2f} | lr {lr:.2e} | {rate:,.0f} tokens/s | {left} left"
-        skipped = getattr(run.optimizer, "skipped", 0)
-        if skipped:
-            details += f" | steps skipped (float16 overflow): {skipped}"
+        if run.skipped:
+            details += f" | steps skipped (float16 overflow): {run.skipped}"
         super().report_step(run, loss, norm, details)
 
     def report_evaluation(self, run: FullRun, losses: dict[str, float], better: bool) -> None:
         for loss in losses.values():
             run.check_finite(loss)
-        self.record(step=run.step, train_loss=losses["train"], val_loss=losses["val"],
+        self.record(run, train_loss=losses["train"], val_loss=losses["val"],
                     val_perplexity=perplexity(losses["val"]))
         super().report_evaluation(run, losses, better)
 
     def report_score(self, run: FullRun, nats: float) -> None:
         """The end of a run: its last record, its picture, and where its best model is."""
-        seconds = self.seconds()
+        seconds = run.seconds()
         numbers = {"full_val_loss": nats, "full_val_perplexity": perplexity(nats),
                    "seconds": seconds, "best_step": run.best_step}
         if run.device.type == "cuda":
             numbers["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
-        self.record(step=run.step, **numbers)
+        self.record(run, **numbers)
         if self.rank == 0:
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
@@ -3410,19 +3231,20 @@ class FullJournal(Journal):
             self.say(f"stopped; to repeat the evaluation, {AGAIN}")
             raise Stopped(self.watch.received)
         if self.progress is None:
-            self.progress = Progress("evaluating")
-        self.progress.show(share)
+            self.progress = progress_of("evaluating")
+        self.progress(share)
 
-    def record(self, **numbers) -> None:
+    def record(self, run: FullRun, **numbers) -> None:
         """Writes one line of metrics.jsonl, and the same to W&B. JSON has no infinity: null."""
         if self.rank > 0:
             return
         numbers = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        numbers = {"step": run.step, **numbers}
         with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
-        if self.wandb is not None:
+        if run.wandb is not None:
             with contextlib.suppress(Exception):  # an error in W&B must not stop the training run
-                self.wandb.log(numbers, step=numbers["step"])
+                run.wandb.log(numbers, step=run.step)
 
     def forget_after(self, step: int) -> None:
         """Removes the records of later steps and of the final score from metrics.jsonl, which the
@@ -3435,17 +3257,9 @@ class FullJournal(Journal):
         if path.is_file():
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.out_dir)
                     if record["step"] <= step and "full_val_loss" not in record]
-            insist(lambda: replace_text(path, "".join(kept)))
-
-    def close(self, exit_code: int) -> None:
-        """Completes W&B's log. It is called however the run ends."""
-        if self.wandb is not None:
-            with contextlib.suppress(Exception):
-                self.wandb.finish(exit_code=exit_code)
+            replace_text(path, "".join(kept))
 
 # ---- The corpus ----------------------------------------------------------------------------------
-LARGE_TEXT = 10_000_000  # characters; above this, memory matters
-
 @dataclass
 class SourceText:
     """A text, where it is from, and its SHA-256 checksum."""
@@ -3507,92 +3321,54 @@ def find_shakespeare() -> Path:
     return path
 
 def doubts_about(text: str) -> list[str]:
-    """What is odd about a text that a model should learn from, in one line each.
-
-    A table of character pairs (a bigram model) shows whether both parts of a text are alike. We
-    make it from nine of ten pieces of the training part. If it predicts the validation part much
-    worse than the pieces that were left out, the two parts differ in kind. On Tiny Shakespeare, the
-    two losses differ by 0.02 nats, and on a sorted list of its words by 0.9."""
-    if len(text) > LARGE_TEXT:  # then parts of it are enough
-        every = len(text) // LARGE_TEXT + 1
-        text = "".join([text[i : i + 10_000] for i in range(0, len(text), 10_000 * every)])
-    cut = int(0.9 * len(text))
-    train, val = text[:cut], text[cut:]
-    if len(set(val)) < 2 or val.isspace():
-        return [f"its last tenth, the validation part, consists only of {sorted(set(val))}; a loss "
-                "on it means nothing"]
+    """What is odd about a text that a model should learn from, in one line each."""
     doubts = []
     if "\0" in text:
         doubts.append("it has NUL characters; if it is UTF-16 or a binary file, save it as UTF-8")
-    lines = val.split("\n")
-    known_lines = set(train.split("\n"))
-    repeated = sum(len(line) for line in lines if line in known_lines)
-    if repeated > 0.9 * sum(len(line) for line in lines):
-        doubts.append("nine tenths of its validation part are lines that also occur in the "
-                      "training part; a low loss would only show memorization")
-    known = pieces_of(train)
-    left_out = known[5::10]
-    del known[5::10]
-    val_loss, usual_loss = [pair_loss("".join(known), "".join(pieces))
-                            for pieces in (pieces_of(val), left_out)]
-    # Parts of short texts differ by chance.
-    if len(text) >= 20_000 and val_loss > usual_loss + 0.45:
-        doubts.append("its last tenth, the validation part, differs in kind from the rest, so a "
-                      "loss on it tells little; if the text is sorted, or put together from "
-                      "several texts, mix its lines or documents")
+    cut = int(0.9 * len(text))
+    known = {"", *text[:cut].split("\n")}
+    lines = text[cut:].split("\n")
+    new = sum(len(line) for line in lines if line.strip() and line not in known)
+    if new <= 0.1 * sum(map(len, lines)):
+        doubts.append("its last tenth, the validation part, is blank or repeats lines of the "
+                      "training part; a loss on it means nothing")
     return doubts
-
-def pieces_of(text: str, size: int = 1_000_000) -> list[str]:
-    """Pieces of 200 characters from everywhere in a text, together at most `size` characters."""
-    every = len(text) // size + 1
-    return [text[i : i + 200] for i in range(0, len(text), 200 * every)]
-
-def pair_loss(known: str, text: str) -> float:
-    """The loss on a text, in nats per character, if each character is predicted from the one before
-    it, by how often the two occur side by side in the known text."""
-    pairs = collections.Counter(zip(known, known[1:]))
-    firsts = collections.Counter(known[:-1])
-    n_characters = len(firsts) + 1  # one stands for all that are not known
-    loss = 0.0
-    for pair, n in collections.Counter(zip(text, text[1:])).items():
-        # Half a pair more for each, so that no probability is 0.
-        p = (pairs[pair] + 0.5) / (firsts[pair[0]] + 0.5 * n_characters)
-        loss -= n * math.log(p)
-    return loss / max(len(text) - 1, 1)
 
 def make_tokenizer(config: RunConfig, text: str):
     """A new tokenizer. BPE learns from the training part alone, so that the validation part has no
     influence on it. Characters are taken from the whole text, since none may be missing."""
     if config.tokenizer == "bpe":
-        progress = Progress("learning byte pairs")
-        return BPETokenizer.train(text[: int(0.9 * len(text))], config.bpe_size, progress.show)
+        show = progress_of("learning byte pairs")
+        return BPETokenizer.train(text[: int(0.9 * len(text))], config.bpe_size, show)
     if config.tokenizer == "gpt2":
         return GPT2Tokenizer.fetch()
     return CharTokenizer.train(text)
 
-def encode_in_pieces(text: str, tokenizer, progress) -> Corpus:
-    """The same as Corpus.from_text, for a large text. A Python list of its ids would take 8 bytes
-    or more for each; here only the ids of one piece are in a list at any time."""
-    cut = int(0.9 * len(text))
-    dtype = id_format(tokenizer.vocab_size)
-    parts = []
-    for start, end in ((0, cut), (cut, len(text))):
-        ids = array.array({torch.uint8: "B", torch.uint16: "H", torch.int32: "i"}[dtype])
-        done = start
-        for piece in in_pieces(text, start, end):
-            ids.extend(tokenizer.encode(piece))
+class PieceEncoder:
+    """Encodes a text in pieces, to ids of 1, 2 or 4 bytes each. (A Python list of all ids would
+    take 8 bytes or more for each.)"""
+    def __init__(self, tokenizer, show):
+        self.tokenizer = tokenizer
+        self.show = show  # is called with the share of a text that is done
+        V = tokenizer.vocab_size
+        small = torch.uint8 if V <= 2**8 else torch.uint16
+        self.dtype = small if V <= 2**16 else torch.int32
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Text to ids (N,)."""
+        parts = [torch.zeros(0, dtype=self.dtype)]
+        done = 0
+        for piece in in_pieces(text):
+            parts.append(torch.tensor(self.tokenizer.encode(piece), dtype=self.dtype))
             done += len(piece)
-            progress(done / len(text))
-        parts.append(torch.frombuffer(ids, dtype=dtype))
-    train, val = parts
-    return Corpus(train, val, len(text) - cut)
+            self.show(done / len(text))
+        return torch.cat(parts)
 
 def encode_text(source: SourceText, tokenizer) -> Corpus:
     """Both parts of a text as tokens. Raises UserError if it has characters that are not known."""
     try:
-        if len(source.text) > LARGE_TEXT:
-            return encode_in_pieces(source.text, tokenizer, Progress("encoding").show)
-        return Corpus.from_text(source.text, tokenizer)
+        encoder = PieceEncoder(tokenizer, progress_of("encoding"))
+        return Corpus.from_text(source.text, encoder)
     except UserError as problem:
         raise UserError(f"--data {source.path}: {problem} of the model; only a model that is "
                         "trained from the start on this text can know it") from None
@@ -3631,43 +3407,62 @@ class FullRun(Run):
         super().__init__(model.to(device), tokenizer, corpus, found, out_dir, journal)
         self.wanted_dtype = config.dtype  # "auto" is stored, and found again on another machine
         self.source = source
-        self.scaler = torch.amp.GradScaler(device.type, enabled=found.dtype == "float16")
-        if self.scaler.is_enabled():
-            self.optimizer = ScaledOptimizer(self.optimizer, self.scaler)
-        self.runner = self.wrap(model)
-
-    def wrap(self, model):
-        """What a step calls: the model at the temperature of training, in 16 bits, compiled, and
-        connected to other processes."""
-        if self.config.train_temperature != 1:
-            model = Tempered(model, self.config.train_temperature)
-        if self.config.dtype != "float32":
-            model = MixedPrecision(model, getattr(torch, self.config.dtype))
-        if self.config.compile:
-            model = torch.compile(model)
-        if self.scaler.is_enabled():
-            model = ScaledLoss(model, self.scaler)
+        self.runner = wrap(model, found)
         if torch.distributed.is_initialized():
-            model = nn.parallel.DistributedDataParallel(model)
-        return model
+            self.runner = nn.parallel.DistributedDataParallel(self.runner)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=found.dtype == "float16")
+        # Otherwise GradScaler would leave the skipping to the fused kernel of AdamW, and Muon's own
+        # update would still be made.
+        self.optimizer._step_supports_amp_scaling = False
+        self.skipped = 0  # steps with gradients that were not finite, in float16
+        self.began = time.perf_counter()
+        self.step_seconds = 0.0  # spent in training steps since the last report
+        self.step_tokens = 0  # trained on since the last report
+        self.wandb = None
+        self.wandb_id = None  # of the run at W&B
 
-    def batches(self):
-        """This process's rows of each batch of the step.
+    def seconds(self) -> float:
+        """How long the run has taken so far, interruptions not counted."""
+        return time.perf_counter() - self.began
 
-        What must happen before and after the gradients are computed stands here, too, so that Part
-        I's train_step need not know of it: the clock, dropout's random numbers in other processes,
-        and the division by the scale of a loss in float16."""
-        self.journal.begin_step()
+    def batches(self) -> list:
+        """This process's rows of each batch of the step."""
+        batches = super().batches()
+        self.step_tokens += sum(x.numel() for x, _ in batches)
+        return [(x[self.rank :: self.processes], y[self.rank :: self.processes])
+                for x, y in batches]
+
+    def take_step(self):
+        began = time.perf_counter()
+        if self.processes == 1 and not self.scaler.is_enabled():
+            loss, norm = super().take_step()
+        else:
+            loss, norm = self.take_scaled_step()
+        self.step_seconds += time.perf_counter() - began
+        return loss, norm
+
+    def take_scaled_step(self):
+        """The same as train_step, for several processes and for float16."""
         if self.rank > 0:  # other processes need other random numbers for dropout
             torch.manual_seed(derived_seed(self.config.seed, self.step, self.rank))
-        batches = super().batches()
+        self.model.train()
+        loss_sum = 0.0
+        batches = self.batches()
         for number, (x, y) in enumerate(batches, start=1):
-            self.journal.count_tokens(x.numel())
             # DistributedDataParallel averages the gradients in the last micro-step only.
             self.runner.require_backward_grad_sync = number == len(batches)
-            yield x[self.rank :: self.processes], y[self.rank :: self.processes]
-        if self.scaler.is_enabled():
-            self.optimizer.unscale()
+            _, loss = self.runner(x, y)
+            loss = loss / self.config.grad_accum
+            self.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self.config.grad_clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
+        self.optimizer.zero_grad()
+        return loss_sum, norm
 
     def epochs(self) -> float:
         """How many passes over the training text the steps so far amount to."""
@@ -3695,13 +3490,13 @@ class FullRun(Run):
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged()
         if self.rank == 0:
-            insist(lambda: super(FullRun, self).save(name))
+            super().save(name)
 
     def state(self) -> dict:
         state = super().state()
         state["train_config"]["dtype"] = self.wanted_dtype
-        return {**state, "seconds": self.journal.seconds(), "corpus": self.source,
-                "scaler": self.scaler.state_dict(), "wandb": self.journal.wandb_id,
+        return {**state, "seconds": self.seconds(), "corpus": self.source,
+                "scaler": self.scaler.state_dict(), "wandb": self.wandb_id,
                 "torch": str(torch.__version__)}
 
     def restore(self, state: dict) -> None:
@@ -3710,26 +3505,19 @@ class FullRun(Run):
         super().restore(state)
         if state.get("scaler"):  # it is empty if the run was not in float16
             self.scaler.load_state_dict(state["scaler"])
-        self.journal.began -= state["seconds"]
-        self.journal.wandb_id = state.get("wandb")
+        self.began -= state["seconds"]
+        self.wandb_id = state.get("wandb")
         best = self.out_dir / "best.pt"
-        if best.exists():
-            held = read_checkpoint(best)
-            if (held["model_config"] != state["model_config"]
-                    or held["corpus"]["sha256"] != self.source["sha256"]):
-                raise UserError(f"{best}: this is the model of another run; move it to another "
-                                "folder")
-            # It stays what it is if it is at least as good as what this checkpoint knows of, or if
-            # that was the model of another step, which nobody has any more.
-            if held["best_val"] <= self.best_val or self.best_step != self.step:
-                self.best_val = held["best_val"]
-                self.best_step = held["best_step"]
-                return
-        if self.best_step == self.step:  # this checkpoint is the best one
-            self.save("best.pt")
-        else:  # there is no best model, so the next evaluation makes one
+        if not best.exists():  # the next evaluation makes one
             self.best_val = math.inf
             self.best_step = self.step
+            return
+        held = read_checkpoint(best)
+        if (held["model_config"] != state["model_config"]
+                or held["corpus"]["sha256"] != self.source["sha256"]):
+            raise UserError(f"{best}: this is the model of another run; move it to another folder")
+        self.best_val = held["best_val"]
+        self.best_step = held["best_step"]
 
     def score(self, progress=None) -> float:
         gather(None)  # wait until the first process has written best.pt
@@ -3896,91 +3684,53 @@ def table_row(label: str, outcomes: list[Outcome | None], seeds: int) -> str:
             f"{len(done)} of {seeds} |")
 
 # ---- Benchmark -----------------------------------------------------------------------------------
-# A speed means nothing without the machine. --mode bench measures this one, with whole windows.
-class Bench:
-    """Measures the speed of training and writing for the settings of a request."""
-    def __init__(self, request: Request):
-        device = find_device(request.options.device)
-        preset = choose_preset(request, device)
-        config = replace(training_settings(preset, request), grad_accum=1)
-        vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2Tokenizer.size}
-        sizes = model_settings(preset, request, vocab_sizes[config.tokenizer])
-        if sizes.model != "gpt":
-            raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
-        model = new_model(sizes, config.seed)
-        tokens = torch.arange(10 * sizes.block_size) % sizes.vocab_size
-        corpus = Corpus(tokens, tokens, len(tokens))
-        journal = FullJournal(Path("."), SignalWatch())
-        self.run = FullRun(model, None, corpus, config, ".", device, {}, journal)
-        self.run.step = config.max_steps  # here the windows are whole
-        self.preset = preset
-        self.device = device
-        self.seconds = request.options.bench_seconds
-        self.max_tokens = request.writing.max_tokens
-        dtype = getattr(torch, self.run.config.dtype)
-        self.matrix = torch.randn(2048, 2048, device=device).to(dtype)
+# A speed means nothing without the machine. --mode bench measures this one, with whole windows. The
+# last row compares the training with the product of two large matrices in the same number format,
+# which is about the most that the device can do.
+def rate_of(work: int, seconds: float, function) -> float:
+    """Units of work per second, if one call of the function does so many."""
+    from torch.utils.benchmark import Timer  # warms up, and waits for the device
 
-    def step(self) -> None:
-        """One training step."""
-        train_step(self.run.runner, self.run.optimizer, self.run.batches(), self.run.config)
-
-    def write(self, reader_class) -> None:
-        """Writes one text."""
-        start = torch.zeros(1, 1, dtype=torch.long)
-        reader = reader_class(self.run.model)
-        self.run.model.generate(start, self.max_tokens, reader=reader)
-
-    def rate(self, work: int, function) -> float:
-        """Units of work per second, if one call of the function does so many."""
-        from torch.utils.benchmark import Timer  # warms up, and waits for the device
-
-        timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-        return work / timer.blocked_autorange(min_run_time=self.seconds).median
-
-    def rows(self) -> dict[str, float]:
-        """The figures, by name."""
-        model = self.run.model
-        # Writing comes first: training with odd settings may ruin the weights.
-        reader_class = READERS.get(model.config.attention, PlainReader)
-        writing = {"writing, tokens/s": self.rate(
-            self.max_tokens, lambda: self.write(reader_class))}
-        if reader_class is not PlainReader:
-            writing["writing, without the cache"] = self.rate(
-                self.max_tokens, lambda: self.write(PlainReader))
-        rows = {"parameters": count_parameters(model)}
-        rows.update({f"- {part}": n for part, n in parameters_by_part(model).items()})
-        tokens_per_step = self.run.config.batch_size * model.config.block_size
-        rows["training, tokens/s"] = self.rate(tokens_per_step, self.step)
-        rows["training, FLOPs per token"] = flops_per_token(model)
-        used = flops_per_token(model) * rows["training, tokens/s"]
-        possible = self.rate(2 * 2048**3, self.multiply)
-        rows["training, million FLOPs/s"] = used / 1e6
-        rows["matrix products alone, million FLOPs/s"] = possible / 1e6
-        rows["utilization, percent"] = 100 * used / possible
-        rows.update(writing)
-        if sys.platform == "linux":
-            rows["page faults per step"] = self.page_faults()
-        return rows
-
-    def multiply(self) -> None:
-        """One product of two large matrices, in the number format of the run: what the device can
-        do at best."""
-        torch.mm(self.matrix, self.matrix)
-
-    def page_faults(self) -> int:
-        """How many pieces of memory the system has to map during one step (Linux)."""
-        import resource
-
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        self.step()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    return work / timer.blocked_autorange(min_run_time=seconds).median
 
 def run_bench(request: Request) -> None:
     """--mode bench: prints a table to stdout."""
-    bench = Bench(request)
-    write_result(f"| {bench.preset}: {bench.device}, {bench.run.config.dtype}, "
-                 f"{torch.get_num_threads()} threads, PyTorch {torch.__version__} | |\n|---|---|")
-    for name, value in bench.rows().items():
+    options, n = request.options, request.writing.max_tokens
+    device = find_device(options.device)
+    preset = choose_preset(request, device)
+    config = replace(training_settings(preset, request), grad_accum=1)
+    config = replace(config, dtype=find_dtype(config.dtype, device))
+    vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2Tokenizer.size}
+    sizes = model_settings(preset, request, vocab_sizes[config.tokenizer])
+    if sizes.model != "gpt":
+        raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
+    model = new_model(sizes, config.seed).to(device)
+    runner, optimizer = wrap(model, config), OPTIMIZERS[config.optimizer](model, config)
+    x, y = torch.randint(sizes.vocab_size, (2, config.batch_size, sizes.block_size))
+    matrix = torch.randn(2048, 2048, device=device).to(getattr(torch, config.dtype))
+    start = torch.zeros(1, 1, dtype=torch.long)
+
+    def rate(work: int, function) -> float:
+        return rate_of(work, options.bench_seconds, function)
+
+    # Writing comes first: training with odd settings may ruin the weights.
+    writing = {"writing, tokens/s": rate(n, lambda: model.generate(start, n))}
+    if isinstance(new_reader(model), CachedReader):
+        writing["writing, without the cache"] = rate(n, lambda: model.generate(
+            start, n, reader=lambda idx: read_window(model, idx)))
+    trained = rate(x.numel(), lambda: train_step(runner, optimizer, [(x, y)], config))
+    used = flops_per_token(model) * trained
+    possible = rate(2 * 2048**3, lambda: matrix @ matrix)
+    rows = {"parameters": count_parameters(model),
+            **{f"- {part}": count for part, count in parameters_by_part(model).items()},
+            "training, tokens/s": trained, "training, FLOPs per token": flops_per_token(model),
+            "training, million FLOPs/s": used / 1e6,
+            "matrix products alone, million FLOPs/s": possible / 1e6,
+            "utilization, percent": 100 * used / possible, **writing}
+    write_result(f"| {preset}: {device}, {config.dtype}, {torch.get_num_threads()} threads, "
+                 f"PyTorch {torch.__version__} | |\n|---|---|")
+    for name, value in rows.items():
         write_result(f"| {name} | {value:,.0f} |")
 
 # ---- Exchange: GPT-2's form ----------------------------------------------------------------------
@@ -4071,7 +3821,8 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
 # True
 QWEN3_FORM = {"attention": ("extended", "fused"), "pos": ("rope",), "qk_norm": (True,),
               "bias": (False,), "norm": ("rmsnorm", *LAYER_NORMS),
-              "activation": ("swiglu", "relu2"), "prev_heads": range(1001)}
+              "activation": ("swiglu", "relu2"), "prev_heads": range(1001),
+              "n_kv_head": range(1001)}
 GATE_FACTOR = 1024.0  # b: larger values overflow in float16
 
 def centre(w, groups: int = 1):
@@ -4104,7 +3855,7 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
               "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": hidden,
               "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-              "num_key_value_heads": c.n_head, "head_dim": c.n_embd // c.n_head,
+              "num_key_value_heads": c.n_kv_head or c.n_head, "head_dim": c.n_embd // c.n_head,
               "hidden_act": "silu", "rms_norm_eps": RMSNorm.eps, "attention_bias": False,
               "attention_dropout": c.dropout, "max_position_embeddings": c.block_size,
               "rope_theta": 10000.0,
@@ -4117,11 +3868,17 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
 
 def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
     """The tensors of one block, from ours."""
-    q, k, v = block["attn.c_attn.weight"].chunk(3)
+    n_kv = c.n_kv_head or c.n_head
+    width = n_kv * c.n_embd // c.n_head
+    q, k, v = block["attn.c_attn.weight"].split([c.n_embd, width, width])
+    if c.prev_heads and n_kv < c.n_head:  # all heads get keys and values of their own
+        k, v = [w.unflatten(0, (n_kv, -1)).repeat_interleave(c.n_head // n_kv, dim=0).flatten(0, 1)
+                for w in (k, v)]
+        n_kv = c.n_head
     v = torch.cat([v, block.get("attn.c_prev.weight", v[:0])])  # those of all heads
     attn_out, mlp_out = block["attn.c_proj.weight"], block["mlp.c_proj.weight"]
     if has_layer_norm:
-        q, k = centre(q, groups=c.n_head), centre(k, groups=c.n_head)
+        q, k = centre(q, groups=c.n_head), centre(k, groups=n_kv)
         attn_out, mlp_out = centre(attn_out), centre(mlp_out)
     if c.activation == "swiglu":
         gate, up = block["mlp.c_fc.weight"].chunk(2)
@@ -4457,69 +4214,6 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
     finally:
         partial.unlink(missing_ok=True)
 
-def check_gguf(path: Path, tensors: dict, used: LoadedModel) -> str:
-    """Compares a written file with the model. Returns what was found, in words."""
-    if importlib.util.find_spec("xllamacpp") and used.model.config.block_size > 1:
-        try:
-            return compare_with_llama_cpp(path, used)
-        except Exception as problem:  # the file is complete; only the comparison has failed
-            return f"llama.cpp could not be asked ({type(problem).__name__})"
-    import gguf
-
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    expected = gguf_tensors(tensors)
-    if set(written) != set(expected):
-        raise UserError(f"{path}: was not written correctly; remove it, and try again")
-    error = 0.0
-    for name, tensor in written.items():
-        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        error = max(error, (values - expected[name]).abs().max().item())
-    return f"read back: no weight is off by more than {error:.1g}"
-
-def compare_with_llama_cpp(path: Path, used: LoadedModel, n: int = 64) -> str:
-    """Compares llama.cpp with our model: the ids of a text, and n tokens that are written greedily
-    after the first id. Returns what was found, in words."""
-    import requests
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = used.model.config.block_size
-    params.n_parallel = 1
-    params.n_gpu_layers = 0
-    params.cpuparams.n_threads = torch.get_num_threads()
-    params.verbosity = 0
-    params.warmup = False
-    server = xllamacpp.Server(params)  # in this process; it answers at a local address
-    session = requests.Session()
-    session.trust_env = False  # no proxy
-
-    def ask(what: str, **question) -> list[int]:
-        answer = session.post(f"{server.listening_address}/{what}", json=question, timeout=600)
-        return answer.json()["tokens"]
-
-    tokenizer = used.tokenizer
-    text = sample_of_tokens(tokenizer)
-    if ask("tokenize", content=text, add_special=False) != tokenizer.encode(text):
-        return "but llama.cpp splits a text into other tokens"
-    start = [tokenizer.first_id]
-    n = min(n, used.model.config.block_size - len(start))
-    theirs = ask("completion", prompt=start, n_predict=n, temperature=0, return_tokens=True)
-    ours = used.model.generate(torch.tensor([start]), n, temperature=0)[0, 1:].tolist()
-    n = len(theirs)  # llama.cpp stops at a token that ends the text
-    same = 0  # how many tokens at the beginning are equal
-    while same < n and ours[same] == theirs[same]:
-        same += 1
-    rounding = " (rounding decides between tokens that are almost equally likely)"
-    return (f"llama.cpp splits a text into the same tokens, and writes the same {same} of {n} "
-            f"tokens{rounding if same < n else ''}")
-
-def sample_of_tokens(tokenizer) -> str:
-    """A text that contains all characters, or the first 1,000 merged tokens."""
-    if tokenizer.kind == "char":
-        return tokenizer.decode(range(tokenizer.vocab_size))
-    return tokenizer.decode(range(256, min(tokenizer.end_id, 1256)))
-
 # ---- Exchange: the command -----------------------------------------------------------------------
 # The positions decide the form: a model with RoPE becomes a Qwen3, and any other a GPT-2. A setting
 # that the form lacks is refused.
@@ -4542,8 +4236,7 @@ def run_export(request: Request) -> None:
     if options.format == "gguf":
         path = Path(options.export_dir or options.out_dir, "model.gguf")
         write_gguf(path, config, tensors, used.tokenizer, options.gguf_type)
-        write_result(f"wrote {path}: a model in {form}'s form, for llama.cpp; "
-                     f"{check_gguf(path, tensors, used)}")
+        write_result(f"wrote {path}: a model in {form}'s form, for llama.cpp")
         return
     folder = Path(options.export_dir or Path(options.out_dir, "hf"))
     write_folder(folder, config, tensors, used.tokenizer, c.block_size)
@@ -4682,60 +4375,6 @@ def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, ste
     return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": step,
             "model_config": asdict(config), "corpus": {"data": "", "sha256": ""}}
 
-# ---- Exchange: reading a checkpoint of nanoGPT ---------------------------------------------------
-# nanoGPT's ckpt.pt has our names, with prefixes, and the exact GELU. It does not hold the
-# characters: those are in a pickle beside the corpus, which we do not read, because a pickle can
-# execute code. But they are the characters of the corpus in sorted order, as ours are. So --data
-# must name the corpus; without it, we assume Tiny Shakespeare. Only the number of characters can be
-# checked. A model with 50,257 tokens or more has GPT-2's tokens.
-def read_nanogpt(path: Path, theirs: dict, data: str) -> dict:
-    """A checkpoint of nanoGPT in the form of ours. Raises UserError."""
-    try:
-        config, weights = from_nanogpt(theirs)
-        step = int(theirs["iter_num"])
-    except Exception as problem:  # anything may stand in such a file
-        raise UserError(f"{path}: this checkpoint of nanoGPT is damaged, or from another version "
-                        f"({type(problem).__name__}: {problem})") from None
-    n = config.vocab_size
-    if n >= GPT2Tokenizer.size:
-        tokenizer = GPT2Tokenizer.fetch()
-        for name in ("wte.weight", "lm_head.weight"):
-            # nanoGPT rounds GPT-2's 50,257 up to 50,304.
-            weights[name] = weights[name][: tokenizer.vocab_size]
-    else:
-        text = read_corpus(data)
-        tokenizer = CharTokenizer.train(text.text)
-        if tokenizer.vocab_size != n:
-            raise UserError(f"--data {text.path}: has {tokenizer.vocab_size} different characters, "
-                            f"but the model of {path} has {n}; name the text that it was trained "
-                            "on")
-    config = replace(config, vocab_size=tokenizer.vocab_size)
-    state = as_checkpoint(path, weights, config, tokenizer, step)
-    return {**state, "needs_characters": tokenizer.kind == "char"}  # so --data is allowed
-
-def from_nanogpt(theirs: dict) -> tuple[ModelConfig, dict]:
-    """The settings and the weights of a checkpoint of nanoGPT. Raises errors of many kinds if it is
-    damaged."""
-    weights = {}
-    for name, w in theirs["model"].items():
-        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if not name.endswith(".attn.bias"):  # the causal mask
-            weights[name] = w.float()
-    sizes = theirs["model_args"]
-    V, C = weights["wte.weight"].shape
-    T = weights["wpe.weight"].shape[0]
-    if (V, C, T) != (sizes["vocab_size"], sizes["n_embd"], sizes["block_size"]):
-        raise ValueError("its tables do not fit its sizes")
-    n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
-    if n_layer != sizes["n_layer"] or sizes["n_head"] < 1 or C % sizes["n_head"]:
-        raise ValueError("its layers do not fit its sizes")
-    config = ModelConfig(
-        vocab_size=V, block_size=T, n_layer=n_layer, n_head=int(sizes["n_head"]), n_embd=C,
-        dropout=min(max(float(sizes["dropout"]), 0.0), 0.9), bias="ln_f.bias" in weights,
-        tie_weights=torch.equal(weights["wte.weight"], weights["lm_head.weight"]),
-        activation="gelu_erf", attention="fused", norm="fused_layernorm")
-    return config, weights
-
 # ---- A look inside -------------------------------------------------------------------------------
 # Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
 #           which layer did it know the answer?
@@ -4759,46 +4398,36 @@ class Inside:
     streams: list[torch.Tensor]  # (T, C): the residual stream before each layer, and at the end
     parts: dict[str, torch.Tensor]  # (T, C) each, by name: what is added up in the stream
 
-@contextlib.contextmanager
-def recorded_calls(modules):
-    """While the `with` block runs, collects input and output of each call of the modules.
-
-    A forward hook is a function that PyTorch calls after a module, with its input and output."""
-    calls = []
-    handles = [module.register_forward_hook(
-        lambda _, given, output: calls.append((given[0], output))) for module in modules]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
 @torch.no_grad()
 def look_inside(model, idx) -> Inside:
-    """Runs a model on idx (1, T)."""
-    model.eval()
-    blocks = list(getattr(model, "h", []))  # the bigram model has none
-    layers = [*blocks, model.ln_f] if blocks else []
-    with (recorded_calls([block.attn for block in blocks]) as attentions,
-          recorded_calls([block.mlp for block in blocks]) as mlps,
-          recorded_calls(layers) as layer_calls):
-        logits, _ = model(idx)
-    streams = [x[0] for x, _ in layer_calls]  # (T, C): before each block, and before ln_f
-    weights = []  # attention does not return them, so they are computed again
-    for block, (x, _) in zip(blocks, attentions):
-        q, k, _ = block.attn.heads(x)
-        weights.append(block.attn.weights(q, k)[0].cpu())
-    lens = [torch.softmax(model.lm_head(model.ln_f(x[-1])).float(), dim=-1).cpu() for x in streams]
-    parts = {}
-    if blocks and len(attentions) == len(mlps) == len(blocks):  # your own blocks may differ
-        parts["embedding"] = streams[0]
-        for i, block in enumerate(blocks):
-            for name, part in parts_of_attention(block.attn, attentions[i][0]).items():
+    """Runs a model on idx (1, T). weights and parts are those of pre-norm blocks; other blocks have
+    none, because their stream is not a sum of what their parts add."""
+    logits, _ = model.eval()(idx)
+    streams, weights, parts = [], [], {}
+    x = model.embed(idx, torch.arange(idx.shape[1])) if isinstance(model, GPT) else None
+    for i, block in enumerate(getattr(model, "h", [])):  # the bigram model has none
+        streams.append(x[0])
+        if type(block) is Block:
+            parts.setdefault("embedding", x[0])
+            attention, normed = with_methods(block.attn, model.config), block.ln_1(x)
+            q, k, _ = attention.heads(normed)
+            weights.append(attention.weights(q, k)[0].cpu())
+            for name, part in parts_of_attention(attention, normed).items():
                 parts[f"layer {i}, {name}"] = part
-            parts[f"layer {i}, MLP"] = mlps[i][1][0]
-        if not torch.allclose(sum(parts.values()), streams[-1], rtol=1e-3, atol=1e-3):
-            parts = {}  # in post-norm blocks, the stream is not a sum
+            parts[f"layer {i}, MLP"] = block.mlp(block.ln_2(x + block.attn(normed)))[0]
+        x = block(x)
+    if x is not None:
+        streams.append(x[0])
+    lens = [torch.softmax(model.lm_head(model.ln_f(x[-1])).float(), dim=-1).cpu() for x in streams]
     return Inside(torch.softmax(logits[0].float(), dim=-1).cpu(), lens, weights, streams, parts)
+
+def with_methods(attention, config: ModelConfig) -> Attention:
+    """The attention itself, or for Part I's, which is one method, the same as an Attention."""
+    if isinstance(attention, Attention):
+        return attention
+    same = Attention(config).to(attention.c_attn.weight)
+    same.load_state_dict(attention.state_dict())
+    return same.eval()
 
 def parts_of_attention(attention, x) -> dict[str, torch.Tensor]:
     """What each head adds to the residual stream, for the input x (1, T, C): (T, C) each.
@@ -4807,7 +4436,7 @@ def parts_of_attention(attention, x) -> dict[str, torch.Tensor]:
     what it makes of each head alone."""
     y = attention.attend(*attention.heads(x))  # (1, nh, T, hs)
     names = [f"head {i}" for i in range(y.shape[1])]
-    if getattr(attention, "prev_heads", 0):
+    if attention.prev_heads:
         y = torch.cat([y, attention.read_previous(x)], dim=1)
         names += [f"previous-position head {i}" for i in range(attention.prev_heads)]
     columns = attention.c_proj.weight.chunk(len(names), dim=1)  # (C, hs) for each head
@@ -5075,7 +4704,7 @@ ONCE = PATHS | {"prompt", "vary"}  # if one of these is typed twice, its first v
 RANGES = {"bpe_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
           "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
-          "prev_heads": (0, 1000), "train_temperature": (0.01, 100),
+          "prev_heads": (0, 1000), "n_kv_head": (0, 1000), "train_temperature": (0.01, 100),
           "warmup_steps": (0, 2**31 - 1),
           "sample_tokens": (0, 2**31 - 1), "checkpoint_interval": (0, 2**31 - 1),
           "patience": (0, 2**31 - 1), "max_tokens": (0, 2**31 - 1)}
@@ -5357,22 +4986,16 @@ def left_by_failed_start(path: Path) -> bool:
     """Whether this is a file of a run that failed before its first checkpoint was saved."""
     if path.name == "config.json":
         return path.read_bytes().startswith(b'{\n  "model": {')  # write_config wrote it
+    if path.name == "best.pt":  # the model before the first step, saved before latest.pt
+        return read_checkpoint(path)["step"] == 0
     if path.name == "metrics.jsonl":
         steps = [record["step"] for record in read_metrics(path.parent)]
         return max(steps, default=0) == 0 and path.read_bytes()[:10] in (b"", b'{"step": 0')
     return False
 
-def source_of(text: SourceText, data: str, unused: list[int]) -> dict:
-    """What a checkpoint stores about its corpus. unused: the tokens that were never a target."""
-    return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256,
-            "unused": unused}
-
-def unused_tokens(corpus: Corpus, tokenizer) -> list[int]:
-    """The tokens that are never a target in training. A model has no idea when to write them."""
-    targets = set()
-    for piece in corpus.train[1:].split(2**20):  # a list of all ids may not fit into memory
-        targets.update(piece.tolist())
-    return [i for i in range(tokenizer.vocab_size) if i not in targets]
+def source_of(text: SourceText, data: str) -> dict:
+    """What a checkpoint stores about its corpus."""
+    return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256}
 
 def resume_run(request: Request, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
@@ -5389,7 +5012,7 @@ def resume_run(request: Request, state: dict) -> RunStart:
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    source = source_of(text, options.data or remembered, state["corpus"]["unused"])
+    source = source_of(text, options.data or remembered)
     return RunStart(model, tokenizer, text, corpus, config, source, state)
 
 def tokenizer_settings(origin: dict) -> dict:
@@ -5406,7 +5029,7 @@ def tokenizer_settings(origin: dict) -> dict:
 def run_from_weights(request: Request, preset: str) -> RunStart:
     """A new run that begins with the weights of another model."""
     options = request.options
-    origin = read_model(Path(request.training["init_from"]), options.data)
+    origin = read_model(Path(request.training["init_from"]))
     made = tokenizer_settings(origin)
     stored = {**origin["model_config"], **made}
     stored.pop("dropout")  # it may differ
@@ -5417,9 +5040,7 @@ def run_from_weights(request: Request, preset: str) -> RunStart:
     remembered = origin["corpus"]["data"]
     text = read_corpus(options.data, remembered)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    known = set(origin["corpus"].get("unused", []))
-    unused = [i for i in unused_tokens(corpus, tokenizer) if i in known]
-    source = source_of(text, options.data or remembered, unused)
+    source = source_of(text, options.data or remembered)
     return RunStart(model, tokenizer, text, corpus, config, source)
 
 def new_run(request: Request, preset: str) -> RunStart:
@@ -5432,8 +5053,7 @@ def new_run(request: Request, preset: str) -> RunStart:
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
     corpus = encode_corpus(text, tokenizer, sizes.block_size)
     model = new_model(sizes, config.seed)
-    return RunStart(model, tokenizer, text, corpus, config,
-                    source_of(text, data, unused_tokens(corpus, tokenizer)))
+    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data))
 
 def report_corpus(start: RunStart) -> None:
     """Says what the corpus is, and for a new run what is odd about it."""
@@ -5488,19 +5108,21 @@ def run_train(request: Request) -> Outcome:
         exit_code = 1
         try:
             if run.rank == 0:
-                journal.wandb = start_wandb(run)
-            if journal.wandb is not None:
-                journal.wandb_id = journal.wandb.id
+                run.wandb = start_wandb(run)
+            if run.wandb is not None:
+                run.wandb_id = run.wandb.id
             train(run, after_step=run.stop_if_asked)
             nats = run.score(progress=journal.show_progress)
-            seconds = journal.seconds()  # without the time for the picture
+            seconds = run.seconds()  # without the time for the picture
             journal.report_score(run, nats)
             exit_code = 0
         except Stopped as stopped:
             exit_code = stopped.exit_code
             raise
         finally:
-            journal.close(exit_code)
+            if run.wandb is not None:
+                with contextlib.suppress(Exception):
+                    run.wandb.finish(exit_code=exit_code)  # completes its log
     return Outcome(nats, bits_per_character(nats, run.corpus), seconds, run.best_step)
 
 def write_config(run: FullRun) -> None:
@@ -5517,22 +5139,15 @@ class LoadedModel:
     tokenizer: object
     state: dict  # the checkpoint that they are from
 
-def read_model(path: Path, data: str = "") -> dict:
-    """A checkpoint, or a folder with a GPT-2 or a checkpoint of nanoGPT in the same form."""
-    if path.is_dir():
-        return read_folder(path)
-    state = read_pt_file(path)
-    if isinstance(state, dict) and "model_args" in state:
-        return read_nanogpt(path, state, data)
-    return check_format(path, state)
+def read_model(path: Path) -> dict:
+    """A checkpoint, or a folder with a GPT-2 in the same form."""
+    return read_folder(path) if path.is_dir() else read_checkpoint(path)
 
 def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""
     device = find_device(options.device)
     path = Path(options.checkpoint or Path(options.out_dir, "best.pt"))
-    state = read_model(path, options.data)
-    if options.data and options.mode != "eval" and not state.get("needs_characters"):
-        raise UserError(f"--data {options.data}: {path} has its own tokenizer; leave this flag out")
+    state = read_model(path)
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
     return LoadedModel(model.to(device).eval(), tokenizer, state)
@@ -5542,51 +5157,25 @@ PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201
                              "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2026": ".",
                              "\u00a0": " "})
 
-def closest_character(character: str, known) -> str | None:
-    """A known character that means the same or nearly the same, or None.
-
-    >>> closest_character("\u2019", "'ae"), closest_character("\u00c4", "'ae")
-    ("'", 'a')
-    """
-    plain = unicodedata.normalize("NFKD", character.translate(PLAIN_FORMS))[0]
-    for candidate in (plain, plain.lower(), plain.upper()):
-        if candidate in known:
-            return candidate
-    return None
-
-def normalize(text: str, tokenizer) -> str:
-    """Typed text in the form of the corpus: line breaks as on Linux, and accents composed with
-    their letters (NFC) or separate from them (NFD), whichever the vocabulary knows."""
-    text = unify_line_breaks(text)
-    if tokenizer.kind != "char" or set(text) <= set(tokenizer.itos):
-        return text
-    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
-    return min(forms, key=lambda form: sum(c not in tokenizer.stoi for c in form))
-
 def adapt_text(tokenizer, flag: str, text: str) -> str:
-    """The text of a flag, normalized. Raises UserError for a character that the model does not
-    know, and notes a line break that was typed as two characters."""
-    text = normalize(text, tokenizer)
-    hint = ""
-    if "\\n" in text:
-        hint = ("\\n was typed as two characters; for a line break, type $'\\n' in bash and zsh, "
-                "and \"`n\" in PowerShell")
-    for character in text if tokenizer.kind == "char" else "":
-        if character not in tokenizer.stoi:
-            raise UserError(f"{flag} {text!r}: " + describe_unknown(character, tokenizer, hint))
-    if hint:
-        say(f"note: {flag} {text!r}: {hint}")
+    """The text of a flag in the form that corpora have: line breaks as on Linux, and accents
+    composed with their letters. Raises UserError for a character that the model does not know."""
+    text = unify_line_breaks(text)
+    if tokenizer.kind != "char":
+        return text
+    if not set(text) <= set(tokenizer.itos):
+        text = unicodedata.normalize("NFC", text)
+    for character in text:
+        if character in tokenizer.stoi:
+            continue
+        plain = unicodedata.normalize("NFKD", character.translate(PLAIN_FORMS))[0]
+        hint = f"the closest one that it has is {plain!r}" if plain in tokenizer.stoi else (
+            "leave it out")
+        if character == "\\":
+            hint = "for a line break, type $'\\n' in bash and zsh, and \"`n\" in PowerShell"
+        raise UserError(f"{flag} {text!r}: the character {character!r} (U+{ord(character):04X}) is "
+                        f"not in the vocabulary; {hint}")
     return text
-
-def describe_unknown(character: str, tokenizer, hint: str) -> str:
-    """What to do about a character that is not in the vocabulary."""
-    if character != "\\" or not hint:
-        closest = closest_character(character, tokenizer.itos)
-        hint = f"the closest one that it has is {closest!r}" if closest else "leave it out"
-    try:
-        tokenizer.encode(character)
-    except UserError as problem:
-        return f"{problem}; {hint}"
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
     """The ids of a prompt; without one, the id that a sample begins with."""
@@ -5621,16 +5210,6 @@ class TextPrinter:
         """Prints what was held back, and a line break."""
         write_result(self.held + self.decoder.decode(b"", final=True))
 
-class UsedTokensReader:
-    """A reader that rules out tokens that were never a target in training."""
-    def __init__(self, reader, unused: list[int]):
-        self.reader = reader
-        self.unused = torch.tensor(unused, dtype=torch.long)
-
-    def read(self, new):
-        """Takes the tokens (B, n) that follow; returns logits (B, V)."""
-        return self.reader.read(new).index_fill(1, self.unused, -math.inf)
-
 def run_generate(request: Request) -> None:
     """--mode generate: prints the texts to stdout."""
     writing = request.writing
@@ -5648,7 +5227,7 @@ def run_generate(request: Request) -> None:
         tokens = stream_tokens(
             used.model, torch.tensor([start]), writing.max_tokens, writing.temperature,
             writing.top_k, writing.top_p,
-            reader=UsedTokensReader(reader, used.state["corpus"].get("unused", [])),
+            reader=reader,
             generator=torch.Generator().manual_seed(derived_seed(seed, number)))
         printer = TextPrinter(used.tokenizer, stops)
         for token in tokens:
@@ -5677,13 +5256,13 @@ def run_eval(request: Request) -> None:
     if len(corpus.val) < 2:
         what = "whole text, which is too short to have a validation part"
     if what.startswith("whole text"):
-        tokens = encode_to_tensor(text.text, used.tokenizer)
+        tokens = PieceEncoder(used.tokenizer, progress_of("encoding")).encode(text.text)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
         raise UserError(f"--data {text.path}: name a text of at least 2 tokens; this one has "
                         f"{len(corpus.val)}")
     used.model.config = replace(config, block_size=size)
-    nats = evaluate(used.model, corpus.val, progress=Progress("evaluating").show)
+    nats = evaluate(used.model, corpus.val, progress=progress_of("evaluating"))
     write_result(describe_loss(nats, corpus, what))
 
 # ---- The modes -----------------------------------------------------------------------------------
@@ -5694,13 +5273,13 @@ class Mode:
     takes: set[str]
 
 EVERY_MODE = {"mode", "device"}
-USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint", "data"}
+USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint"}
 SETTINGS = {*field_names(ModelConfig), *field_names(RunConfig)} - {"init_from"}
 MODES = {
     "train": Mode(run_train, EVERY_MODE | SETTINGS | {"out_dir", "data", "resume", "init_from",
                                                       "checkpoint"}),
     "generate": Mode(run_generate, USES_MODEL | {"seed", *field_names(WritingConfig)}),
-    "eval": Mode(run_eval, USES_MODEL | {"block_size"}),
+    "eval": Mode(run_eval, USES_MODEL | {"data", "block_size"}),
     "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
     "bench": Mode(run_bench, EVERY_MODE | SETTINGS | {"bench_seconds", "max_tokens"}),
     "inspect": Mode(run_inspect, USES_MODEL | {"prompt"}),
@@ -5927,6 +5506,7 @@ if __name__ == "__main__":
 #     the 64 values of the last position.
 
 # ---- References ----------------------------------------------------------------------------------
+# Ainslie et al. 2023         GQA: Training Generalized Multi-Query Transformer Models
 # Ba et al. 2016              Layer Normalization
 # Brown et al. 2020           Language Models are Few-Shot Learners (GPT-3)
 # Chen et al. 2025            Cautious Weight Decay
@@ -5943,7 +5523,7 @@ if __name__ == "__main__":
 # Jiang et al. 2023           Pre-RMSNorm and Pre-CRMSNorm Transformers
 # Jordan 2024                 Muon: An optimizer for hidden layers in neural networks
 # Knuth 1998                  The Art of Computer Programming, volume 3
-# Li et al. 2020              PyTorch Distributed: Experiences on Accelerating Data Parallel Training
+# Li et al. 2020              PyTorch Distributed: Experiences on Data Parallel Training
 # Liu et al. 2025             Muon is Scalable for LLM Training
 # Loshchilov and Hutter 2017  SGDR: Stochastic Gradient Descent with Warm Restarts
 # Loshchilov and Hutter 2019  Decoupled Weight Decay Regularization (AdamW)
@@ -5956,6 +5536,7 @@ if __name__ == "__main__":
 # Radford et al. 2018         Improving Language Understanding by Generative Pre-Training (GPT)
 # Radford et al. 2019         Language Models are Unsupervised Multitask Learners (GPT-2)
 # Sennrich et al. 2016        Neural Machine Translation of Rare Words with Subword Units
+# Shazeer 2019                Fast Transformer Decoding: One Write-Head is All You Need
 # Shazeer 2020                GLU Variants Improve Transformer
 # So et al. 2021              Primer: Searching for Efficient Transformers for Language Modeling
 # Srivastava et al. 2014      Dropout: A Simple Way to Prevent Neural Networks from Overfitting

@@ -55,7 +55,6 @@ from minigpt import (
     Corpus,
     GPTConfig,
     ModelConfig,
-    PlainReader,
     RunConfig,
     TrainConfig,
     UserError,
@@ -96,6 +95,16 @@ def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):
 def random_x(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+class PlainReader:
+    """Reads a text that arrives in pieces with Part I's read_window, all of it again each time."""
+    def __init__(self, model):
+        self.model = model
+        self.idx = torch.zeros(1, 0, dtype=torch.long)
+
+    def read(self, new):
+        self.idx = torch.cat([self.idx.expand(len(new), -1), new], dim=1)
+        return minigpt.read_window(self.model, self.idx)
 
 def pair(idx):
     """Inputs and targets: idx without its last column, and without its first."""
@@ -479,8 +488,6 @@ def bench(folder):
 # The functions of Part I that `--preset plain` does not need, and the command that needs each.
 # Those without a command are for readers: the worked examples, and programs that import minigpt.
 ELSEWHERE = {
-    "CharTokenizer.save": None,
-    "CharTokenizer.load": None,
     "Bigram.__init__": train_bigram,
     "Bigram.forward": train_bigram,
     "print_rows": None,
@@ -583,17 +590,16 @@ def test_numbers_in_the_prose_of_part_one_are_true():
     assert (q * k).sum(dim=1).var().item() == pytest.approx(64, rel=0.05)
 
 # ---- Characters ----------------------------------------------------------------------------------
-def test_characters_come_back_unharmed(tmp_path):
-    """Also characters that JSON or a text file could damage. The ids are 0 to V - 1, sorted."""
+def test_characters_come_back_unharmed():
+    """Also characters that a text file could damage. The ids are 0 to V - 1, sorted."""
     for text in (SAMPLE.read_text(encoding="utf-8"), "\r\n\t\"\\é\u0000🎭z\u2028 "):
         tokenizer = CharTokenizer.train(text)
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and set(ids) == set(range(tokenizer.vocab_size))
         assert tokenizer.itos == sorted(set(text))
         assert all(tokenizer.stoi[tokenizer.itos[i]] == i for i in ids)
-        tokenizer.save(tmp_path)
-        for same in (CharTokenizer.load(tmp_path), CharTokenizer(tokenizer.state)):
-            assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
+        same = CharTokenizer(tokenizer.state)
+        assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
     assert CharTokenizer.train("ab").encode("") == []
 
 def test_an_unknown_character_is_named():
@@ -639,7 +645,7 @@ def test_the_corpus_is_split_by_position_and_loses_nothing():
 def test_ids_are_stored_in_as_few_bytes_as_they_need(V, size):
     """The largest id must survive. Fails for 2 bytes with a sign, or a limit that is off by one."""
     tokenizer = types.SimpleNamespace(vocab_size=V, encode=lambda text: [0, V - 1])
-    ids = minigpt.encode_to_tensor("", tokenizer)
+    ids = minigpt.PieceEncoder(tokenizer, lambda share: None).encode("a")
     assert ids.tolist() == [0, V - 1] and ids.element_size() == size
 
 # ---- The task, and the simplest model ------------------------------------------------------------
@@ -743,7 +749,17 @@ def check_dropped(dropped, whole, p):
     assert_close(dropped[~zero], whole[~zero] / (1 - p), 1e-8)
     assert abs(zero.double().mean().item() - p) < 0.05
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_of_part_ones_attention_is_that_of_the_extended_one():
+    """With the same random numbers, the same weights and the same outputs are dropped."""
+    layers = [kind(small_config(dropout=0.25)).double()
+              for kind in (minigpt.CausalSelfAttention, Attention)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    torch.manual_seed(1)
+    ours = layers[0](random_x(2, 5, 8))
+    torch.manual_seed(1)
+    assert torch.equal(ours, layers[1](random_x(2, 5, 8)))
+
+@pytest.mark.parametrize("kind", [Attention, minigpt.FusedAttention])
 def test_dropout_drops_attention_weights_and_the_output_of_attention(kind):
     """It must drop weights, not scores, and not what is collected with them. Multiplying by the
     inverse of the matrix of values gives the weights back."""
@@ -1056,7 +1072,7 @@ def test_writing_reads_the_newest_block_size_tokens(name, n):
     """Greedy text is checked step by step, far beyond block_size, for short and long prompts.
     Fails for a window that drops the newest tokens, or that is one token too short."""
     model, idx = small_model(model=name, dropout=0.5), random_ids(6, n, seed=n)
-    assert type(minigpt.new_reader(model)) is PlainReader
+    assert not isinstance(minigpt.new_reader(model), CachedReader)
     out = model.train().generate(idx, 14, temperature=0) if name == "gpt" else torch.cat(
         [idx, *minigpt.stream_tokens(model, idx, 14, temperature=0)], dim=1)
     assert out.shape == (6, n + 14) and torch.equal(out[:, :n], idx)
@@ -1064,19 +1080,21 @@ def test_writing_reads_the_newest_block_size_tokens(name, n):
         logits, _ = model.eval()(out[:, max(0, t - 8) : t])
         assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
 
-def test_a_reader_gives_the_logits_of_the_next_token_however_the_text_arrives():
-    """In one piece, or in several. No gradients are recorded, and generate uses its `reader`."""
+def test_the_window_gives_the_logits_of_the_next_token_and_a_given_reader_is_asked():
+    """No gradients are recorded, and logits come as float32."""
     model, idx = small_model(), random_ids(2, 7)
-    whole = PlainReader(model).read(idx)
-    reader = PlainReader(model)
-    for piece in idx.split([1, 4, 2], dim=1):
-        logits = reader.read(piece)
-    assert torch.equal(logits, whole) and not whole.requires_grad
-    assert_close(whole.double(), model(idx)[0][:, -1].detach(), 1e-6)  # logits come as float32
-    reader = PlainReader(model)
-    reader.read(idx)
-    expected = model.generate(torch.cat([idx, idx], dim=1), 3, temperature=0)[:, -3:]
-    assert torch.equal(model.generate(idx, 3, temperature=0, reader=reader)[:, -3:], expected)
+    logits = minigpt.read_window(model, idx)
+    assert not logits.requires_grad
+    assert_close(logits.double(), model(idx)[0][:, -1].detach(), 1e-6)
+    asked = []
+
+    def reader(text):
+        asked.append(text.shape[1])
+        return torch.eye(11)[[3, 4]]
+
+    written = model.generate(idx, 3, temperature=0, reader=reader)[:, -3:]
+    assert written.tolist() == [[3] * 3, [4] * 3]
+    assert asked == [7, 8, 9]
 
 def test_tokens_come_one_after_the_other_and_none_if_none_are_asked_for():
     """A text can be shown while it is written. Fails if all tokens are made before the first one
@@ -1085,26 +1103,6 @@ def test_tokens_come_one_after_the_other_and_none_if_none_are_asked_for():
     first = [*itertools.islice(minigpt.stream_tokens(model, idx, 10**9), 2)]
     assert [token.shape for token in first] == [(2, 1), (2, 1)]
     assert torch.equal(model.generate(idx, 0), idx)
-
-@pytest.mark.parametrize("attention", ["explicit", "fused"])
-def test_the_library_call_ends_at_the_end_token(attention):
-    """Each row of a batch ends by itself and is filled up with the end token. When all have ended,
-    nothing more is computed. Without end_id, the text goes on."""
-    model = small_model(attention=attention).float()
-    idx = random_ids(3, 2)
-    options = dict(temperature=1.0, generator=torch.Generator().manual_seed(4))
-    free = model.generate(idx, 60, **options)
-    assert free.shape == (3, 62)
-    end_id = free[0, 9].item()
-    options["generator"].manual_seed(4)
-    ended = model.generate(idx, 60, end_id=end_id, **options)
-    lengths = []
-    for row, whole in zip(ended[:, 2:].tolist(), free[:, 2:].tolist()):
-        length = whole.index(end_id) if end_id in whole else 60
-        lengths.append(length)
-        assert row[: length + 1] == whole[: length + 1]
-        assert all(token == end_id for token in row[length:])
-    assert lengths[0] <= 7 and ended.shape[1] == 2 + min(max(lengths) + 1, 60)
 
 # ---- The optimizer: AdamW ------------------------------------------------------------------------
 def test_adamw_is_the_equation_in_the_text_and_decays_matrices_only():
@@ -1560,12 +1558,11 @@ def test_every_entry_of_a_table_is_what_is_built(table, field):
         assert type(built(model)) is kind, key
 
 # ---- Normalization -------------------------------------------------------------------------------
-@pytest.mark.parametrize("norm", minigpt.NORMS_WITHOUT_SCALE)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_norm_without_scale_is_the_same_norm_with_a_gain_of_1(norm, bias):
+def test_a_norm_without_scale_is_the_same_norm_with_a_gain_of_1(bias):
     """Its gain is not learned, and decays nowhere, but it is saved, so that the model can be
     exported. Everything else is as before."""
-    changes = dict(norm=norm, bias=bias, pos="rope", attention="fused", qk_norm=True)
+    changes = dict(norm="rmsnorm", bias=bias, pos="rope", attention="fused", qk_norm=True)
     model = GPT(small_config(norm_scale=False, **changes))
     like = GPT(small_config(**changes))
     assert model.state_dict().keys() == like.state_dict().keys()
@@ -1834,7 +1831,7 @@ def test_a_previous_position_head_is_attention_with_all_weight_on_the_previous_p
     x = random_x(2, 5, 8)
     weights = torch.eye(5, dtype=torch.float64).roll(1, dims=0)
     weights[0] = torch.tensor([1.0, 0, 0, 0, 0])
-    q, k, v = module.heads(x)
+    q, k, v = minigpt.with_methods(module, small_config()).heads(x)
     ordinary = (module.weights(q, k) @ v).transpose(1, 2).flatten(2)
     values = module.c_prev(x).view(2, 5, prev_heads, 4).transpose(1, 2)
     fixed = (weights @ values).transpose(1, 2).flatten(2)
@@ -2060,7 +2057,6 @@ def test_a_text_in_pieces_has_the_same_words(text, size):
     assert sum(words, []) == minigpt.split_words(text)
     if size == 1 and " a" in text[1:]:
         assert len(pieces) > 5
-    assert "".join(minigpt.in_pieces(text, 3, 40, size)) == text[3:40]
 
 def test_a_long_word_is_merged_as_short_ones_are():
     """A page without a space is one word. It takes another way through the merges, which must give
@@ -2080,12 +2076,14 @@ def test_a_long_word_is_merged_as_short_ones_are():
 def test_learning_byte_pairs_reports_its_progress(monkeypatch):
     """Otherwise a large text shows nothing for minutes."""
     seen = []
-    monkeypatch.setattr(minigpt.Progress, "show", lambda self, share: seen.append(self.what))
+    monkeypatch.setattr(minigpt, "progress_of", lambda what: lambda share: seen.append(what))
     minigpt.make_tokenizer(RunConfig(tokenizer="bpe", bpe_size=262), "low lower lowest " * 9)
     assert set(seen) == {"learning byte pairs"}
     shares = []
     tokenizer = BPETokenizer.train("low lower lowest " * 9, 262, shares.append)
     assert shares == [n / 261 for n in range(257, 257 + len(tokenizer.merges))]
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def hide_package(monkeypatch, hidden):
     """As if a package were not installed."""
@@ -2096,22 +2094,18 @@ def hide_package(monkeypatch, hidden):
 def no_network(*_, **__):
     raise OSError("no network")
 
-def test_gpt2s_tokenizer_is_read_from_its_files_or_says_what_to_do(bpe, tmp_path, monkeypatch):
-    """It is what its files say. Without a network, one line tells what helps."""
-    pytest.importorskip("huggingface_hub")
-    hide_package(monkeypatch, "tiktoken")
-    bpe.save(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
-    assert minigpt.TOKENIZERS["gpt2"].fetch().merges == bpe.merges
-    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
-    with pytest.raises(UserError, match="--tokenizer gpt2: .*merges.txt.*--tokenizer bpe"):
-        minigpt.TOKENIZERS["gpt2"].fetch()
+def to_tiktoken(tokenizer):
+    """A tiktoken.Encoding with the same ids: it knows a token by its bytes and its rank."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: i for i, token in enumerate(tokenizer.tokens[: tokenizer.end_id])}
+    return tiktoken.Encoding("minigpt", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={minigpt.END_OF_TEXT: tokenizer.end_id})
 
-def test_gpt2s_tokenizer_is_taken_from_tiktoken_where_it_is_installed(bpe, monkeypatch):
+def test_gpt2s_tokenizer_is_taken_from_tiktoken(bpe, monkeypatch):
     """That library keeps what it has fetched, too, and stores ranks instead of merges. The merges
     that they stand for are those that were learned, in the same order."""
     tiktoken = pytest.importorskip("tiktoken")
-    encoding = minigpt.to_tiktoken(bpe)
+    encoding = to_tiktoken(bpe)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
     tokenizer = minigpt.TOKENIZERS["gpt2"].fetch()
     assert tokenizer.merges == bpe.merges and tokenizer.vocab_size == bpe.vocab_size
@@ -2123,7 +2117,7 @@ def test_tiktoken_gives_the_same_ids(bpe):
     """For words, numbers, all kinds of white space, control characters, other scripts and the token
     that ends a text. It merges by the bytes of the result, not by pairs, which must not matter."""
     pytest.importorskip("tiktoken")
-    encoding = minigpt.to_tiktoken(bpe)
+    encoding = to_tiktoken(bpe)
     rng = random.Random(5)
     pieces = [*"abeht ,.!\n\t\r\0\x1c\x7f\x85\xa0é中😀ſ²\u2028", "<|endoftext|>", "the", "'ll",
               " an", "12", "\u0301"]
@@ -2136,8 +2130,7 @@ def test_tiktoken_gives_the_same_ids(bpe):
 
 def compare_with_gpt2s_pattern(characters):
     """Splits texts with these characters by our pattern, and by GPT-2's with the package regex."""
-    reference = pytest.importorskip("regex").compile(
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    reference = pytest.importorskip("regex").compile(GPT2_PATTERN)
     ascii_pairs = itertools.product(map(chr, range(128)), repeat=2)
     rng = random.Random(0)
     texts = ["".join(f"a{c}1{c}.{c} {c}\n" for c in characters),
@@ -2265,7 +2258,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
     model, twin = small_model(**changes), small_model(**changes)
     muon, adamw = minigpt.make_muon(model, config), minigpt.make_adamw(twin, config)
     group = muon.param_groups[-1]
-    assert group["parts"] == [3, 1, 1, 1] * 2
+    assert group["parts"] == [[8, 8, 8], [8], [32], [8]] * 2
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.25, 0.7, 0.3)
     assert muon.dtype == torch.float32
     everything = [id(p) for g in muon.param_groups for p in g["params"]]
@@ -2288,7 +2281,8 @@ def test_part_two_works_with_the_settings_that_it_declares():
 
 def test_muon_takes_the_two_matrices_of_swiglu_apart():
     """c_fc of SwiGLU stacks two matrices, as c_attn stacks three. Others are one matrix each."""
-    for activation, parts in (("swiglu", [3, 1, 2, 1]), ("relu2", [3, 1, 1, 1])):
+    for activation, parts in (("swiglu", [[8, 8, 8], [8], [21, 21], [8]]),
+                              ("relu2", [[8, 8, 8], [8], [32], [8]])):
         model = GPT(small_config(activation=activation))
         optimizer = minigpt.make_muon(model, RunConfig(optimizer="muon"))
         assert optimizer.param_groups[-1]["parts"] == parts * 2
@@ -2555,20 +2549,24 @@ def test_remembering_changes_nothing_but_the_time(attention, temperature):
     assert texts[0].shape == (2, 63)
     assert torch.equal(*texts)
 
-def test_the_reader_suits_the_attention():
+def test_the_reader_suits_the_attention(monkeypatch):
     """A model whose attention has a memory is read with it, and Part I's model without. Both write
-    through GPT.generate, and a reader that is given wins."""
-    for attention, kind in (("explicit", PlainReader), ("extended", CachedReader),
-                            ("fused", CachedReader)):
-        assert type(minigpt.new_reader(small_model(attention=attention))) is kind
-    explicit = small_model(attention="explicit")
-    counts = count_tokens_of(explicit)
-    explicit.generate(random_ids(1, 5), 6)
-    assert counts == [5, 6, 7, 8, 8, 8]
-    fused = small_model(attention="fused")
-    counts = count_tokens_of(fused)
-    fused.generate(random_ids(1, 5), 6, reader=PlainReader(fused))
-    assert counts == [5, 6, 7, 8, 8, 8]
+    through GPT.generate, and a reader that is given wins. An attention of one's own that extends
+    another has its reader, without being registered."""
+    class Mine(Attention):
+        pass
+
+    monkeypatch.setitem(minigpt.ATTENTION, "mine", Mine)
+    for attention, counts in (("explicit", [5, 6, 7, 8, 8, 8]), ("extended", [5, 1, 1, 1, 4, 1]),
+                              ("fused", [5, 1, 1, 1, 4, 1]), ("mine", [5, 1, 1, 1, 4, 1])):
+        model = small_model(attention=attention)
+        seen = count_tokens_of(model)
+        model.generate(random_ids(1, 5), 6)
+        assert seen == counts
+        del seen[:]
+        plain = functools.partial(minigpt.read_window, model)
+        model.generate(random_ids(1, 5), 6, reader=plain)
+        assert seen == [5, 6, 7, 8, 8, 8]
 
 @pytest.mark.parametrize("attention", ["extended", "fused"])
 def test_each_token_is_read_once_unless_the_window_moves(attention):
@@ -2592,60 +2590,6 @@ def test_each_token_is_read_once_unless_the_window_moves(attention):
     counts.clear()
     model.generate(random_ids(1, 30), 2)
     assert counts == [8, 4]  # an overlong prompt fills the window, so the next token moves it
-
-@pytest.fixture
-def three_threads():
-    """Three threads while the test runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n_out, pieces", [(12, 3), (11, 1), (9, 3)])
-def test_a_matrix_in_pieces_gives_the_same_product(three_threads, monkeypatch, bias, n_out, pieces):
-    """For one vector, in each number of dimensions, and for several. The rows are divided evenly,
-    or not at all. Fails if the pieces are put together in another order, or if the bias is lost."""
-    monkeypatch.setattr(minigpt.VectorLinear, "smallest", n_out * 5)
-    linear = torch.nn.Linear(5, n_out, bias=bias)
-    fast = minigpt.VectorLinear(linear)
-    assert fast.pieces == pieces
-    for shape in ((5,), (1, 5), (1, 1, 5), (3, 5), (2, 1, 5)):
-        x = torch.randn(shape)
-        assert_close(fast(x), linear(x), 1e-6)
-        assert fast(x).shape == linear(x).shape
-    monkeypatch.setattr(minigpt.VectorLinear, "smallest", n_out * 5 + 1)
-    assert minigpt.VectorLinear(linear).pieces == 1
-
-def test_writing_leaves_the_model_as_it_is_and_sees_its_newest_weights(three_threads, monkeypatch):
-    """The reader works on a copy whose layers differ, but which has the same weights and buffers.
-    The model that is trained keeps its Linears and its dropout. A layer of a class of one's own
-    stays what it is."""
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    monkeypatch.setattr(minigpt.VectorLinear, "smallest", 0)
-    model = small_model(attention="fused", pos="rope", dropout=0.5, n_embd=12, n_head=2).train()
-    model.h[1].mlp.c_proj = Doubled(48, 12).double()
-    before = [type(module) for module in model.modules()]
-    reader = CachedReader(model)
-    assert [type(module) for module in model.modules()] == before
-    assert type(reader.model.h[1].mlp.c_proj) is Doubled
-    assert reader.model.h[0].mlp.c_fc.pieces == 3
-    assert not any(isinstance(module, torch.nn.Dropout) for module in reader.model.modules())
-    for kind in ("parameters", "buffers"):
-        mine, copied = (dict(getattr(m, "named_" + kind)()) for m in (model, reader.model))
-        assert mine and mine.keys() == copied.keys()
-        assert all(tensor is copied[name] for name, tensor in mine.items())
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.5)
-    idx = random_ids(1, 4)
-    for new in idx.split(1, dim=1):
-        logits = reader.read(new)
-    with torch.no_grad():
-        assert_close(logits, model(idx)[0][:, -1].float(), 1e-5)
 
 def test_the_bigram_model_writes_with_every_attention():
     """It has no attention, so the setting must not matter. Presets for GPUs set it."""
@@ -2702,7 +2646,7 @@ def test_two_threads_write_with_one_model_at_the_same_time(attention):
         sys.setswitchinterval(interval)
     assert [written[0], written[1]] == expected
 
-@pytest.mark.parametrize("attention", minigpt.ATTENTION)
+@pytest.mark.parametrize("attention", ["extended", "fused"])
 def test_an_error_while_writing_leaves_the_model_as_it_was(attention):
     """An id that does not exist, or a failure in the middle of the second block, ends one stream.
     A later evaluation and a later stream must not notice it."""
@@ -3086,22 +3030,6 @@ def test_two_gpus_are_nearly_one(tmp_path):
         assert a == pytest.approx(b, rel=1e-3)
 
 # ---- Loss scaling --------------------------------------------------------------------------------
-def test_a_scaled_loss_has_its_value_and_a_scaled_gradient():
-    """The figures that are printed are those of the loss itself. Fails if the factor is applied to
-    the value, or lost in the rounding of a sum of large numbers."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    model = minigpt.new_model(small_config(), 0)
-    x, y = random_ids(2, 8), random_ids(2, 8, seed=1)
-    _, loss = model(x, y)
-    loss.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    _, scaled = minigpt.ScaledLoss(model, scaler)(x, y)
-    scaled.backward()
-    assert scaled.item() == loss.item()
-    for p, gradient in zip(model.parameters(), gradients):
-        assert_close(p.grad, 2.0**16 * gradient, 1e-5)
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_in_float16_is_nearly_training_in_float32(tmp_path, optimizer):
     """Scaling and unscaling cancel, also with accumulation and clipping. Fails if gradients are
@@ -3128,7 +3056,7 @@ def test_a_step_with_infinite_gradients_changes_nothing_and_is_counted(tmp_path,
     run.journal.say = said.append
 
     def step():
-        minigpt.train_step(run.runner, run.optimizer, run.batches(), run.config)
+        run.take_step()
         run.step += 1
 
     step()
@@ -3138,12 +3066,12 @@ def test_a_step_with_infinite_gradients_changes_nothing_and_is_counted(tmp_path,
     step()
     assert_same(before, list(run.model.parameters()))
     assert json.dumps(run.optimizer.state_dict(), default=lambda t: t.tolist()) == moments
-    assert run.optimizer.skipped == 1 and run.scaler.get_scale() == pytest.approx(0.5e38)
+    assert run.skipped == 1 and run.scaler.get_scale() == pytest.approx(0.5e38)
     run.journal.report_step(run, torch.tensor(2.0), torch.tensor(math.inf))
     assert said[-1].endswith("overflow): 1")
     run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 1024.0})
     step()
-    assert run.optimizer.skipped == 1
+    assert run.skipped == 1
     assert not torch.equal(before[0], next(run.model.parameters()))
 
 def test_a_float16_run_is_resumed_exactly_with_its_scale(tmp_path):
@@ -3197,7 +3125,11 @@ def test_processes_share_the_rows_of_each_batch(tmp_path):
             assert [len(half) for half in halves] == [3, 3]
             assert sorted(ours.tolist()) == sorted(torch.cat(halves).tolist())
     run = as_process(tiny_full_run(tmp_path, **settings), 1, 2)
-    assert [run.runner.require_backward_grad_sync for _ in run.batches()] == [False, False, True]
+    synchronized = []
+    run.runner.register_forward_hook(
+        lambda *_: synchronized.append(run.runner.require_backward_grad_sync))
+    run.take_step()
+    assert synchronized == [False, False, True]
 
 def test_each_process_draws_dropout_of_its_own(tmp_path):
     """It depends on the seed, the step and the process. With the same numbers in all processes,
@@ -3208,7 +3140,7 @@ def test_each_process_draws_dropout_of_its_own(tmp_path):
         run = as_process(tiny_full_run(tmp_path), rank, 3)
         run.step = step
         torch.manual_seed(minigpt.derived_seed(run.config.seed, step))
-        next(run.batches())
+        run.take_step()
         drawn[rank, step] = torch.initial_seed()
     assert len(set(drawn.values())) == 6
     assert drawn[0, 1] == minigpt.derived_seed(run.config.seed, 1)
@@ -3238,7 +3170,7 @@ def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys)
     minigpt.say("hello")
     minigpt.write_config(run)
     run.journal.say("hello")
-    run.journal.record(step=1, loss=1.0)
+    run.journal.record(run, loss=1.0)
     run.save("latest.pt")
     assert capsys.readouterr().err == ""
     assert os.listdir(tmp_path) == []
@@ -3889,42 +3821,6 @@ def test_a_disk_that_is_full_costs_no_records(tmp_path):
     assert code == 2 and "too large" in last_line(err), err
     assert metrics_of(tmp_path) == before
 
-@pytest.mark.parametrize("failures", [1, 4, 5])
-def test_a_file_that_is_in_use_for_a_moment_is_replaced_later(tmp_path, monkeypatch, failures):
-    """On Windows, a virus scanner or an indexer may have the old file open. After two seconds, one
-    line names --resume, and the old file is whole."""
-    pauses, calls, original = [], [], os.replace
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 9}\n')
-
-    def replace_file(source, target):
-        calls.append(target)
-        if len(calls) <= failures:
-            raise PermissionError(13, "Permission denied", str(source), None, str(target))
-        original(source, target)
-
-    run = tiny_full_run(tmp_path)
-    run.save("latest.pt")
-    before = contents(tmp_path)
-    run.step = 7
-    monkeypatch.setattr(os, "replace", replace_file)
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    if failures < 5:
-        run.save("latest.pt")
-        assert step_of(tmp_path / "latest.pt") == 7
-    else:
-        with pytest.raises(UserError, match="latest.pt: Permission denied; .*--resume"):
-            run.save("latest.pt")
-        assert contents(tmp_path) == before
-    assert len(pauses) == min(failures, 4) and sum(pauses) <= 2
-    calls.clear()
-    if failures < 5:
-        run.journal.forget_after(3)
-        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    else:
-        with pytest.raises(UserError, match="metrics.jsonl: Permission denied"):
-            run.journal.forget_after(3)
-    assert not list(tmp_path.glob("*.partial"))
-
 def test_the_settings_are_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     """A full disk must not leave half of config.json."""
     run = tiny_full_run(tmp_path)
@@ -4010,9 +3906,10 @@ def test_metrics_are_strict_json(tmp_path):
     """JSON has no infinity and no NaN, and strict readers refuse a file that has them. An infinite
     gradient norm becomes null. A loss that is no number ends the run and is not recorded."""
     run = tiny_full_run(tmp_path)
-    run.journal.record(step=1, grad_norm=math.inf)
+    run.step = 1
+    run.journal.record(run, grad_norm=math.inf)
     for bad in (math.nan, math.inf):
-        with pytest.raises(minigpt.Diverged, match="diverged at step 0"):
+        with pytest.raises(minigpt.Diverged, match="diverged at step 1"):
             run.journal.report_evaluation(run, {"train": 1.0, "val": bad}, better=True)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null}\n'
 
@@ -4246,41 +4143,25 @@ def test_a_text_must_be_longer_than_a_window():
     with pytest.raises(UserError, match="--data a.txt: .* 17 tokens.* 17 . 1; use a longer text"):
         minigpt.encode_corpus(text, CharTokenizer("a"), 17, fixed=True)
 
-WORDS = SAMPLE.read_text(encoding="utf-8").lower().split()
-WORDS = sorted({word.strip(".,;:!?") for word in WORDS})
-SHUFFLED = random.Random(0).sample(WORDS, len(WORDS))
-
 @pytest.mark.parametrize("text, doubt", [
-    (SAMPLE.read_text(encoding="utf-8"), None), ("\n".join(SHUFFLED), None), (SOURCE, None),
-    ("".join(random.Random(1).choices([chr(0x4E00 + i) for i in range(999)], k=9000)), None),
+    (SAMPLE.read_text(encoding="utf-8"), None), (SOURCE, None),
     ("01" * 30 + "0110" * 900, None), (SAMPLE.read_text(encoding="utf-8")[5000:5800], None),
-    ("\n".join(WORDS), "differs in kind"), (SAMPLE.read_text(encoding="utf-8") + SOURCE[:30000],
-                                         "differs in kind"),
-    ("the same line\n" * 500, "memorization"), (SHORT.read_text(encoding="utf-8") + "\n" * 5000,
-                                                "consists only of"),
+    ("the same line\n" * 500, "blank or repeats"),
+    (SHORT.read_text(encoding="utf-8") + " \n" * 5000, "blank or repeats"),
     (SHORT.read_text(encoding="utf-8").encode("utf-16-le").decode("utf-8", "replace"), "NUL")])
 def test_what_is_odd_about_a_text_is_told(text, doubt):
-    """A sorted list of words, two texts one after the other, one line again and again, a blank end,
-    UTF-16: in each case, the loss on the validation part shows something else than expected. Verse,
-    also a few lines of it, words in random order, a program, many rare characters and a text of two
+    """One line again and again, a blank end, UTF-16: in each case, the loss on the validation part
+    shows something else than expected. Verse, also a few lines of it, a program, and a text of two
     characters are nothing odd."""
     doubts = minigpt.doubts_about(text)
     assert len(doubts) == (doubt is not None) and all(doubt in found for found in doubts), doubts
-
-def test_the_parts_of_a_text_are_compared_by_a_table_of_pairs():
-    """By hand: of "aab", a is followed once by a and once by b. With half a pair more for each of
-    the two characters and the unknown ones, b after a has the probability 1.5 / 3.5."""
-    assert minigpt.pair_loss("aab", "ab") == pytest.approx(-math.log(1.5 / 3.0))
-    assert minigpt.pair_loss("aab", "a") == 0
-    pieces = minigpt.pieces_of("x" * 3_000_000)
-    assert 700_000 < sum(map(len, pieces)) <= 1_000_000 and len(pieces[0]) == 200
 
 def test_doubts_are_told_when_a_run_begins(tmp_path):
     """Once, and the run goes on."""
     text = tmp_path / "same.txt"
     text.write_text("the same line\n" * 100)
     said = train_tiny(tmp_path / "out", "--data", text, "--max_steps", "2")
-    assert said.count("warning: about this text: ") == 1 and "memorization" in said
+    assert said.count("warning: about this text: ") == 1 and "repeats lines" in said
     assert "warning" not in resume_tiny(tmp_path / "out")
 
 @pytest.mark.parametrize("content, why", [
@@ -4300,25 +4181,16 @@ def test_a_large_text_is_encoded_in_pieces_to_the_same_corpus(monkeypatch, kind)
     """Only its memory is another. Fails if a piece is lost, or cut within a word."""
     text = source_text(SAMPLE.read_text(encoding="utf-8")[:50_000] + "<|endoftext|>end")
     tokenizer = minigpt.make_tokenizer(RunConfig(tokenizer=kind, bpe_size=300), text.text)
-    expected = minigpt.encode_text(text, tokenizer)
     shares = []
     monkeypatch.setattr(minigpt, "in_pieces", functools.partial(minigpt.in_pieces, size=999))
-    corpus = minigpt.encode_in_pieces(text.text, tokenizer, shares.append)
+    monkeypatch.setattr(minigpt, "progress_of", lambda what: shares.append)
+    corpus = minigpt.encode_text(text, tokenizer)
+    expected = Corpus.from_text(text.text, tokenizer)
     for name in ("train", "val"):
         ours, theirs = getattr(corpus, name), getattr(expected, name)
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        assert ours.tolist() == theirs.tolist() and ours.element_size() <= 2
     assert corpus.val_characters == expected.val_characters
-    assert len(shares) > 40 and shares == sorted(shares) and shares[-1] == 1
-    monkeypatch.setattr(minigpt, "LARGE_TEXT", 1000)
-    monkeypatch.setattr(minigpt, "encode_in_pieces", lambda *_: "in pieces")
-    assert minigpt.encode_text(text, tokenizer) == "in pieces"
-
-def test_a_large_text_is_doubted_by_parts_of_it(monkeypatch):
-    """The parts are taken from everywhere, in their order, so that the same is found."""
-    monkeypatch.setattr(minigpt, "LARGE_TEXT", 200_000)
-    verse = SAMPLE.read_text(encoding="utf-8")
-    assert minigpt.doubts_about(verse) == []
-    assert "differs in kind" in minigpt.doubts_about(verse + SOURCE[:40_000])[0]
+    assert len(shares) > 40 and shares.count(1) == 2  # each part to its end
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory from Linux")
@@ -4340,7 +4212,6 @@ minigpt.word_pattern()
 before = peak()
 text = minigpt.read_corpus({str(path)!r})
 corpus = minigpt.encode_text(text, tokenizer)
-minigpt.unused_tokens(corpus, tokenizer)
 minigpt.doubts_about(text.text)
 print((peak() - before) / {len(text)}, len(corpus.train))
 """)
@@ -4773,14 +4644,14 @@ def test_progress_tells_the_time_that_is_left(monkeypatch, on_terminal, expected
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", out := io.StringIO())
     monkeypatch.setattr(minigpt, "is_terminal", lambda stream: on_terminal)
-    quick = minigpt.Progress("y")
+    quick = minigpt.progress_of("y")
     clock[0] = 0.1
-    quick.show(1)  # what is done at once shows nothing
+    quick(1)  # what is done at once shows nothing
     clock[0] = 0
-    progress = minigpt.Progress("x")
+    show = minigpt.progress_of("x")
     for now, share in ((0.1, 0.001), (10, 0.25), (10.1, 0.26), (30, 0.75), (40, 1)):
         clock[0] = now
-        progress.show(share)
+        show(share)
     lines = out.getvalue().replace("\r", "\n\r" if on_terminal else "").split("\n")
     assert [line.rstrip(" ") for line in lines if line.strip()] == expected
 
@@ -4793,28 +4664,6 @@ def test_a_real_run_learns(tmp_path):
                   "10", "--data", SAMPLE, "--dtype", "float32", "--eval_interval", "150",
                   "--eval_batches", "2", "--checkpoint_interval", "0", "--out_dir", tmp_path)
     assert 2.0 < float(re.search(r"([\d.]+) nats", score(err))[1]) < 2.4
-
-def test_a_token_that_was_never_a_target_is_not_drawn(tmp_path):
-    """A text without <|endoftext|>, or with a character that only the validation part has, teaches
-    the model nothing about when to write it. After a short training, it would come by chance."""
-    text = tmp_path / "text.txt"
-    text.write_text("#abc abd\n" + "abc abd\n" * 200 + "xyz" * 40, encoding="utf-8")
-    train_tiny(tmp_path / "out", "--data", text, "--max_steps", "2")
-    state = load_checkpoint(tmp_path / "out" / "best.pt")
-    tokenizer = model_of(tmp_path / "out" / "best.pt")[1]
-    assert tokenizer.decode(state["corpus"]["unused"]) == "#xyz"  # nothing precedes the first
-    _, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path / "out", "--max_tokens", "300",
-                         "--temperature", "9")
-    assert set(out.strip("\n")) - {"\n"} == set("abcd ")
-    # A further training on a text that has them makes them usable, and forgets none.
-    text.write_text("xyx ab\n" * 200, encoding="utf-8")
-    train = ["--mode", "train", "--init_from", tmp_path / "out" / "best.pt", "--data", text,
-             "--preset", "laptop", "--batch_size", "2", "--eval_batches", "1", "--max_steps", "2",
-             "--warmup_steps", "0", "--sample_tokens", "0", "--out_dir", tmp_path / "more"]
-    succeed(*train)
-    resume_tiny(tmp_path / "more", "--max_steps", "3")
-    state = load_checkpoint(tmp_path / "more" / "latest.pt")
-    assert tokenizer.decode(state["corpus"]["unused"]) == "#z"
 
 def test_a_text_of_two_tokens_can_be_evaluated(tmp_path, tiny_run):
     """Also where block_size is larger."""
@@ -4946,10 +4795,8 @@ def test_each_preset_is_the_model_of_the_readmes_table(name):
 
 def test_gpt2_small_without_its_tokens_says_what_to_do(tmp_path, monkeypatch):
     """The preset is GPT-2, tokens included. If they cannot be had, there is another way."""
-    def refuse():
-        raise UserError(minigpt.GPT2Tokenizer.not_fetched)
-
-    monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", refuse)
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     check_mistake(*run_main("--mode", "train", "--preset", "gpt2", "--data", SHORT, "--out_dir",
                             tmp_path), ["--tokenizer gpt2", "could not be downloaded",
                                         "--tokenizer bpe"])
@@ -4995,7 +4842,8 @@ def test_epochs_and_perplexity_stand_beside_steps_and_losses(tmp_path):
             perplexity = record[name.replace("loss", "perplexity")]
             assert perplexity == pytest.approx(math.exp(record[name]))
 
-@pytest.mark.skipif(not (HERE / "data" / "input.txt").exists(), reason="needs data/input.txt: python download_data.py")
+@pytest.mark.skipif(not (HERE / "data" / "input.txt").exists(),
+                    reason="needs data/input.txt: python download_data.py")
 def test_the_real_corpus_has_the_figures_of_the_book():
     """65 characters, and the sizes of both parts that every log begins with."""
     text = minigpt.read_corpus("")
@@ -5081,31 +4929,24 @@ def test_best_is_only_replaced_by_a_better_model(tmp_path):
     assert out.strip() == score(err)
 
 @pytest.mark.parametrize("step", [0, 3, 6])
-def test_a_crash_between_latest_and_best_costs_nothing(tmp_path, tiny_run, monkeypatch, step):
-    """The evaluation of that step found the best model so far. latest.pt was written, and the run
-    was killed before best.pt was. On --resume, best.pt is written again from latest.pt, without
-    another evaluation, and the run ends like one that was not killed."""
+def test_a_crash_between_best_and_latest_costs_nothing(tmp_path, tiny_run, monkeypatch, step):
+    """The evaluation of that step found the best model so far. best.pt was written, and the run was
+    killed before latest.pt was. With --resume, the run takes the steps again and ends like one that
+    was not killed. At step 0, it begins again."""
     original = minigpt.save_checkpoint
 
     def killed(path, state):
-        if path.name == "best.pt" and state["step"] == step:
+        if path.name == "latest.pt" and state["step"] == step:
             raise Killed
         original(path, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(minigpt, "save_checkpoint", killed)
         with pytest.raises(Killed):
-            run_main(*TRAIN, "--out_dir", tmp_path, "--checkpoint_interval", "2")
-    assert step_of(tmp_path / "latest.pt") == step
-    before_step(monkeypatch, 1, kill)
-    if step < 6:
-        with pytest.raises(Killed):  # as soon as it trains, the run is killed once more
-            run_main(*RESUME, tmp_path)
-    else:
-        assert score(resume_tiny(tmp_path)) == score(tiny_run[1])
+            run_main(*TRAIN, "--out_dir", tmp_path)
     assert step_of(tmp_path / "best.pt") == step
-    assert_same_run(tmp_path / "latest.pt", tmp_path / "best.pt")
-    resume_tiny(tmp_path)
+    assert step == 0 or step_of(tmp_path / "latest.pt") == step - 3
+    train_tiny(tmp_path, "--resume")
     assert_same_run(tmp_path / "latest.pt", tiny_run[0] / "latest.pt",
                     "model", "optimizer", "step", "best_val", "best_step")
     assert_same_run(tmp_path / "best.pt", tiny_run[0] / "best.pt")
@@ -5523,8 +5364,6 @@ def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
     code, out, err = run_main(*BENCH, "--bench_seconds=0.01")
     assert code == 0 and out.startswith("| laptop: cpu, float32, 1 threads, PyTorch 2"), err
     rows = bench_rows(out)
-    if sys.platform == "linux":
-        assert 0 <= rows.pop("page faults per step") < 1000
     sizes = {**minigpt.PRESETS["laptop"].model, "n_layer": 1, "n_embd": 32, "block_size": 16}
     model = GPT(ModelConfig(65, **sizes))
     parts = {f"- {part}": n for part, n in minigpt.parameters_by_part(model).items()}
@@ -5556,24 +5395,22 @@ def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
     assert rows["training, tokens/s"] == 64
     assert rows["writing, tokens/s"] == rows["writing, without the cache"] == 10
 
-def test_the_benchmark_trains_on_whole_windows():
-    """`laptop` has short windows at first, which are faster: the figure would be too good."""
-    request = minigpt.parse([*BENCH, "--short_block", "4"])
-    with contextlib.redirect_stderr(io.StringIO()):
-        batches = list(minigpt.Bench(request).run.batches())
-    assert [x.shape for x, _ in batches] == [(2, 16)]
-
-def test_the_benchmark_compares_the_reader_of_the_model_with_the_plain_one(monkeypatch):
-    """Explicit attention has no cache, so there is nothing to compare."""
-    seen = []
-    monkeypatch.setattr(minigpt.Bench, "rate", lambda self, work, function: function() or 1.0)
-    monkeypatch.setattr(minigpt.Bench, "write", lambda self, reader: seen.append(reader))
-    run_main(*BENCH)
-    assert seen == [CachedReader, PlainReader]
-    seen.clear()
+def test_the_benchmark_trains_on_whole_windows_and_writes_with_and_without_the_cache(monkeypatch):
+    """`laptop` has short windows at first, which are faster: the figure would be too good. Explicit
+    attention has no cache, so there is nothing to compare."""
+    seen, read = [], []
+    monkeypatch.setattr(minigpt, "rate_of", lambda work, seconds, function: function() and 1.0)
+    monkeypatch.setattr(minigpt, "train_step", lambda *arguments: seen.append(arguments[2]) or [1])
+    monkeypatch.setattr(minigpt, "flops_per_token", lambda model: 1)
+    monkeypatch.setattr(minigpt, "read_window", lambda *arguments: read.append(1) or (
+        torch.zeros(1, 65)))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
+    run_main(*BENCH, "--short_block", "4")
+    assert [x.shape for x, _ in seen[0]] == [(2, 16)] and len(read) == 5
+    read.clear()
     out = run_main(*BENCH, "--attention", "explicit", "--pos", "learned", "--no_qk_norm",
                    "--prev_heads", "0")[1]
-    assert seen == [PlainReader] and "without the cache" not in out
+    assert len(read) == 5 and "without the cache" not in out
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_written_text_can_be_trained_on(temperature):
@@ -5746,31 +5583,6 @@ def test_the_epsilons_keep_their_weight_when_heads_are_added():
     idx = random_ids(2, 16)
     logits = qwen3_formula(*minigpt.to_qwen3(model.eval()), idx)
     assert largest_difference(logits, model(idx)[0]) < 1e-5
-
-def test_no_layer_norm_notices_that_the_residual_stream_is_centred():
-    """Every LayerNorm subtracts the mean, so it may as well be taken from the weights that write to
-    the stream: the rows of the token table and the columns of each c_proj; and from queries and
-    keys within each head. The head must keep its table, since it does not subtract a mean."""
-    config = dict(bias=False, qk_norm=True, attention="extended", tie_weights=False, n_layer=3)
-    model = small_model(**config, pos="rope")
-    idx = random_ids(2, 8)
-    before = model(idx)[0]
-    n_head = model.config.n_head
-    with torch.no_grad():
-        model.wte.weight.copy_(minigpt.centre(model.wte.weight.t()).t())
-        for block in model.h:
-            block.attn.c_proj.weight.copy_(minigpt.centre(block.attn.c_proj.weight))
-            block.mlp.c_proj.weight.copy_(minigpt.centre(block.mlp.c_proj.weight))
-            q, k, v = block.attn.c_attn.weight.chunk(3)
-            q, k = minigpt.centre(q, groups=n_head), minigpt.centre(k, groups=n_head)
-            block.attn.c_attn.weight.copy_(torch.cat([q, k, v]))
-    assert_close(model(idx)[0], before)
-    with minigpt.recorded_calls([*model.h, model.ln_f]) as calls:
-        model(idx)
-    assert max(x.mean(-1).abs().max() for x, _ in calls) < 1e-12
-    with torch.no_grad():
-        model.lm_head.weight.copy_(minigpt.centre(model.lm_head.weight.t()).t())
-    assert (model(idx)[0] - before).abs().max() > 1e-3
 
 def test_centring_takes_the_mean_of_each_column_within_each_group_of_rows():
     """By hand: the columns of two groups of two rows."""
@@ -6030,12 +5842,12 @@ class LlamaCpp:
         return answer["tokens"], likeliest
 
 def export_gguf(folder, *argv):
-    """Exports folder/best.pt. Returns the file and what was said of it."""
+    """Exports folder/best.pt. Returns the file."""
     pytest.importorskip("gguf")
     code, out, err = run_main("--mode", "export", "--format", "gguf", "--out_dir", folder, *argv)
     assert code == 0, err
     assert str(folder / "model.gguf") in out
-    return folder / "model.gguf", out
+    return folder / "model.gguf"
 
 @pytest.mark.parametrize("form, changes", EXPORTED)
 def test_llama_cpp_computes_the_same_from_a_gguf_file(tmp_path, form, changes):
@@ -6044,7 +5856,7 @@ def test_llama_cpp_computes_the_same_from_a_gguf_file(tmp_path, form, changes):
     another eps or angle."""
     tokenizer = CharTokenizer.train(LETTERS)
     model = save_model(tmp_path, tokenizer, **{"n_embd": 64, **changes})
-    path, out = export_gguf(tmp_path)
+    path = export_gguf(tmp_path)
     ids = [0, 1, 2, 3]
     expected = model.generate(torch.tensor([ids]), 8, temperature=0)
     tokens, likeliest = LlamaCpp(path, 16).write(ids, 8)
@@ -6054,7 +5866,6 @@ def test_llama_cpp_computes_the_same_from_a_gguf_file(tmp_path, form, changes):
     for theirs, ours in zip(likeliest, logprobs):
         for i, logprob in theirs.items():
             assert logprob == pytest.approx(ours[i].item(), abs=0.05)
-    assert "writes the same 15 of 15 tokens" in out
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_llama_cpp_has_the_same_tokens(tmp_path, bpe, kind):
@@ -6063,7 +5874,7 @@ def test_llama_cpp_has_the_same_tokens(tmp_path, bpe, kind):
     odd = "\0\t\n\r\x1b \\ntx'\"é漢😀\u2028▁ĠĊabc"
     tokenizer = CharTokenizer.train(odd) if kind == "char" else bpe
     save_model(tmp_path, tokenizer, n_embd=32)
-    path, _ = export_gguf(tmp_path)
+    path = export_gguf(tmp_path)
     llama = LlamaCpp(path, 16)
     texts = [odd, odd[::-1], "  a  ", "\\n", "abc" * 20]
     if kind == "bpe":
@@ -6079,28 +5890,25 @@ def test_llama_cpp_chats_by_passing_the_text_on(tmp_path, bpe, kind):
     pytest.importorskip("gguf")
     tokenizer = CharTokenizer.train(LETTERS) if kind == "char" else bpe
     model = save_model(tmp_path, tokenizer, n_embd=64, block_size=32)
-    llama = LlamaCpp(export_gguf(tmp_path)[0], 32)
+    llama = LlamaCpp(export_gguf(tmp_path), 32)
     messages = [("user", "to be"), ("assistant", ", or "), ("user", "not")]
     answer = llama.ask("v1/chat/completions", temperature=0, max_tokens=8,
                        messages=[{"role": role, "content": text} for role, text in messages])
     ids = torch.tensor([tokenizer.encode("to be, or not")])
-    written = model.generate(ids, 8, temperature=0, end_id=tokenizer.end_id)[0, ids.shape[1] :]
+    written = model.generate(ids, 8, temperature=0)[0, ids.shape[1] :]
     text = tokenizer.decode(written.tolist()).partition("<|endoftext|>")[0]
     assert answer["choices"][0]["message"]["content"] == text
 
 @pytest.mark.parametrize("kind, worst", [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8),
                                          ("q8_0", 1 / 127)])
-def test_a_gguf_file_holds_the_tensors_of_the_folder(tmp_path, monkeypatch, kind, worst):
+def test_a_gguf_file_holds_the_tensors_of_the_folder(tmp_path, kind, worst):
     """Under the names that the package gguf knows, matrices in the type that was asked for, gains
-    in float32. Without llama.cpp, the command itself reads the file back."""
+    in float32."""
     gguf = pytest.importorskip("gguf")
     for form, changes in (("GPT-2", {}), ("Qwen3", dict(LAPTOP, prev_heads=1))):
         (tmp_path / form).mkdir()
         model = save_model(tmp_path / form, CharTokenizer.train("abc"), n_embd=32, **changes)
-        with monkeypatch.context() as patch:
-            patch.setattr(minigpt.importlib.util, "find_spec", lambda name: None)
-            path, out = export_gguf(tmp_path / form, "--gguf_type", kind)
-        assert "read back" in out
+        path = export_gguf(tmp_path / form, "--gguf_type", kind)
         convert = minigpt.to_gpt2 if form == "GPT-2" else minigpt.to_qwen3
         config, tensors = convert(model)
         known = gguf.get_tensor_name_map(
@@ -6117,24 +5925,6 @@ def test_a_gguf_file_holds_the_tensors_of_the_folder(tmp_path, monkeypatch, kind
             limit = worst * w.abs().max().item() if is_packed else 0
             assert (values - w).abs().max().item() <= limit
         assert not written
-
-@pytest.mark.parametrize("fault", ["proxy", "crash", "one position"])
-def test_a_gguf_file_stays_whatever_happens_to_the_comparison(tmp_path, monkeypatch, fault):
-    """A proxy must not be asked for a local address. If llama.cpp cannot load the file or cannot be
-    asked, the file is complete all the same."""
-    pytest.importorskip("gguf")
-    xllamacpp = pytest.importorskip("xllamacpp")
-    save_model(tmp_path, CharTokenizer.train("abc"), n_embd=32,
-               **(dict(block_size=1) if fault == "one position" else {}))
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    if fault == "crash":
-        def refuse(params):
-            raise RuntimeError("Failed to init server")
-        monkeypatch.setattr(xllamacpp, "Server", refuse)
-    path, out = export_gguf(tmp_path)
-    assert path.exists()
-    assert {"proxy": "the same 15 of 15", "crash": "could not be asked",
-            "one position": "read back"}[fault] in out
 
 def test_what_a_gguf_file_cannot_hold_is_refused_before_it_is_written(tmp_path):
     """Rows that q8_0 cannot pack, and byte pairs without merges, which llama.cpp does not load."""
@@ -6463,107 +6253,10 @@ def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     first = metrics_of(tmp_path / "more")[0]
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(min(records), rel=1e-5)
 
-# ---- Exchange: reading a checkpoint of nanoGPT ---------------------------------------------------
-def save_nanogpt(path, text, bias=True, prefix=""):
-    """A checkpoint as nanoGPT's train.py writes it, with random weights. Returns a function that
-    computes its logits in float64."""
-    sizes = dict(vocab_size=len(set(text)), block_size=16, n_layer=2, n_head=2, n_embd=24,
-                 bias=bias)
-    weights = small_model(**sizes).float().state_dict()
-    mask = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
-    named = {f"{prefix}{name}" if name.startswith("lm_head") else f"{prefix}transformer.{name}": w
-             for name, w in (weights | mask).items()}
-    torch.save({"model": named, "optimizer": {}, "model_args": {**sizes, "dropout": 0.1},
-                "iter_num": 70, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}},
-               path)
-    gpt2s = {}
-    for name, w in weights.items():
-        is_linear = ".c_" in name and name.endswith("weight")
-        gpt2s[name] = w.t() if is_linear else w
-        if is_linear or w.dim() == 1:
-            gpt2s.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
-    form = {**sizes, "layer_norm_epsilon": 1e-5, "activation_function": "gelu",
-            "tie_word_embeddings": True}
-    return lambda idx: gpt2_formula(form, gpt2s, idx)
-
-@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
-def test_a_checkpoint_of_nanogpt_computes_the_same_here(tmp_path, bias, prefix):
-    """Would fail with GPT-2's approximation of GELU, for transposed matrices, or for characters in
-    another order than that of nanoGPT's prepare.py, which is sorted."""
-    (tmp_path / "text").write_text("zebra, apple", encoding="utf-8")
-    logits = save_nanogpt(tmp_path / "ckpt.pt", "zebra, apple", bias, prefix)
-    state = minigpt.read_model(tmp_path / "ckpt.pt", str(tmp_path / "text"))
-    model, tokenizer = minigpt.model_from_checkpoint(state, ModelConfig)
-    assert tokenizer.itos == sorted(set("zebra, apple")) and state["step"] == 70
-    idx = random_ids(2, 16, vocab_size=9)
-    with torch.no_grad():
-        assert largest_difference(model.eval()(idx)[0], logits(idx)) < 1e-6
-
-def test_a_checkpoint_of_nanogpt_is_used_as_ours_is(tmp_path):
-    """It writes, is evaluated, and is trained further, on the text that it was trained on."""
-    text = SHORT.read_text(encoding="utf-8")
-    save_nanogpt(tmp_path / "ckpt.pt", text)
-    for command in (["--mode", "generate", "--prompt", text[:3], "--max_tokens", 3],
-                    ["--mode", "eval"], ["--mode", "inspect", "--prompt", text[:5]]):
-        code, out, err = run_main(*command, "--checkpoint", tmp_path / "ckpt.pt", "--data", SHORT,
-                                  "--out_dir", tmp_path)
-        assert code == 0 and out, err
-    code, _, err = run_main(
-        "--mode", "train", "--init_from", tmp_path / "ckpt.pt", "--data", SHORT, "--out_dir",
-        tmp_path / "out", "--max_steps", 1, "--batch_size", 2, "--no_wandb", "--sample_tokens", 0)
-    assert code == 0 and model_of(tmp_path / "out" / "latest.pt")[0].config.activation == "gelu_erf"
-
-@pytest.mark.parametrize("name, value", [
-    ("n_head", 0), ("n_head", -1), ("n_head", "2"), ("n_head", 5), ("n_layer", 3), ("n_layer", "2"),
-    ("vocab_size", None), ("dropout", None), ("block_size", -16), ("block_size", 10**9),
-    ("iter_num", math.inf), ("model", []), ("model", {"transformer.wte.weight": 1}),
-    ("model", {3: torch.zeros(2)}), ("n_head", ...)])
-def test_a_damaged_checkpoint_of_nanogpt_is_one_line(tmp_path, name, value):
-    """Whatever is in it, and before memory is taken for a size that its weights do not have."""
-    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
-    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    part = state if name in state else state["model_args"]
-    part[name] = value
-    if value is ...:
-        del part[name]
-    torch.save(state, tmp_path / "ckpt.pt")
-    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
-    check_mistake(*run_main("--mode", "generate", "--checkpoint", tmp_path / "ckpt.pt", "--data",
-                            tmp_path / "text"), ["ckpt.pt", "nanoGPT"])
-
-def test_a_checkpoint_of_nanogpt_may_have_a_head_of_its_own(tmp_path):
-    """Would fail if the head were read as the token table, or the other way round."""
-    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
-    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    table, head = torch.randn(2, 8, 24)
-    state["model"]["transformer.wte.weight"] = table
-    state["model"]["lm_head.weight"] = head
-    torch.save(state, tmp_path / "ckpt.pt")
-    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
-    read = minigpt.read_model(tmp_path / "ckpt.pt", str(tmp_path / "text"))
-    model, _ = minigpt.model_from_checkpoint(read, ModelConfig)
-    assert torch.equal(model.wte.weight, table) and torch.equal(model.lm_head.weight, head)
-
-def test_mistakes_with_a_checkpoint_of_nanogpt(tmp_path):
-    """Another text, one whose characters are too few, a damaged one, and --data where the
-    checkpoint has its own characters."""
-    save_nanogpt(tmp_path / "ckpt.pt", "abcdefgh")
-    (tmp_path / "text").write_text("abc", encoding="utf-8")
-    command = ["--mode", "generate", "--checkpoint", tmp_path / "ckpt.pt", "--data"]
-    check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "3 different", "has 8"])
-    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    del state["model"]["transformer.h.1.ln_2.weight"]
-    torch.save(state, tmp_path / "ckpt.pt")
-    (tmp_path / "text").write_text("abcdefgh", encoding="utf-8")
-    check_mistake(*run_main(*command, tmp_path / "text"), ["ckpt.pt", "h.1.ln_2.weight"])
-    save_model(tmp_path, CharTokenizer.train("abc"))
-    command[3] = tmp_path / "best.pt"
-    check_mistake(*run_main(*command, tmp_path / "text"), ["--data", "its own tokenizer"])
-
 # ---- A look inside -------------------------------------------------------------------------------
 def rotated_heads(attention, x):
     """Queries and keys of a layer in float64, by the equations."""
-    C, nh = x.shape[-1], attention.n_head
+    C, nh = x.shape[-1], x.shape[-1] // attention.head_size
     w = attention.c_attn.weight
     b = 0 if attention.c_attn.bias is None else attention.c_attn.bias
     q, k, _ = (split_heads(y, nh) for y in (x @ w.T + b).split(C, dim=-1))
@@ -6612,7 +6305,7 @@ def test_a_bigram_model_has_predictions_and_nothing_else_inside():
 
 @pytest.mark.parametrize("changes", [
     {}, dict(bias=False, tie_weights=False), dict(LAPTOP, prev_heads=2), dict(norm="none"),
-    dict(QWEN3, norm_scale=False), dict(attention="fused", block="shift")])
+    dict(QWEN3, norm_scale=False)])
 def test_the_shares_of_the_parts_sum_to_the_logit(changes):
     """Would fail if a head read the columns of another one, if a bias were left out, or if the last
     norm were not taken into account."""
@@ -6642,12 +6335,10 @@ def page_of(path):
     found = re.search(r"const data = (.*);\n", path.read_text(encoding="utf-8"))
     return json.loads(found[1])
 
-@pytest.mark.parametrize("changes", [dict(LAPTOP, prev_heads=1), dict(block="post")])
-def test_the_page_shows_the_numbers_of_the_model(tmp_path, changes):
-    """Read back from the file. A token cannot end the script; a stream that is no sum has no
-    shares."""
+def test_the_page_shows_the_numbers_of_the_model(tmp_path):
+    """Read back from the file. A token cannot end the script."""
     tokenizer = CharTokenizer.train("</script>\n\"\\&é")
-    model = save_model(tmp_path, tokenizer, **changes)
+    model = save_model(tmp_path, tokenizer, **LAPTOP, prev_heads=1)
     text = "</script>\n\"\\&é"
     code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", text)
     assert code == 0 and "inspect.html" in err, err
@@ -6670,8 +6361,8 @@ def test_the_page_shows_the_numbers_of_the_model(tmp_path, changes):
         for t in range(len(ids)):
             row = torch.tensor(rows[t * (t + 1) // 2 : (t + 1) * (t + 2) // 2]) / 255
             assert_close(row, weights[t, : t + 1], 0.003)
-    assert bool(data["shares"]) == ("block" not in changes)
     shares = minigpt.shares_of_logit(model, inside, torch.tensor(ids[1:] + [0]))
+    assert data["shares"].keys() == shares.keys() != set()
     for name, share in data["shares"].items():
         assert share[:-1] == pytest.approx(shares[name][:-1], abs=1e-3)
 
@@ -6713,26 +6404,6 @@ def test_the_page_stays_below_two_megabytes(tmp_path, n_layer, n_head, text):
     data = minigpt.page_data(model, inside, ids[:limit], tokenizer)
     assert minigpt.write_page(tmp_path / "page.html", data)
     assert limit > 30 and (tmp_path / "page.html").stat().st_size < 2_000_000
-
-def hooks_of(model):
-    return [hook for module in model.modules()
-            for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
-
-def test_no_hook_stays_behind():
-    """A hook that stayed would keep the inputs of every later call, until the memory is full. It
-    must be gone even if the model raises an error."""
-    model = small_model()
-    minigpt.look_inside(model, random_ids(1, 5))
-    assert hooks_of(model) == []
-    with pytest.raises(ValueError, match="block_size"):
-        minigpt.look_inside(model, random_ids(1, 9))
-    assert hooks_of(model) == []
-    with pytest.raises(ZeroDivisionError):
-        with minigpt.recorded_calls(model.h) as calls:
-            model(random_ids(1, 5))
-            assert len(calls) == 2 and len(hooks_of(model)) == 2
-            raise ZeroDivisionError
-    assert hooks_of(model) == []
 
 def test_inspect_prints_what_is_inside(tiny_run, tmp_path):
     """The logarithms of the probabilities that it prints sum to the loss, and the likeliest tokens
@@ -7269,43 +6940,27 @@ def test_without_the_cache_nothing_is_remembered(tiny_run, monkeypatch):
     run_main(*generate, "--prompt", "THE", "--no_cache")
     assert seen == [3, 4, 5, 6]
 
-def test_a_prompt_takes_the_form_that_the_corpus_has(bpe, capsys):
+def test_a_prompt_takes_the_form_that_corpora_have(bpe):
     """An accent may be a character of its own (macOS), and lines may end in two characters
-    (Windows). A corpus has one form, so a prompt is changed to that, and only then."""
+    (Windows). A prompt is changed only where the vocabulary lacks what was typed."""
     composed, decomposed = "caf\u00e9 ", "cafe\u0301 "
-    for known, other in ((composed, decomposed), (decomposed, composed)):
-        tokenizer = CharTokenizer.train(known + "\n")
-        assert minigpt.adapt_text(tokenizer, "--prompt", other) == known
-        assert minigpt.adapt_text(tokenizer, "--prompt", known + "\r\n") == known + "\n"
+    tokenizer = CharTokenizer.train(composed + "\n")
+    assert minigpt.adapt_text(tokenizer, "--prompt", decomposed) == composed
+    assert minigpt.adapt_text(tokenizer, "--prompt", composed + "\r\n") == composed + "\n"
     both = CharTokenizer.train(composed + decomposed)
     assert minigpt.adapt_text(both, "--prompt", decomposed) == decomposed
     assert minigpt.adapt_text(both, "--prompt", composed) == composed
     assert minigpt.adapt_text(bpe, "--prompt", decomposed + "\r") == decomposed + "\n"
-    assert capsys.readouterr().err == ""
-    assert minigpt.adapt_text(bpe, "--stop", "a\\n") == "a\\n"
-    assert "note: --stop" in capsys.readouterr().err
 
-def test_an_unknown_character_is_told_after_all_others_are_adapted():
-    """One that the corpus has in no form must not keep the others from being adapted, nor be hidden
-    behind them. A typed line break is told even if the vocabulary has a backslash."""
-    decomposed = CharTokenizer.train('Noe\u0308l "')
-    with pytest.raises(UserError, match="--prompt .*U.201C.* closest one that it has is '\"'"):
-        minigpt.adapt_text(decomposed, "--prompt", "\u201cNo\u00ebl")
-    with pytest.raises(UserError, match="U.00E9.* closest one that it has is 'e'"):
-        minigpt.adapt_text(CharTokenizer.train("cafe"), "--prompt", "cafe\u0301")
-    with pytest.raises(UserError, match="U.4E2D.*vocabulary of 4 characters; leave it out"):
-        minigpt.adapt_text(CharTokenizer.train("cafe"), "--prompt", "a\u4e2d")
-    with pytest.raises(UserError, match="closest one that it has is 'i'"):
-        minigpt.adapt_text(CharTokenizer.train("ain\\"), "--prompt", "\\n\u00ef")
-    with pytest.raises(UserError, match="closest one that it has is 'O'"):  # the first one
-        minigpt.adapt_text(CharTokenizer.train("AO "), "--prompt", "\u00d6\u00c4")
-    assert minigpt.closest_character("\u00e9", "E") == "E"
-    assert minigpt.closest_character("\u4e2d", "a") is None
-
-def test_a_typed_line_break_is_noted_where_a_backslash_is_known(capsys):
-    """Then it is no mistake, but hardly what was meant."""
-    assert minigpt.adapt_text(CharTokenizer.train("\\n"), "--stop", "\\n") == "\\n"
-    assert "note: --stop" in capsys.readouterr().err
+def test_an_unknown_character_is_told_with_the_closest_one():
+    """Would fail if a curly quote or an accent had no plain form, or a typed \\n no hint."""
+    for known, typed, hint in (('No "', "\u201cNo", "U.201C.* closest one that it has is '\"'"),
+                               ("cafe", "cafe\u0301", "U.00E9.* closest one that it has is 'e'"),
+                               ("cafe", "a\u4e2d", "U.4E2D.* leave it out"),
+                               ("AO ", "\u00d6\u00c4", "closest one that it has is 'O'"),
+                               ("an", "a\\n", "for a line break, type")):
+        with pytest.raises(UserError, match=f"--prompt .*{hint}"):
+            minigpt.adapt_text(CharTokenizer.train(known), "--prompt", typed)
 
 def test_the_first_of_several_stop_texts_ends_a_text(tiny_run):
     """--stop can be typed again. Would fail if the last one replaced the others."""
