@@ -3565,11 +3565,11 @@ def mean_and_spread(numbers: list[float]) -> str:
         return mean
     return f"{mean} ± {statistics.stdev(numbers):.4f}"
 
-def variants_of(request: Request) -> dict[str, Request]:
-    """The request of each variant that --vary FIELD=A,B,C names, by its label.
+def variants_of(typed: dict) -> dict[str, dict]:
+    """What would have to be typed for each variant that --vary FIELD=A,B,C names, by its label.
 
     If tokenizers are compared, --bpe_size is that of the byte-pair encoding alone."""
-    vary = request.options.vary
+    vary = typed.get("vary", "")
     name, _, values = vary.partition("=")
     name = name.replace("-", "_")
     if name not in SETTINGS - {"seed", "preset"} or not values:
@@ -3579,41 +3579,37 @@ def variants_of(request: Request) -> dict[str, Request]:
     owner = ModelConfig if name in field_names(ModelConfig) else RunConfig
     is_switch = kind_of(owner, name) is bool
     for value in map(str.strip, values.split(",")):
-        flag = [f"--{name}={value}"]
+        flag = f"--{name}={value}"
         if is_switch:
             if value.lower() not in ("true", "false"):
                 raise UserError(f"--vary {vary}: {name} can be true or false")
-            flag = [f"--{name}"] if value.lower() == "true" else [f"--no_{name}"]
-        typed = parse(["--mode", "ablate", *flag])
-        variants[f"{name}={value}"] = replace(request, model={**request.model, **typed.model},
-                                              training={**request.training, **typed.training})
+            flag = f"--{name}" if value.lower() == "true" else f"--no_{name}"
+        variants[f"{name}={value}"] = {**typed, **parse(["--mode", "ablate", flag])}
     if "tokenizer=bpe" in variants:
         for variant in variants.values():
-            if variant.training["tokenizer"] != "bpe":
-                variant.training.pop("bpe_size", None)
+            if variant["tokenizer"] != "bpe":
+                variant.pop("bpe_size", None)
     return variants
 
-def run_ablate(request: Request) -> None:
+def run_ablate(typed: dict) -> None:
     """--mode ablate: prints a table to stdout and draws curves.png."""
-    variants = variants_of(request)
-    if is_stream(Path(request.options.data)):
-        raise UserError(f"--data {request.options.data}: each run reads the text, and a pipe can "
-                        "be read only once; name a file")
-    name = request.options.vary.partition("=")[0].replace("-", "_")
-    folder = Path(request.options.out_dir) / f"ablate_{name}"
-    preset = choose_preset(request, find_device(request.options.device))
+    options, variants = settings_of(typed, Options), variants_of(typed)
+    if is_stream(Path(options.data)):
+        raise UserError(f"--data {options.data}: each run reads the text, and a pipe can be read "
+                        "only once; name a file")
+    name = options.vary.partition("=")[0].replace("-", "_")
+    folder = Path(options.out_dir) / f"ablate_{name}"
+    preset = choose_preset(typed, find_device(options.device))
     # Without an explicit max_steps, a small text would shorten each variant differently.
     common = {"sample_tokens": 0, "checkpoint_interval": 0, "log_interval": 100,
               "max_steps": training_settings(preset, [*variants.values()][0]).max_steps}
-    first_seed = request.training.get("seed", RunConfig.seed)
-    runs = {}  # the request of each run, by label and seed
-    for seed in range(first_seed, first_seed + request.options.seeds):
+    first_seed = typed.get("seed", RunConfig.seed)
+    runs = {}  # what would have to be typed for each run, by label and seed
+    for seed in range(first_seed, first_seed + options.seeds):
         for label, variant in variants.items():
             out_dir = folder / f"{label}_seed={seed}"
-            options = replace(request.options, out_dir=str(out_dir),
-                              resume=bool(files_of_run(out_dir)))
-            training = {**common, **variant.training, "seed": seed}
-            runs[label, seed] = replace(variant, options=options, training=training)
+            runs[label, seed] = {**common, **variant, "seed": seed, "out_dir": str(out_dir),
+                                 "resume": bool(files_of_run(out_dir))}
     check_runs(runs, preset)
     outcomes = {label: [] for label in variants}
     try:
@@ -3625,22 +3621,22 @@ def run_ablate(request: Request) -> None:
                 outcomes[label].append(None)
                 say(str(problem))
     finally:  # reports the finished runs even if the command is stopped
-        report_ablation(folder, runs, outcomes, request.options.seeds)
+        report_ablation(folder, runs, outcomes, options.seeds)
 
-def check_runs(runs: dict[tuple, Request], preset: str) -> None:
+def check_runs(runs: dict[tuple, dict], preset: str) -> None:
     """Builds each variant once, so that a mistake is found before the first one is trained. Raises
     UserError, also if a folder holds another run."""
     built = set()
-    for (label, _), request in runs.items():
+    for (label, _), typed in runs.items():
         if label not in built:
-            start = new_run(request, preset)
+            start = new_run(typed, preset)
             built.add(label)
-        refuse_other_run(request, preset, start.source["sha256"])  # all have the same text
+        refuse_other_run(typed, preset, start.source["sha256"])  # all have the same text
 
-def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
+def refuse_other_run(typed: dict, preset: str, sha256: str) -> None:
     """Raises UserError if the folder holds a run with other settings or another text, for instance
     of an earlier command. Its loss would otherwise be shown as the result of this one."""
-    latest = Path(request.options.out_dir, "latest.pt")
+    latest = Path(typed["out_dir"], "latest.pt")
     if not latest.exists():
         return
     state = read_checkpoint(latest)
@@ -3648,8 +3644,8 @@ def refuse_other_run(request: Request, preset: str, sha256: str) -> None:
         raise UserError(f"--out_dir {latest.parent}: holds a run on another text; name another "
                         "--out_dir")
     stored = {**state["model_config"], **state["train_config"]}
-    sizes = model_settings(preset, request, stored["vocab_size"])  # it follows from the text
-    wanted = {**asdict(sizes), **asdict(training_settings(preset, request))}
+    sizes = model_settings(preset, typed, stored["vocab_size"])  # it follows from the text
+    wanted = {**asdict(sizes), **asdict(training_settings(preset, typed))}
     for name, value in wanted.items():
         if stored[name] != value:
             raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
@@ -3662,7 +3658,7 @@ def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: 
     curves = {}
     for (label, seed), run in runs.items():
         if outcomes[label]:
-            curves[f"{label}, seed {seed}"] = (Path(run.options.out_dir), "val_loss")
+            curves[f"{label}, seed {seed}"] = (Path(run["out_dir"]), "val_loss")
     draw(folder / "curves.png", 7, 4, paint_curves, curves, "validation loss, nats per token")
     rows = ["| variant | nats/token | perplexity | bits/character | seconds | best step | seeds |",
             "|---|---|---|---|---|---|---|"]
@@ -3694,15 +3690,15 @@ def rate_of(work: int, seconds: float, function) -> float:
     timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     return work / timer.blocked_autorange(min_run_time=seconds).median
 
-def run_bench(request: Request) -> None:
+def run_bench(typed: dict) -> None:
     """--mode bench: prints a table to stdout."""
-    options, n = request.options, request.writing.max_tokens
+    options, n = settings_of(typed, Options), typed.get("max_tokens", WritingConfig.max_tokens)
     device = find_device(options.device)
-    preset = choose_preset(request, device)
-    config = replace(training_settings(preset, request), grad_accum=1)
+    preset = choose_preset(typed, device)
+    config = replace(training_settings(preset, typed), grad_accum=1)
     config = replace(config, dtype=find_dtype(config.dtype, device))
     vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2Tokenizer.size}
-    sizes = model_settings(preset, request, vocab_sizes[config.tokenizer])
+    sizes = model_settings(preset, typed, vocab_sizes[config.tokenizer])
     if sizes.model != "gpt":
         raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
     model = new_model(sizes, config.seed).to(device)
@@ -4217,9 +4213,9 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
 # ---- Exchange: the command -----------------------------------------------------------------------
 # The positions decide the form: a model with RoPE becomes a Qwen3, and any other a GPT-2. A setting
 # that the form lacks is refused.
-def run_export(request: Request) -> None:
+def run_export(typed: dict) -> None:
     """--mode export: a folder or a file that other programs load without any code of ours."""
-    options = request.options
+    options = settings_of(typed, Options)
     if options.format != "gguf" and options.gguf_type != Options.gguf_type:
         raise UserError(f"--gguf_type {options.gguf_type}: belongs to --format gguf; add that, or "
                         "leave this flag out")
@@ -4337,9 +4333,9 @@ def read_tokenizer(folder: Path):
         raise UserError(f"{folder}: tokenizer.json does not number its tokens as GPT-2 does")
     return tokenizer
 
-def read_folder(folder: Path) -> dict:
-    """Reads a folder with a GPT-2 as a checkpoint. Nothing in it is executed. Raises UserError if
-    it is damaged or not supported."""
+def read_folder(folder: Path) -> LoadedModel:
+    """The model of a folder with a GPT-2. Nothing in it is executed. Raises UserError if it is
+    damaged or not supported."""
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}: holds an adapter, not a whole model; merge it into its model "
                         "first")
@@ -4362,18 +4358,14 @@ def read_folder(folder: Path) -> dict:
             f"{tokenizer.vocab_size}; the others are ignored")
     config = replace(config, vocab_size=tokenizer.vocab_size)
     weights = from_gpt2(read_tensors(folder), config, tokenizer.vocab_size)
-    return as_checkpoint(folder, weights, config, tokenizer)
-
-def as_checkpoint(path: Path, weights: dict, config: ModelConfig, tokenizer, step: int = 0) -> dict:
-    """What another program has trained, in the form of our checkpoints. Raises UserError if the
-    weights do not fit the settings."""
+    model = GPT(config)
     try:
-        GPT(config).load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as problem:  # the second line names what is missing or has another shape
         first = str(problem).split("\n")[:2][-1].strip()
-        raise UserError(f"{path}: its tensors do not fit its settings: {first}") from None
-    return {"model": weights, "tokenizer": (tokenizer.kind, tokenizer.state), "step": step,
-            "model_config": asdict(config), "corpus": {"data": "", "sha256": ""}}
+        raise UserError(f"{folder}: its tensors do not fit its settings: {first}") from None
+    kind = "gpt2" if tokenizer.vocab_size == GPT2Tokenizer.size else tokenizer.kind
+    return LoadedModel(model, tokenizer, 0, {"data": "", "sha256": ""}, kind, tokenizer.vocab_size)
 
 # ---- A look inside -------------------------------------------------------------------------------
 # Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
@@ -4563,14 +4555,14 @@ def write_page(path: Path, data: dict) -> bool:
         say(f"no {path}: {problem}")
         return False
 
-def run_inspect(request: Request) -> None:
+def run_inspect(typed: dict) -> None:
     """--mode inspect: prints to stdout, and writes inspect.html."""
-    options = request.options
+    options, prompt = settings_of(typed, Options), typed.get("prompt", "")
     used = load_for_use(options)
-    ids = encode_prompt(used.tokenizer, request.writing.prompt)
+    ids = encode_prompt(used.tokenizer, prompt)
     block_size = used.model.config.block_size
     if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt {request.writing.prompt[:40]!r}: type a prompt of 2 to "
+        raise UserError(f"--prompt {prompt[:40]!r}: type a prompt of 2 to "
                         f"{block_size} tokens; this one has {len(ids)}")
     inside = look_inside(used.model, torch.tensor([ids]))
     if not inside.probabilities.isfinite().all():
@@ -4683,14 +4675,6 @@ class WritingConfig:
     num_samples: int = 1  # how many texts to write, one after the other
     stop: list[str] = field(default_factory=list)  # end before this text; may be repeated
     cache: bool = True  # keep keys and values instead of computing them again
-
-@dataclass
-class Request:
-    """A command as it was typed. model and training hold only what was typed."""
-    options: Options = field(default_factory=Options)
-    writing: WritingConfig = field(default_factory=WritingConfig)
-    model: dict = field(default_factory=dict)  # fields of ModelConfig
-    training: dict = field(default_factory=dict)  # fields of RunConfig
 
 # What each setting may be: the keys of a table, or numbers in a range. By default, whole numbers
 # begin at 1 and other numbers at 0.
@@ -4864,8 +4848,9 @@ def spell_flag(word: str) -> str:
         name = "--no-" + name.removeprefix("--no_")
     return name + equals + value
 
-def parse(argv: list[str]) -> Request:
-    """The command that was typed. Raises UserError for a flag that the mode does not take."""
+def parse(argv: list[str]) -> dict:
+    """The values of the flags that were typed. Raises UserError for one that the mode does not
+    take."""
     for before, word in zip(argv, argv[1:]):
         if word == "--":  # argparse would take it for an empty list
             raise UserError(f"{before} --: -- is not a value; type another one, or leave it out")
@@ -4883,18 +4868,20 @@ def parse(argv: list[str]) -> Request:
             modes = [other for other in MODES if name in MODES[other].takes]
             raise UserError(f"--{name}: does not belong to --mode {mode}; it is a flag of --mode "
                             f"{' and '.join(modes)}")
-    return Request(Options(**pick(typed, Options)), WritingConfig(**pick(typed, WritingConfig)),
-                   pick(typed, ModelConfig), pick(typed, RunConfig))
+    return typed
 
 def pick(typed: dict, config_class) -> dict:
-    """Those of the typed settings that belong to a class."""
-    names = field_names(config_class)
-    return {name: value for name, value in typed.items() if name in names}
+    """Those of the typed values that belong to a class."""
+    return {name: typed[name] for name in field_names(config_class) if name in typed}
+
+def settings_of(typed: dict, config_class):
+    """The typed values of a class, and its defaults for the others."""
+    return config_class(**pick(typed, config_class))
 
 # ---- From what was typed to settings -------------------------------------------------------------
-def choose_preset(request: Request, device: torch.device) -> str:
+def choose_preset(typed: dict, device: torch.device) -> str:
     """The name of the preset; auto chooses by device. Says which one it is."""
-    name = request.training.get("preset", "auto")
+    name = typed.get("preset", "auto")
     reason = "as asked"
     if name == "auto":
         name = "gpt" if device.type == "cuda" else "laptop"
@@ -4903,23 +4890,23 @@ def choose_preset(request: Request, device: torch.device) -> str:
     say(f"preset {name} ({reason}): {PRESETS[name].about}. Other presets (--preset NAME): {others}")
     return name
 
-def training_settings(preset: str, request: Request) -> RunConfig:
+def training_settings(preset: str, typed: dict) -> RunConfig:
     """The settings of training for a new run. Raises UserError if they do not fit together.
 
     If only the learning rate was typed, min_lr stays the same share of it."""
-    typed = request.training
     config = RunConfig(**PRESETS[preset].training)
+    changes = {**pick(typed, RunConfig), "preset": preset}
     if "learning_rate" in typed and "min_lr" not in typed:
-        share = config.min_lr / config.learning_rate
-        typed = {**typed, "min_lr": share * typed["learning_rate"]}
-    config = replace(config, **{**typed, "preset": preset})
+        changes["min_lr"] = config.min_lr / config.learning_rate * typed["learning_rate"]
+    config = replace(config, **changes)
     if "bpe_size" in typed and config.tokenizer != "bpe":
         raise UserError(f"--bpe_size {config.bpe_size}: only --tokenizer bpe can choose it")
     return config
 
-def model_settings(preset: str, request: Request, vocab_size: int) -> ModelConfig:
+def model_settings(preset: str, typed: dict, vocab_size: int) -> ModelConfig:
     """The settings of the model for a new run. Raises UserError if they do not fit together."""
-    return ModelConfig(**{**PRESETS[preset].model, **request.model, "vocab_size": vocab_size})
+    return ModelConfig(**{**PRESETS[preset].model, **pick(typed, ModelConfig),
+                          "vocab_size": vocab_size})
 
 def refuse_changes(typed: dict, stored: dict, who: str) -> None:
     """Raises UserError for a typed setting that differs from the stored one, which `who` has."""
@@ -4997,57 +4984,46 @@ def source_of(text: SourceText, data: str) -> dict:
     """What a checkpoint stores about its corpus."""
     return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256}
 
-def resume_run(request: Request, state: dict) -> RunStart:
+def resume_run(typed: dict, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
-    options = request.options
-    fixed = {name: value for name, value in request.training.items() if name not in MAY_CHANGE}
-    refuse_changes({**request.model, **fixed}, {**state["model_config"], **state["train_config"]},
+    data, remembered = typed.get("data", ""), state["corpus"]["data"]
+    stored = {**state["model_config"], **state["train_config"]}
+    refuse_changes({name: value for name, value in typed.items() if name not in MAY_CHANGE}, stored,
                    "cannot change on --resume: the run")
-    changed = {name: value for name, value in request.training.items() if name in MAY_CHANGE}
+    changed = {name: value for name, value in typed.items() if name in MAY_CHANGE}
     config = RunConfig(**{**state["train_config"], **changed})
-    remembered = state["corpus"]["data"]
-    text = read_corpus(options.data, remembered)
+    text = read_corpus(data, remembered)
     if text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    source = source_of(text, options.data or remembered)
+    source = source_of(text, data or remembered)
     return RunStart(model, tokenizer, text, corpus, config, source, state)
 
-def tokenizer_settings(origin: dict) -> dict:
-    """The settings that made the tokenizer of a checkpoint, as the command line names them."""
-    kind, _ = origin["tokenizer"]
-    size = origin["model_config"]["vocab_size"]
-    if "train_config" in origin:  # a checkpoint of ours
-        made = origin["train_config"]
-        kind, size = made["tokenizer"], made["bpe_size"]
-    elif kind == "bpe" and size == GPT2Tokenizer.size:  # a folder with GPT-2's own tokens
-        kind = "gpt2"
-    return {"tokenizer": "bpe", "bpe_size": size} if kind == "bpe" else {"tokenizer": kind}
+def run_from_weights(typed: dict, preset: str) -> RunStart:
+    """A new run that begins with the weights of another model. Only its dropout may differ."""
+    origin = read_model(Path(typed["init_from"]))
+    made = {"tokenizer": origin.made_by}
+    if origin.made_by == "bpe":
+        made["bpe_size"] = origin.bpe_size
+    stored = {**asdict(origin.model.config), **made}
+    dropout = typed.get("dropout", stored.pop("dropout"))
+    refuse_changes(typed, stored, "the model of --init_from")
+    config = training_settings(preset, {**typed, **made})
+    model = MODELS[origin.model.config.model](replace(origin.model.config, dropout=dropout))
+    model.load_state_dict(origin.model.state_dict())
+    data, remembered = typed.get("data", ""), origin.corpus["data"]
+    text = read_corpus(data, remembered)
+    corpus = encode_corpus(text, origin.tokenizer, model.config.block_size, fixed=True)
+    source = source_of(text, data or remembered)
+    return RunStart(model, origin.tokenizer, text, corpus, config, source)
 
-def run_from_weights(request: Request, preset: str) -> RunStart:
-    """A new run that begins with the weights of another model."""
-    options = request.options
-    origin = read_model(Path(request.training["init_from"]))
-    made = tokenizer_settings(origin)
-    stored = {**origin["model_config"], **made}
-    stored.pop("dropout")  # it may differ
-    refuse_changes({**request.model, **request.training}, stored, "the model of --init_from")
-    config = training_settings(preset, replace(request, training={**request.training, **made}))
-    sizes = {**origin["model_config"], **request.model}
-    model, tokenizer = model_from_checkpoint({**origin, "model_config": sizes}, ModelConfig)
-    remembered = origin["corpus"]["data"]
-    text = read_corpus(options.data, remembered)
-    corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    source = source_of(text, options.data or remembered)
-    return RunStart(model, tokenizer, text, corpus, config, source)
-
-def new_run(request: Request, preset: str) -> RunStart:
+def new_run(typed: dict, preset: str) -> RunStart:
     """A new run with random weights."""
-    data = request.options.data
-    config = training_settings(preset, request)
-    sizes = model_settings(preset, request, vocab_size=1)  # finds mistakes before the text is read
+    data = typed.get("data", "")
+    config = training_settings(preset, typed)
+    sizes = model_settings(preset, typed, vocab_size=1)  # finds mistakes before the text is read
     text = read_corpus(data)
     tokenizer = make_tokenizer(config, text.text)
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
@@ -5064,29 +5040,28 @@ def report_corpus(start: RunStart) -> None:
         for doubt in doubts_about(start.text.text):
             say(f"warning: about this text: {doubt}")
 
-def begin(request: Request, device: torch.device) -> RunStart:
+def begin(typed: dict, device: torch.device) -> RunStart:
     """What a run begins with: a new run, one from given weights, or a resumed one."""
-    options = request.options
+    options = settings_of(typed, Options)
     if options.checkpoint:
         raise UserError(f"--checkpoint {options.checkpoint}: to train from it, use --init_from, or "
                         f"copy it to {Path(options.out_dir, 'latest.pt')} and use --resume")
     state = find_latest(options)
     if state is not None:
-        start = resume_run(request, state)
+        start = resume_run(typed, state)
         report_corpus(start)
         return start
-    preset = choose_preset(request, device)
-    start_run = run_from_weights if request.training.get("init_from") else new_run
-    start = start_run(request, preset)
+    preset = choose_preset(typed, device)
+    start = (run_from_weights if typed.get("init_from") else new_run)(typed, preset)
     report_corpus(start)
-    sizes = start.model.config
-    return replace(start, config=limit_steps(start.config, sizes, start.corpus, request.training))
+    config = limit_steps(start.config, start.model.config, start.corpus, typed)
+    return replace(start, config=config)
 
-def run_train(request: Request) -> Outcome:
+def run_train(typed: dict) -> Outcome:
     """--mode train."""
-    options = request.options
+    options = settings_of(typed, Options)
     device = find_device(options.device)
-    start = begin(request, device)
+    start = begin(typed, device)
     out_dir = Path(options.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with SignalWatch() as watch:
@@ -5134,23 +5109,32 @@ def write_config(run: FullRun) -> None:
 # ---- Using a trained model -----------------------------------------------------------------------
 @dataclass
 class LoadedModel:
-    """A trained model that is ready for use."""
+    """A trained model that is ready for use, whatever it was read from."""
     model: nn.Module
     tokenizer: object
-    state: dict  # the checkpoint that they are from
+    step: int  # at which it was saved
+    corpus: dict  # the path and the checksum of the text that it was trained on, if they are known
+    made_by: str  # --tokenizer
+    bpe_size: int  # --bpe_size
 
-def read_model(path: Path) -> dict:
-    """A checkpoint, or a folder with a GPT-2 in the same form."""
-    return read_folder(path) if path.is_dir() else read_checkpoint(path)
+def read_model(path: Path) -> LoadedModel:
+    """The model of a checkpoint, or of a folder with a GPT-2."""
+    if path.is_dir():
+        return read_folder(path)
+    state = read_checkpoint(path)
+    model, tokenizer = model_from_checkpoint(state, ModelConfig)
+    typed = state["train_config"]
+    return LoadedModel(model, tokenizer, state["step"], state["corpus"], typed["tokenizer"],
+                       typed["bpe_size"])
 
 def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""
     device = find_device(options.device)
     path = Path(options.checkpoint or Path(options.out_dir, "best.pt"))
-    state = read_model(path)
-    model, tokenizer = model_from_checkpoint(state, ModelConfig)
-    say(f"{path}: step {state['step']}, {count_parameters(model):,} parameters")
-    return LoadedModel(model.to(device).eval(), tokenizer, state)
+    used = read_model(path)
+    say(f"{path}: step {used.step}, {count_parameters(used.model):,} parameters")
+    used.model.to(device).eval()
+    return used
 
 # Characters that many programs insert automatically, and what a plain text has in their place.
 PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
@@ -5210,13 +5194,13 @@ class TextPrinter:
         """Prints what was held back, and a line break."""
         write_result(self.held + self.decoder.decode(b"", final=True))
 
-def run_generate(request: Request) -> None:
+def run_generate(typed: dict) -> None:
     """--mode generate: prints the texts to stdout."""
-    writing = request.writing
-    used = load_for_use(request.options)
+    writing = settings_of(typed, WritingConfig)
+    used = load_for_use(settings_of(typed, Options))
     start = encode_prompt(used.tokenizer, writing.prompt)
     stops = [adapt_text(used.tokenizer, "--stop", stop) for stop in writing.stop]
-    seed = request.training.get("seed", RunConfig.seed)
+    seed = typed.get("seed", RunConfig.seed)
     for number in range(writing.num_samples):
         if number > 0:
             write_result("---------------")
@@ -5235,18 +5219,19 @@ def run_generate(request: Request) -> None:
                 break
         printer.finish()
 
-def run_eval(request: Request) -> None:
+def run_eval(typed: dict) -> None:
     """--mode eval: prints the loss on the validation part of the text that the model was trained
     on, or on the whole of another text. --block_size chooses windows that are shorter than the
     model's."""
-    used = load_for_use(request.options)
+    options = settings_of(typed, Options)
+    used = load_for_use(options)
     config = used.model.config
-    size = request.model.get("block_size", config.block_size)
+    size = typed.get("block_size", config.block_size)
     if size > config.block_size:
         raise UserError(f"--block_size {size}: the model cannot read more than {config.block_size} "
                         "tokens at once; choose a smaller number")
-    stored = used.state["corpus"]
-    text = read_corpus(request.options.data, stored["data"])
+    stored = used.corpus
+    text = read_corpus(options.data, stored["data"])
     corpus = encode_text(text, used.tokenizer)
     what = "full validation split"
     if stored["sha256"] == "":  # a folder does not say what its model was trained on
@@ -5269,7 +5254,7 @@ def run_eval(request: Request) -> None:
 @dataclass
 class Mode:
     """One thing that the program does, and the flags that it takes."""
-    run: Callable[[Request], object]
+    run: Callable[[dict], object]
     takes: set[str]
 
 EVERY_MODE = {"mode", "device"}
@@ -5339,12 +5324,12 @@ def main(argv: list[str] | None = None) -> int:
     prepare_streams()
     keep_memory()
     try:
-        request = parse(sys.argv[1:] if argv is None else argv)
-        mode = request.options.mode
+        typed = parse(sys.argv[1:] if argv is None else argv)
+        mode = typed["mode"]
         if join_processes() > 1 and mode != "train":
             raise UserError(f"--mode {mode}: runs in one process only; start it with python, not "
                             "with torchrun")
-        MODES[mode].run(request)
+        MODES[mode].run(typed)
         return 0
     except Stopped as stopped:
         return stopped.exit_code

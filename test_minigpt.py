@@ -1841,7 +1841,7 @@ def test_a_previous_position_head_is_attention_with_all_weight_on_the_previous_p
 def test_previous_position_heads_need_an_attention_that_has_them():
     """Part I's attention has no place for them, and GPT-2's form neither. None is a number, too, so
     that --vary prev_heads=0,1 compares."""
-    assert minigpt.parse(["--mode", "train", "--prev_heads", "0"]).model == {"prev_heads": 0}
+    assert minigpt.parse(["--mode", "train", "--prev_heads", "0"])["prev_heads"] == 0
     with pytest.raises(UserError, match="--prev_heads 1: needs --attention extended or fused"):
         small_config(prev_heads=1)
     with pytest.raises(UserError, match="prev_heads=1: GPT-2's form needs 0"):
@@ -2887,11 +2887,11 @@ def test_the_preset_follows_the_device_unless_one_is_named(capsys, device, expec
     """A GPU gets the reference model, other devices the one that a CPU can train. The choice is
     said, with the names of the others."""
     device = torch.device(device)
-    assert minigpt.choose_preset(minigpt.Request(), device) == expected
+    assert minigpt.choose_preset({}, device) == expected
     said = capsys.readouterr().err
     assert f"preset {expected} (chosen for {device.type})" in said
     assert all(name in said for name in minigpt.PRESETS)
-    named = minigpt.Request(training={"preset": "mini"})
+    named = {"preset": "mini"}
     assert minigpt.choose_preset(named, device) == "mini"
     assert "preset mini (as asked)" in capsys.readouterr().err
 
@@ -4739,8 +4739,6 @@ def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe
     more), can be the beginning of another one with the same flags, and that one can be resumed with
     them. Other flags are refused."""
     monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", lambda: bpe)
-    folder = {"tokenizer": ("bpe", []), "model_config": {"vocab_size": 50257}}
-    assert minigpt.tokenizer_settings(folder) == {"tokenizer": "gpt2"}
     for name, flags, other in (("gpt2", ["--tokenizer", "gpt2"], ["--tokenizer", "bpe"]),
                                ("bpe", ["--tokenizer", "bpe", "--bpe_size", "5000"],
                                 ["--bpe_size", "300"])):
@@ -4763,8 +4761,8 @@ def test_the_rungs_of_the_ladder_lead_to_laptop():
               and ast.unparse(node.targets[0]) == "PART_2")
     request = minigpt.parse(["--mode", "train", *" ".join(rungs.values()).split()])
     plain, laptop = (minigpt.PRESETS[name] for name in ("plain", "laptop"))
-    assert {**plain.model, **request.model} == laptop.model
-    training = {**plain.training, **request.training, "preset": "laptop"}
+    assert {**plain.model, **minigpt.pick(request, ModelConfig)} == laptop.model
+    training = {**plain.training, **minigpt.pick(request, RunConfig), "preset": "laptop"}
     for name in ("max_steps", "eval_interval", "eval_batches"):
         training[name] = laptop.training[name]
     assert training == {**laptop.training, "preset": "laptop"}
@@ -5323,8 +5321,7 @@ def test_a_table_of_an_ablation_counts_what_has_ended_well(tmp_path, monkeypatch
         "| a | 1.0000 | 2.7183 | 2.0000 | 3.0000 | 500 | 1 of 2 |")
     drawn = []
     monkeypatch.setattr(minigpt, "draw", lambda *arguments: drawn.append(arguments))
-    request = minigpt.Request(minigpt.Options(out_dir="x"))
-    runs = {("a", 1): request, ("b", 1): request}
+    runs = {("a", 1): {"out_dir": "x"}, ("b", 1): {"out_dir": "x"}}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         minigpt.report_ablation(tmp_path, runs, {"a": [], "b": []}, 1)
         assert out.getvalue() == "" and not drawn
@@ -5339,8 +5336,8 @@ def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
     request = minigpt.parse([str(a) for a in argv[:at] + argv[at + 2 :]])
     seen = {}
 
-    def run_train(request):
-        seen[request.training["batch_size"]] = request.training["max_steps"]
+    def run_train(typed):
+        seen[typed["batch_size"]] = typed["max_steps"]
         return minigpt.Outcome(1.0, 1.0, 1.0, 1)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -5455,6 +5452,7 @@ def save_model(folder, tokenizer, **changes):
     minigpt.save_checkpoint(folder / "best.pt", {
         "format": minigpt.FORMAT, "step": 1, "tokenizer": (tokenizer.kind, tokenizer.state),
         "model": model.state_dict(), "model_config": minigpt.asdict(model.config),
+        "train_config": {"tokenizer": tokenizer.kind, "bpe_size": tokenizer.vocab_size},
         "corpus": {"data": "", "sha256": ""}})
     return model
 
@@ -5980,7 +5978,8 @@ def test_an_exported_folder_comes_back_bit_for_bit(tmp_path, bpe, kind, changes)
     tokenizer = bpe if kind == "bpe" else CharTokenizer.train(LETTERS)
     model = save_model(tmp_path, tokenizer, **changes)
     folder = export(tmp_path)
-    again, back = minigpt.model_from_checkpoint(minigpt.read_model(folder), ModelConfig)
+    loaded = minigpt.read_model(folder)
+    again, back = loaded.model, loaded.tokenizer
     assert_same(again.state_dict(), model.state_dict())
     assert back.state == tokenizer.state and back.kind == kind
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "dropout",
@@ -5995,7 +5994,7 @@ def test_an_exported_folder_comes_back_bit_for_bit(tmp_path, bpe, kind, changes)
 def test_what_was_filled_up_comes_back_as_the_same_function(tmp_path):
     """Zeros for missing biases and hidden units change nothing: GELU(0) = 0."""
     model = save_model(tmp_path, CharTokenizer.train(LETTERS), bias=False, mlp_ratio=2.3)
-    again, _ = minigpt.model_from_checkpoint(minigpt.read_model(export(tmp_path)), ModelConfig)
+    again = minigpt.read_model(export(tmp_path)).model
     idx = random_ids(2, 16)
     assert again.config.mlp_ratio == 4 and again.config.bias
     assert largest_difference(again.eval()(idx)[0], model(idx)[0]) < 1e-5
@@ -6050,7 +6049,7 @@ def save_gpt2(transformers, folder, base=False, shards="500KB", dtype=None, **ch
 
 def check_same_gpt2(theirs, folder):
     """Our model from the folder, which must have the logits of the library's."""
-    ours, _ = minigpt.model_from_checkpoint(minigpt.read_model(folder), ModelConfig)
+    ours = minigpt.read_model(folder).model
     idx = random_ids(2, 32, vocab_size=300)
     with torch.no_grad():
         assert largest_difference(ours.eval()(idx)[0], theirs(idx).logits[..., :300]) < 1e-4
@@ -6636,15 +6635,14 @@ def test_a_setting_comes_from_the_default_then_the_preset_then_what_was_typed():
     """Would fail if a preset overruled the user, or if a default overruled a preset."""
     argv = ["--mode", "train", "--n_layer", "9", "--momentum", "0.5", "--no_qk_norm"]
     request = minigpt.parse(argv)
-    assert request.model == {"n_layer": 9, "qk_norm": False}
-    assert request.training == {"momentum": 0.5}
+    assert request == {"mode": "train", "n_layer": 9, "qk_norm": False, "momentum": 0.5}
     model = minigpt.model_settings("laptop", request, 65)
     training = minigpt.training_settings("laptop", request)
     assert (model.n_layer, model.qk_norm, training.momentum) == (9, False, 0.5)  # typed
     assert (model.n_embd, model.pos, training.optimizer) == (128, "rope", "muon")  # the preset
     assert (model.mlp_ratio, training.beta2) == (4.0, 0.99)  # the defaults
     assert training.preset == "laptop" and model.vocab_size == 65
-    assert minigpt.parse(["--mode", "eval"]).options == minigpt.Options(mode="eval")
+    assert minigpt.settings_of({"mode": "eval"}, minigpt.Options) == minigpt.Options(mode="eval")
 
 def mode_of(name):
     """A mode that takes a flag."""
@@ -6655,27 +6653,24 @@ def test_dashes_in_flags_and_in_values_are_kept_apart():
     dashes. Would fail if the whole command line were rewritten."""
     request = minigpt.parse(["--mode=train", "--warmup-steps=0", "--out-dir", "my-folder",
                              "--no-wandb", "--no-tie-weights", "--n_layer", "2"])
-    assert request.training == {"warmup_steps": 0, "wandb": False}
-    assert request.options.out_dir == "my-folder"
-    assert request.model == {"tie_weights": False, "n_layer": 2}
+    assert request == {"mode": "train", "warmup_steps": 0, "wandb": False, "out_dir": "my-folder",
+                       "tie_weights": False, "n_layer": 2}
     generate = ["--mode", "generate"]
-    assert minigpt.parse([*generate, "--prompt=a--no_b"]).writing.prompt == "a--no_b"
-    assert minigpt.parse([*generate, "--prompt", ""]).writing.prompt == ""
+    assert minigpt.parse([*generate, "--prompt=a--no_b"])["prompt"] == "a--no_b"
+    assert minigpt.parse([*generate, "--prompt", ""])["prompt"] == ""
     for text in ("-- well-met", "-", "a--b-c", "--a-b c", "x=--"):
-        writing = minigpt.parse([*generate, "--prompt", text, "--stop", text]).writing
-        assert writing.prompt == text and writing.stop == [text]
+        writing = minigpt.parse([*generate, "--prompt", text, "--stop", text])
+        assert writing["prompt"] == text and writing["stop"] == [text]
     for text in ("--x-y", "--max-steps", "-1", "--out-dir=a-b", "--no_cache"):
         request = minigpt.parse([*generate, f"--prompt={text}", f"--out_dir={text}"])
-        assert request.writing.prompt == request.options.out_dir == text
-        assert request.writing.cache
+        assert request == {"mode": "generate", "prompt": text, "out_dir": text}
 
 def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
     """A shell expands ~ in `--out_dir ~/runs`, but not in `--out_dir=~/runs`."""
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     for name in minigpt.PATHS:
-        request = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"])
-        value = {**vars(request.options), **request.training}[name]
+        value = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"])[name]
         assert value.replace("\\", "/") == "/home/me/a"
     texts = {f.name for f in fields(minigpt.Options) if f.type == "str"}
     no_paths = {"mode", "device", "vary", "format", "gguf_type"}
@@ -6689,9 +6684,9 @@ def test_a_flag_that_names_a_file_or_a_text_may_be_typed_once():
         with pytest.raises(UserError, match=f"--{name} b: .* typed twice"):
             minigpt.parse(argv)
     request = minigpt.parse(["--mode", "train", "--n_layer", "1", "--n_layer", "2"])
-    assert request.model == {"n_layer": 2}
-    writing = minigpt.parse(["--mode", "generate", "--stop", "a", "--stop", "b"]).writing
-    assert writing.stop == ["a", "b"]
+    assert request == {"mode": "train", "n_layer": 2}
+    writing = minigpt.parse(["--mode", "generate", "--stop", "a", "--stop", "b"])
+    assert writing["stop"] == ["a", "b"]
 
 @POSIX
 def test_a_prompt_is_the_utf8_that_was_typed():
@@ -6699,8 +6694,8 @@ def test_a_prompt_is_the_utf8_that_was_typed():
     put together again; bytes that are no UTF-8 are an error and not another text."""
     typed = "é".encode().decode("ascii", "surrogateescape")
     argv = ["--mode", "generate", "--prompt", typed, "--stop", typed]
-    writing = minigpt.parse(argv).writing
-    assert (writing.prompt, writing.stop) == ("é", ["é"])
+    writing = minigpt.parse(argv)
+    assert (writing["prompt"], writing["stop"]) == ("é", ["é"])
     argv[3] = b"caf\xc3".decode("ascii", "surrogateescape")
     with pytest.raises(UserError, match="--prompt: .* is not UTF-8 text"):
         minigpt.parse(argv)
@@ -6790,7 +6785,7 @@ def test_vary_takes_dashes_as_all_flags_do(tmp_path):
     """n-layer is n_layer."""
     request = minigpt.parse(["--mode", "ablate", "--vary", "n-layer=1,2"])
     variants = minigpt.variants_of(request)
-    assert [variant.model for variant in variants.values()] == [{"n_layer": 1}, {"n_layer": 2}]
+    assert [variant["n_layer"] for variant in variants.values()] == [1, 2]
 
 @pytest.mark.slow
 def test_the_program_helps_when_its_source_cannot_be_read():

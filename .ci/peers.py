@@ -59,10 +59,17 @@ def take_turns(functions: dict, seconds: float) -> dict[str, float]:
 
 
 def ours(flags: list[str]):
-    """A run that can train steps, and a function that writes n tokens from idx."""
-    request = minigpt.parse(["--mode", "bench", "--dropout", "0", *flags])
-    bench = minigpt.Bench(request)
-    return bench.run, bench.run.model.generate
+    """Our model, the settings of its training, and a function that takes a step on whole windows."""
+    typed = minigpt.parse(["--mode", "bench", "--dropout", "0", *flags])
+    device = minigpt.find_device(typed.get("device", "auto"))
+    preset = minigpt.choose_preset(typed, device)
+    config = minigpt.training_settings(preset, {**typed, "grad_accum": 1})
+    config = minigpt.replace(config, dtype=minigpt.find_dtype(config.dtype, device))
+    model = minigpt.new_model(minigpt.model_settings(preset, typed, 65), config.seed).to(device)
+    runner, optimizer = minigpt.wrap(model, config), minigpt.OPTIMIZERS[config.optimizer](
+        model, config)
+    x, y = torch.randint(65, (2, config.batch_size, model.config.block_size))
+    return model, config, lambda: minigpt.train_step(runner, optimizer, [(x, y)], config)
 
 
 def nanogpt(folder: str, c: minigpt.GPTConfig, batch_size: int, device: str, compiled: bool):
@@ -201,13 +208,11 @@ def main() -> None:
             for name, taken in tokenizer_times(text, size, args.seconds).items():
                 print(f"| {name}, s | {taken:.3f} |")
         return
-    run, write = ours([*flags, "--device", args.device])
-    c = run.model.config
-    peer, peer_step = nanogpt(args.nanogpt, c, run.config.batch_size, args.device,
-                              run.config.compile)
-    tokens = run.config.batch_size * c.block_size
-    trained = take_turns({"minigpt": lambda: minigpt.train_step(
-        run.runner, run.optimizer, run.batches(), run.config), "nanoGPT": peer_step}, args.seconds)
+    model, config, step = ours([*flags, "--device", args.device])
+    c, write = model.config, model.generate
+    peer, peer_step = nanogpt(args.nanogpt, c, config.batch_size, args.device, config.compile)
+    tokens = config.batch_size * c.block_size
+    trained = take_turns({"minigpt": step, "nanoGPT": peer_step}, args.seconds)
     for name, taken in trained.items():
         print(f"| training, {name}, tokens/s | {tokens / taken:,.0f} |")
     if args.training_only:
@@ -219,7 +224,7 @@ def main() -> None:
         "writing a window": lambda: write(idx, n), "Hugging Face": lambda: theirs(idx, n),
         "writing 512": lambda: write(idx, many), "nanoGPT": lambda: peer.generate(idx, many),
         "8 samples": lambda: write(idx.expand(8, 1), many),
-        "weights": lambda: [p.sum() for p in run.model.parameters()]}, args.seconds)
+        "weights": lambda: [p.sum() for p in model.parameters()]}, args.seconds)
     print(f"| reading all weights, times/s | {1 / written.pop('weights'):,.0f} |")
     lengths = {"writing 512": many, "nanoGPT": many, "8 samples": 8 * many}
     for name, taken in written.items():
