@@ -1287,6 +1287,22 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
         minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 4})
     assert load_checkpoint(tmp_path / "a.pt") == {"step": 3} and os.listdir(tmp_path) == ["a.pt"]
 
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """A system may rename a file before it has written what the file holds. If the power failed in
+    between, the old checkpoint would be gone and the new one empty. Fails without os.fsync, and if
+    it comes after the rename or before the content."""
+    calls, rename = [], os.replace
+
+    def replace_file(source, target):
+        calls.append(("replace", os.path.getsize(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(("fsync", os.fstat(file).st_size)))
+    monkeypatch.setattr(os, "replace", replace_file)
+    minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 3})
+    size = os.path.getsize(tmp_path / "a.pt")
+    assert calls == [("fsync", size), ("replace", size)]
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     """Pickle can name any function. Such a file is refused before anything is called."""
     torch.save({"code": os.system}, tmp_path / "code.pt")
@@ -2424,6 +2440,16 @@ def test_the_loss_of_a_step_is_that_of_the_divided_logits(temperature):
     assert_close(loss, expected.float(), 1e-6)
     assert_close(gradient, torch.autograd.grad(expected, model.h[0].mlp.c_fc.weight)[0], 1e-6)
 
+def test_logits_of_16_bits_are_divided_in_32():
+    """The quotients of numbers in bfloat16 would be rounded to 8 bits once more. Compared with
+    float64. Fails if the logits keep their format while they are divided."""
+    logits = (10 * random_x(2, 3, 11)).bfloat16()
+    y = random_ids(2, 3)
+    _, loss = minigpt.Tempered(lambda x: (logits, None), 0.9)(None, y)
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(logits.double().flatten(0, 1) / 0.9, y.flatten())
+    assert_close(loss.double(), expected, 1e-6)
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_trains_at_the_temperature_and_is_evaluated_at_one(tmp_path, dtype):
     """The typed setting arrives in the loss of a step, and nowhere else."""
@@ -2895,6 +2921,34 @@ def test_the_preset_follows_the_device_unless_one_is_named(capsys, device, expec
     assert minigpt.choose_preset(named, device) == "mini"
     assert "preset mini (as asked)" in capsys.readouterr().err
 
+@pytest.mark.parametrize("changes", [
+    dict(model="bigram"), dict(), dict(attention="extended"),
+    dict(attention="extended", pos="rope", qk_norm=True, norm="rmsnorm", activation="swiglu"),
+    dict(attention="fused", pos="rope", qk_norm=True, norm="fused_layernorm", prev_heads=1),
+    dict(attention="fused", pos="sinusoidal", block="shift"), dict(block="post")])
+def test_a_model_makes_all_that_it_needs_on_its_own_device(changes):
+    """Batches are on the CPU, wherever the model is. A tensor of the device "meta" has a shape but
+    no numbers, and it cannot be combined with one of the CPU, just as one of a GPU cannot. So this
+    needs no GPU. Fails if a mask, the positions, the ids or the targets stay on the CPU."""
+    with torch.device("meta"):
+        config = small_config(dropout=0.1, **changes)
+        model = minigpt.MODELS[config.model](config)
+    read = []  # what each layer reads, because a table takes ids of any device here
+    for layer in [*model.modules()][1:]:
+        layer.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    logits, loss = model(*pair(random_ids(2, 9)))
+    loss.backward()
+    norm = minigpt.clip_gradients(model.parameters(), 1.0)
+    made = [logits, loss, norm, *read, *(p.grad for p in model.parameters())]
+    assert {tensor.device.type for tensor in made} == {"meta"}
+    if config.attention != "explicit":  # in two pieces, as the reader with a memory reads
+        memory = [minigpt.LayerMemory(8) for _ in model.h]
+        for start in (0, 3):
+            x = model.embed(random_ids(2, 3), torch.arange(start, start + 3))
+            for block, remembered in zip(model.h, memory):
+                x = block(x, remembered)
+            assert x.device.type == "meta" and memory[1].length == start + 3
+
 def test_mixed_precision_computes_the_matrix_products_in_16_bits_and_nothing_else():
     """Weights, gradients, the residual stream and the loss stay in float32: bfloat16 has 8 bits of
     precision, and a sum of many small changes would lose them."""
@@ -3174,6 +3228,22 @@ def test_only_the_first_process_prints_and_writes(tmp_path, monkeypatch, capsys)
     run.save("latest.pt")
     assert capsys.readouterr().err == ""
     assert os.listdir(tmp_path) == []
+
+def test_the_other_processes_wait_for_the_best_model_before_they_read_it(tmp_path, monkeypatch):
+    """Only the first process writes best.pt. Here it does so at the moment at which the processes
+    wait for each other. Fails if they do not wait, or read the file, or look for it, before."""
+    first = tiny_full_run(tmp_path)
+    other = as_process(tiny_full_run(tmp_path, model=minigpt.new_model(small_config(), 1)), 1, 2)
+    calls = []
+
+    def meet(value):
+        calls.append(value)
+        first.save("best.pt")
+        return [value, value]
+
+    monkeypatch.setattr(minigpt, "gather", meet)
+    assert other.score() == minigpt.evaluate(first.model, first.corpus.val)
+    assert len(calls) == 1
 
 def run_torchrun(n, *argv, script=HERE / "minigpt.py", wait=True, options=()):
     """n processes on this machine, with one thread each, so that sums are added in one order."""
@@ -3746,8 +3816,7 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
     assert not marker.exists()
 
 def test_a_damaged_checkpoint_is_one_error_that_names_the_cure(tmp_path):
-    """Nothing is changed, and the cure works: copy another checkpoint of the run over it. At the
-    end of a run that found no better one, best.pt is checked too, before its score is taken."""
+    """Nothing is changed, and the cure works: copy another checkpoint of the run over it."""
     train_tiny(tmp_path, "--checkpoint_interval", "2")
     latest = tmp_path / "latest.pt"
     end = load_checkpoint(latest)
@@ -3777,6 +3846,27 @@ def test_a_damaged_best_model_is_refused_before_anything_is_written(tmp_path):
     code, _, err = run_main(*RESUME, tmp_path)
     assert code == 2 and f"{best}: this file is damaged" in last_line(err)
     assert contents(tmp_path) == before
+
+@pytest.mark.parametrize("damage", ["half a file", "a flipped bit"])
+def test_a_best_model_that_was_damaged_during_the_run_gets_no_score(tmp_path, monkeypatch, damage):
+    """It is damaged after the last step, when nothing will write it again. Half a file could not be
+    loaded, and a flipped bit would be worse: the score would be that of another model."""
+    best = tmp_path / "best.pt"
+
+    def damage_best(self, run):
+        if run.step == 2:
+            weights = load_checkpoint(best)["model"]["h.0.mlp.c_fc.weight"]
+            whole = bytearray(best.read_bytes())
+            if damage == "half a file":
+                del whole[len(whole) // 2 :]
+            else:
+                whole[whole.index(bytes(weights.untyped_storage()))] ^= 4
+            best.write_bytes(whole)
+
+    monkeypatch.setattr(minigpt.FullRun, "stop_if_asked", damage_best)
+    ended = run_main(*TRAIN, "--out_dir", tmp_path, "--max_steps", "2", "--warmup_steps", "1")
+    check_mistake(*ended, [f"{best}: this file is damaged", "latest.pt"])
+    assert "full validation split" not in ended[2]
 
 @POSIX
 def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
@@ -5392,6 +5482,20 @@ def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
     assert rows["training, tokens/s"] == 64
     assert rows["writing, tokens/s"] == rows["writing, without the cache"] == 10
 
+def test_the_utilization_is_the_work_of_training_by_that_of_matrix_products(monkeypatch):
+    """An entry of a product of two matrices of 2048 rows takes 2048 multiplications and as many
+    additions. With calls of half a second, that is 2 * 2048^3 * 2 operations per second. Fails if
+    only the multiplications count, which would double the utilization."""
+    timer = types.SimpleNamespace(blocked_autorange=lambda **_: types.SimpleNamespace(median=0.5))
+    monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
+    rows = bench_rows(run_main(*BENCH, "--n_layer", "4", "--n_embd", "512", "--bpe_size", "1024",
+                               "--tokenizer", "bpe")[1])
+    used = 64 * rows["training, FLOPs per token"]  # 64 tokens per second
+    possible = 2 * 2048**3 * 2
+    assert rows["training, million FLOPs/s"] == pytest.approx(used / 1e6, abs=1)
+    assert rows["matrix products alone, million FLOPs/s"] == pytest.approx(possible / 1e6, abs=1)
+    assert rows["utilization, percent"] == pytest.approx(100 * used / possible, abs=1) != 0
+
 def test_the_benchmark_trains_on_whole_windows_and_writes_with_and_without_the_cache(monkeypatch):
     """`laptop` has short windows at first, which are faster: the figure would be too good. Explicit
     attention has no cache, so there is nothing to compare."""
@@ -5588,6 +5692,32 @@ def test_centring_takes_the_mean_of_each_column_within_each_group_of_rows():
     assert minigpt.centre(w, groups=2).tolist() == [[-1, 0], [1, 0], [-5, -2], [5, 2]]
     assert minigpt.centre(w).tolist() == [[-7.5, 1.5], [-5.5, 1.5], [1.5, -3.5], [11.5, 0.5]]
 
+@pytest.mark.parametrize("changes", [QWEN3, dict(LAPTOP, prev_heads=1)])
+def test_an_mlp_of_qwen3s_form_is_filled_up_to_groups_of_32(tmp_path, monkeypatch, changes):
+    """q8_0 packs rows in groups of 32 numbers. 2.3 times 64 channels, or two thirds of that for
+    SwiGLU, is no multiple of 32. The added units give zero, so the model is the same. Fails if they
+    are left out or add something."""
+    changes = dict(changes, n_embd=64, mlp_ratio=2.3)
+    model = small_model(**changes).float().double().eval()
+    width = model.h[0].mlp.c_proj.in_features
+    config, tensors = minigpt.to_qwen3(model)
+    assert width % 32 and config["intermediate_size"] == (width + 31) // 32 * 32
+    idx = random_ids(2, 8)
+    assert largest_difference(qwen3_formula(config, tensors, idx), model(idx)[0]) < 1e-5
+    pytest.importorskip("gguf")
+    save_model(tmp_path, CharTokenizer.train("abc"), **changes)
+    monkeypatch.setattr(minigpt.importlib.util, "find_spec", lambda name: None)  # no llama.cpp
+    assert "read back" in export_gguf(tmp_path, "--gguf_type", "q8_0")[1]
+
+def test_the_exported_settings_have_the_dropout_of_the_model():
+    """Someone who trains the model on needs it, in all the places where it acts. Fails if one of
+    them has another share."""
+    config, _ = minigpt.to_gpt2(small_model(dropout=0.3))
+    assert [config[f"{place}_pdrop"] for place in ("resid", "embd", "attn")] == [0.3] * 3
+    for changes in (QWEN3, dict(LAPTOP, prev_heads=1)):
+        config, _ = minigpt.to_qwen3(small_model(dropout=0.3, **changes))
+        assert config["attention_dropout"] == 0.3
+
 @pytest.mark.parametrize("name", minigpt.PRESETS)
 def test_every_preset_but_the_bigram_has_a_form(tmp_path, name):
     """A preset that nothing else can run would have to be trained again for another program."""
@@ -5639,7 +5769,7 @@ def test_transformers_computes_the_same_from_an_exported_folder(transformers, tm
                                                                 changes):
     """The library loads the folder without any code of ours: every tensor finds its place, the
     logits and the greedy text are equal, and an end is only where there is one. Would fail for an
-    eps, an angle or an activation of another model."""
+    angle or an activation of another model."""
     tokenizer = CharTokenizer.train(LETTERS)
     model = save_model(tmp_path, tokenizer, **changes)
     folder = export(tmp_path)
@@ -5850,8 +5980,8 @@ def export_gguf(folder, *argv):
 @pytest.mark.parametrize("form, changes", EXPORTED)
 def test_llama_cpp_computes_the_same_from_a_gguf_file(tmp_path, form, changes):
     """Greedy text and the largest log-probabilities are equal, up to llama.cpp's own rounding of
-    some thousandths. Would fail for a tensor under another name, a matrix that is transposed, or
-    another eps or angle."""
+    some thousandths. Would fail for a tensor under another name or a matrix that is transposed. (An
+    epsilon hardly changes what is written, so the fields have a test of their own.)"""
     tokenizer = CharTokenizer.train(LETTERS)
     model = save_model(tmp_path, tokenizer, **{"n_embd": 64, **changes})
     path = export_gguf(tmp_path)
@@ -5896,6 +6026,48 @@ def test_llama_cpp_chats_by_passing_the_text_on(tmp_path, bpe, kind):
     written = model.generate(ids, 8, temperature=0)[0, ids.shape[1] :]
     text = tokenizer.decode(written.tolist()).partition("<|endoftext|>")[0]
     assert answer["choices"][0]["message"]["content"] == text
+
+@pytest.mark.parametrize("form, kind, number", [("GPT-2", "f32", 0), ("Qwen3", "f16", 1),
+                                                ("GPT-2", "bf16", 32), ("Qwen3", "q8_0", 7)])
+def test_the_fields_of_a_gguf_file_are_the_settings_of_the_folder(tmp_path, monkeypatch, form, kind,
+                                                                 number):
+    """llama.cpp builds the model from them, and a slip in a small one, such as an epsilon, would
+    show in no text. (In Qwen3's form, a model with previous-position heads has another width, other
+    heads and another epsilon than here.) The type of the file is a number of llama.cpp. Fails if a
+    field is missing or has the value of another one."""
+    gguf = pytest.importorskip("gguf")
+    tokenizer = CharTokenizer.train("abc")
+    changes = {} if form == "GPT-2" else dict(LAPTOP, prev_heads=1)
+    model = save_model(tmp_path, tokenizer, n_embd=32, mlp_ratio=5.0, n_layer=3, **changes)
+    path = export_gguf(tmp_path, "--gguf_type", kind)
+    found = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+    config, _ = minigpt.to_gpt2(model) if form == "GPT-2" else minigpt.to_qwen3(model)
+    if form == "GPT-2":
+        expected = {
+            "context_length": config["n_positions"], "embedding_length": config["n_embd"],
+            "block_count": config["n_layer"], "feed_forward_length": config["n_inner"],
+            "attention.head_count": config["n_head"],
+            "attention.layer_norm_epsilon": config["layer_norm_epsilon"]}
+    else:
+        expected = {
+            "context_length": config["max_position_embeddings"],
+            "embedding_length": config["hidden_size"], "block_count": config["num_hidden_layers"],
+            "feed_forward_length": config["intermediate_size"],
+            "attention.head_count": config["num_attention_heads"],
+            "attention.head_count_kv": config["num_key_value_heads"],
+            "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
+            "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+            "rope.freq_base": config["rope_theta"]}
+    architecture = config["model_type"]
+    settings = {name.removeprefix(f"{architecture}."): value for name, value in found.items()
+                if name.startswith(f"{architecture}.")}
+    assert settings == pytest.approx(expected)
+    assert found["general.architecture"] == architecture
+    assert found["general.file_type"] == number
+    template = minigpt.tokenizer_files(tokenizer)["tokenizer_config.json"]["chat_template"]
+    assert found["tokenizer.chat_template"] == template
+    assert found["tokenizer.ggml.tokens"] == tokenizer.itos
 
 @pytest.mark.parametrize("kind, worst", [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8),
                                          ("q8_0", 1 / 127)])

@@ -59,7 +59,7 @@ def take_turns(functions: dict, seconds: float) -> dict[str, float]:
 
 
 def ours(flags: list[str]):
-    """Our model, the settings of its training, and a function that takes a step on whole windows."""
+    """Our model, the settings of its training, and a function that takes one step."""
     typed = minigpt.parse(["--mode", "bench", "--dropout", "0", *flags])
     device = minigpt.find_device(typed.get("device", "auto"))
     preset = minigpt.choose_preset(typed, device)
