@@ -8,13 +8,87 @@ file builds a model that answers it well enough to write verse in the style of S
     python minigpt.py --mode train                        # about three minutes, two cores
     python minigpt.py --mode generate --prompt "ROMEO:"   # write text with the trained model
 
-The file is a book in five parts. You can read Part I from top to bottom without skipping anything.
+The file is a book in five parts. You can read Part I from top to bottom without skipping anything,
+which takes two to three hours. Its chapters:
 
     Part I     A GPT, complete    from characters to verse, with everything that a GPT needs
+        Characters                                 text to integers and back
+        Batches                                    many examples from one text
+        The task                                   predict the next token; the loss
+        The simplest model, and how it learns      a table of pairs; gradient descent
+        Attention, step by step                    how a token collects from earlier ones
+        The sizes                                  eight numbers define a model
+        Attention with several heads               several things at once; dropout
+        Positions                                  who stands where
+        The MLP                                    compute with what was collected
+        Normalization                              keep the scale of all numbers
+        The block                                  attention and MLP, with additions around them
+        The model                                  everything together; how it starts
+        Sampling                                   write text
+        The optimizer: AdamW                       a step for each weight
+        The learning rate                          warm-up and decay
+        Clipping                                   no step may be too long
+        One step                                   accumulation, and two checks
+        Evaluation                                 one figure to report
+        A checkpoint                               stop and go on
+        The training loop                          the whole program
+        What you should see                        the log of a run; what each part brings
+        Glossary                                   terms, and where they are explained
     Part II    Better             variations of each part, and how much each of them helps
+        The settings of the variations             names that become flags
+        Normalization: RMSNorm                     without the mean
+        Where the norm stands: post-norm           why GPT-2 moved it
+        Fixed positions: sinusoids                 clock hands
+        Relative positions: RoPE                   turn queries and keys
+        Attention that can do more                 rotation, QK-norm, memory
+        Activation functions                       ReLU, its square, SwiGLU
+        An output head of its own                  untied weights
+        Token shift                                half of the channels from the token before
+        Heads that read the previous position      the same, in a form that can be exported
+        Heads that share keys and values           grouped-query attention
+        Byte-pair encoding                         tokens longer than a character
+        Byte-pair encoding, fast                   the same, in seconds
+        Muon                                       a step for each matrix
+        Better batches                             cover the text evenly; short windows first
+        Training at a lower temperature            a model that is less sure
+        Fused kernels                              the same function, faster
+        The key/value cache                        write without reading everything again
+        A variation of your own                    how to add one
+        From GPT-2 to Qwen3                        what separates Part I from a model of today
+        What it all adds up to                     from plain to laptop, at equal time
+        What did not help                          and where context matters
+        Answers to the questions                   to compare with yours
     Part III   The machine room   devices, several processes, signals, safe files, logs
+        Devices and number formats                 16 bits
+        Memory that is not given back              and threads that wait
+        Several processes                          DistributedDataParallel
+        What is printed                            stdout, stderr, progress
+        Signals                                    Ctrl-C
+        The size of a model                        parameters and operations
+        Checkpoints that may be damaged            found before they are used
+        What is recorded of a run                  metrics.jsonl, curves, Weights & Biases
+        The corpus                                 any text, of any size
+        A run with all of it                       what --mode train runs
     Part IV    The laboratory     comparing, measuring, export to other programs, a look inside
+        Comparing variations                       --mode ablate
+        Benchmark                                  --mode bench
+        Exchange: GPT-2's form                     the first of two architectures
+        Exchange: Qwen3's form                     the second
+        Exchange: previous-position heads          built by hand from ordinary ones
+        Exchange: writing the folder               for transformers and others
+        Exchange: a GGUF file                      for llama.cpp
+        Exchange: the command                      --mode export
+        Exchange: reading a GPT-2                  the other direction
+        A look inside                              --mode inspect
+        A look inside, as a page                   inspect.html
     Part V     The command line   presets, flags and modes
+        Reading the command line                   flags
+        From what was typed to settings            presets
+        Training                                   --mode train
+        Using a trained model                      --mode generate and eval
+        The modes                                  which flags belong to which
+        The program                                main, and its exit codes
+        References                                 the papers
 
 Part I stands alone: it uses nothing from the later parts. And it is what runs. The command
 
@@ -44,8 +118,9 @@ A tensor is an array of numbers. We write its sizes in parentheses, for example 
 Each chapter uses the same labels where they apply. "Problem" says what is missing, "Answer" how it
 is solved, "Equation" gives the formula and its source, "Shapes" the sizes that go in and come out,
 "Example" a case that you can check by hand, and "Try it" an experiment that we ran, with its
-result. "Question" asks you something; the answers are at the end of the file. A line that begins
-with >>> is Python, and the lines below it are what it prints. The tests run all of them.
+result. Other labels name their topic. "Question" asks you something; the answers stand after Part
+II. A line that begins with >>> is Python, and the lines below it are what it prints. The tests run
+all of them.
 """
 
 from __future__ import annotations
@@ -72,38 +147,6 @@ import torch.nn.functional as F
 
 class UserError(ValueError):
     """A mistake that the user can correct. The program prints it as one line."""
-
-# ---- The sizes -----------------------------------------------------------------------------------
-# Eight settings define a model. Each is explained in the chapter that uses it, so you can pass over
-# them for now. All except vocab_size are flags, for example --n_layer 8. The vocabulary follows
-# from the text. The defaults are those of a larger model. The preset `plain` has 4 layers, 4 heads,
-# 128 channels, a context of 128 tokens, and no dropout.
-@dataclass
-class GPTConfig:
-    """The sizes of a model. Raises UserError if they do not fit together."""
-    vocab_size: int  # V: the number of different tokens
-    block_size: int = 256  # context length: the most tokens that the model sees at once
-    n_layer: int = 6  # number of blocks, stacked on top of each other
-    n_head: int = 6  # number of attention heads in each block
-    n_embd: int = 384  # C: channels, the numbers that describe one token
-    mlp_ratio: float = 4.0  # width of the MLP, as a multiple of n_embd
-    dropout: float = 0.2  # share of values that are set to zero during training
-    bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
-
-    # Each part of the model is looked up in a table, under one of these names. Part I has the
-    # entries that are named here. Part II adds entries, and its ModelConfig makes the names
-    # settings. (Without a type, they are constants of the class and not fields of the dataclass.)
-    model = "gpt"
-    block = "pre"
-    attention = "explicit"
-    pos = "learned"
-    norm = "layernorm"
-    activation = "gelu"
-    tie_weights = True
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}")
 
 # ---- Characters ----------------------------------------------------------------------------------
 # Problem   A network computes with numbers. We need a map from text to integers and back.
@@ -149,8 +192,9 @@ class CharTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text to ids. Raises UserError for a character that is not in the vocabulary."""
-        for character in sorted(set(text) - set(self.stoi)):
-            raise UserError(f"the character {character!r} (U+{ord(character):04X}) is not in the "
+        unknown = sorted(set(text) - set(self.stoi))
+        if unknown:
+            raise UserError(f"the character {unknown[0]!r} (U+{ord(unknown[0]):04X}) is not in the "
                             f"vocabulary of {self.vocab_size} characters")
         return [self.stoi[character] for character in text]
 
@@ -158,7 +202,7 @@ class CharTokenizer:
         """Ids to text."""
         return "".join([self.itos[i] for i in ids])
 
-TOKENIZERS = {"char": CharTokenizer}  # Part II adds tokens that are longer than a character
+TOKENIZERS = {"char": CharTokenizer}
 
 # Question 1   What does `encode` do with a character that did not occur in the corpus? Could the
 #              model learn it from one more text, without being rebuilt?
@@ -278,8 +322,10 @@ class Bigram(nn.Module):
 #           of the loss with respect to a weight tells how the loss changes if we increase that
 #           weight a little. All these derivatives together are the gradient. Gradient descent
 #           subtracts from each weight its derivative, multiplied by a factor called the learning
-#           rate (here 10.0), so that the loss goes down. It repeats this with the next batch. Here
-#           is all of it, on a short text:
+#           rate, so that the loss goes down. It repeats this with the next batch. Here is all of
+#           it, on a short text. (The learning rate is as large as 10.0 because the loss is a mean
+#           over 256 predictions, so each of the 49 derivatives is small. GPTConfig, explained
+#           below, holds the sizes of a model; the bigram model needs only that of the vocabulary.)
 #
 # >>> text = "to be or not to be " * 20
 # >>> tokenizer = CharTokenizer.train(text)
@@ -331,9 +377,12 @@ class Bigram(nn.Module):
 # >>> f"{(moved - loss).item() / 0.001:.2f}", f"{model.wte.weight.grad[4, 0].item():.2f}"
 # ('-0.11', '-0.11')
 #
-# For the logits themselves, the derivative has a simple form: it is p_i, and p_i - 1 for the token
-# that came. So a step of gradient descent raises the logit of the token that came, and lowers each
-# other logit in proportion to its probability.
+# For the logits themselves, the derivative has a simple form. With p_target written out, the loss
+# is log(sum_j exp(logit_j)) - logit_target. The derivative of the first term with respect to
+# logit_i is exp(logit_i) / sum_j exp(logit_j), which is p_i. The second term adds -1 for the
+# target. So the derivative is p_i, and p_i - 1 for the token that came. A step of gradient descent
+# raises the logit of the token that came, and lowers each other logit in proportion to its
+# probability.
 #
 # >>> logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
 # >>> cross_entropy(logits, torch.tensor([1])).backward()
@@ -341,17 +390,20 @@ class Bigram(nn.Module):
 # [0.67, -0.76, 0.09]
 #
 # Try it    Train the bigram model on Shakespeare: `python minigpt.py --mode train --preset bigram
-#           --out_dir bigram`. It takes seconds and ends at 2.49 nats per character. Counting the
-#           pairs of the training part (each once more than it occurs, so that no pair is
-#           impossible) gives 2.4819. What a GPT gains over that, it gains by looking further back.
+#           --out_dir bigram`. It takes seconds and ends at 2.49 nats per character. A table of
+#           counts needs no training at all: p(b after a) = (times `ab` occurs + 1) / (times `a`
+#           occurs + 65). Made from the training part, that table has a loss of 2.48. So gradient
+#           descent has found nearly the same. What a GPT gains over that, it gains by looking
+#           further back.
 
 # Question 3   What would the loss of the bigram model be, after long training, on a text in which
 #              every character always has the same successor, such as "abcabcabc"?
 
 # ---- Attention, step by step ---------------------------------------------------------------------
-# Now we build the GPT. Inside it, each token is a vector of C numbers. Two kinds of parts
-# alternate: attention moves information between tokens, and an MLP then processes each token by
-# itself.
+# Now we build the GPT. Inside it, each token is a vector of C numbers: row i of a learned table is
+# the vector of token i. Two kinds of parts alternate: attention moves information between tokens,
+# and an MLP then processes each token by itself. At the end, each vector becomes V logits. The
+# README has a picture of the whole.
 #
 # Problem   In "the queen spoke and all obeyed her" (imagine that words are tokens), `her` has to
 #           find `queen`. A token must collect information from the tokens before it, and which of
@@ -396,9 +448,10 @@ class Bigram(nn.Module):
 # 0.33 0.33 0.33 0.00
 # 0.25 0.25 0.25 0.25
 #
-#           Why not take the softmax first and set the later tokens to zero afterwards? Then the
-#           rows no longer sum to 1. And when the scores are not equal, what a row loses depends on
-#           tokens that it must not see. With equal scores, the rows are:
+#           Why not take the softmax first and set the later tokens to zero afterwards? The rows
+#           would no longer sum to 1. And a later token with a large score would make the weights of
+#           the others small before it is removed, so the row would still learn something about a
+#           token that it must not see. With equal scores, the rows would be:
 #
 # >>> print_rows(torch.softmax(scores, dim=1).tril())
 # 0.25 0.00 0.00 0.00
@@ -421,7 +474,9 @@ class Bigram(nn.Module):
 # 0.09 0.74 0.09 0.09
 #
 #           The `o` in row 1 finds the `t`, and the `b` in row 3 finds the `o`. The space has no
-#           preference.
+#           preference. By hand, row 1: its q is (0, 1) W_q = (3, 0). The scores are 3 / sqrt(2) =
+#           2.12 with `t` and 0 with itself. exp(2.12) = 8.3 and exp(0) = 1, so the weights are
+#           8.3 / 9.3 = 0.89 and 1 / 9.3 = 0.11. (We write x W. A Linear stores the transpose of W.)
 # Values    What is collected is not the token's vector but a third linear function of it, its value
 #           v. So a token can be found by one property, its key, and hand over another. Here the
 #           value is one number that says "vowel", 10 for vowels and 0 for others. The `b` has found
@@ -441,6 +496,10 @@ class Bigram(nn.Module):
 #           has variance hs. Without the division, larger heads would have larger scores, and the
 #           softmax would put almost all the weight on one token. (At the start of training our
 #           scores are much smaller than 1. The division matters when they have grown.)
+#
+# >>> pairs = torch.randn(2, 10_000, 64, generator=torch.Generator().manual_seed(0))
+# >>> (pairs[0] * pairs[1]).sum(dim=1).std().round().item()               # sqrt(64) = 8
+# 8.0
 def print_rows(matrix) -> None:
     """Prints a matrix with two decimals."""
     for row in matrix.tolist():
@@ -453,8 +512,8 @@ def causal_mask(T: int, device=None):
 def attention_weights(q, k, mask):
     """How much each query takes from each key: q (..., T, hs), k (..., S, hs) -> (..., T, S).
 
-    No weight is negative, and each row sums to 1. mask (T, S) is added to the scores. In Part I,
-    the number of keys S is T. Part II also has keys of tokens that were read earlier."""
+    No weight is negative, and each row sums to 1. mask (T, S) is added to the scores. Here the
+    number of keys S is T; it is larger where earlier tokens were read before (Part II)."""
     hs = q.shape[-1]
     scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # row: query; column: key
     return torch.softmax(scores + mask.to(scores.dtype), dim=-1)
@@ -462,13 +521,44 @@ def attention_weights(q, k, mask):
 # Question 4   In step 4, what would the weights in the last row be if W_q were multiplied by 10?
 #              And by 0?
 
+# ---- The sizes -----------------------------------------------------------------------------------
+# Eight settings define a model. All except vocab_size are flags, for example --n_layer 8; the
+# vocabulary follows from the text. The defaults are those of a larger model. The preset `plain` has
+# 4 layers, 4 heads, 128 channels, a context of 128 tokens, and no dropout.
+@dataclass
+class GPTConfig:
+    """The sizes of a model. Raises UserError if they do not fit together."""
+    vocab_size: int  # V: the number of different tokens
+    block_size: int = 256  # context length: the most tokens that the model sees at once
+    n_layer: int = 6  # number of blocks, stacked on top of each other
+    n_head: int = 6  # number of attention heads in each block
+    n_embd: int = 384  # C: channels, the numbers that describe one token
+    mlp_ratio: float = 4.0  # width of the MLP, as a multiple of n_embd
+    dropout: float = 0.2  # share of values that are set to zero during training
+    bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
+
+    # Each kind of part is looked up in a table by one of these names. In Part I each table has one
+    # entry, so read NORMS[config.norm] as LayerNorm. Part II adds entries and makes the names
+    # settings. (Without a type, they are constants of the class and not fields of the dataclass.)
+    model = "gpt"
+    block = "pre"
+    attention = "explicit"
+    pos = "learned"
+    norm = "layernorm"
+    activation = "gelu"
+    tie_weights = True
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}")
+
 # ---- Attention with several heads ----------------------------------------------------------------
 # Problem   One softmax can concentrate on one thing at a time. A token may need several: the letter
 #           before it, the beginning of the word, the speaker's name.
 # Answer    nh heads work side by side. Each head reads the whole vector of C channels, and makes
-#           from it a q, a k and a v with only C / nh channels of its own: it looks at the vector in
-#           a subspace that it has learned. The results of the heads are placed next to each other,
-#           and a last linear layer mixes them.
+#           from it a q, a k and a v with only C / nh channels of its own. Each has its own three
+#           matrices, so each can look for something else, and hand over something else. The results
+#           of the heads are placed next to each other, and a last linear layer mixes them.
 # Equation  MultiHead(x) = Concat(head_1, ..., head_nh) W_O     [Vaswani et al. 2017, section 3.2.2]
 #           W_O is `c_proj`. The matrices that make q, k and v of all heads stand side by side in
 #           one matrix, `c_attn`, so that one product computes them all. (The names of the layers
@@ -480,9 +570,10 @@ def attention_weights(q, k, mask):
 # Shapes    x (B, T, C) -> q, k, v (B, nh, T, hs) -> weights (B, nh, T, T) -> result (B, T, C)
 # Dropout   During training, dropout sets a random share p of the numbers that pass through it to
 #           zero, so that the model cannot rely on any single one of them. It divides the others by
-#           1 - p, so that the expected sum stays the same [Srivastava et al. 2014]. model.train()
-#           switches it on and model.eval() switches it off. Here it acts on the weights and on the
-#           result.
+#           1 - p, so that the expected sum stays the same [Srivastava et al. 2014]. With p = 0.5,
+#           (1, 2, 3, 4) may become (2, 0, 0, 8). model.train() switches it on and model.eval()
+#           switches it off. Here it acts on the weights, whose rows then sum to 1 only on average,
+#           and on the result. (`plain` has p = 0.)
 # Try it    In `weights`, replace `causal_mask(...)` by `torch.zeros(T, T)`, and train `plain` with
 #           --max_steps 300. At step 250 the loss is already 0.08: the model has found that
 #           the answer stands at the next position. What it writes is worthless, because there is no
@@ -513,7 +604,7 @@ class CausalSelfAttention(nn.Module):
         heads before the time, it multiplies (T, hs) matrices, once for each head of each text."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
-ATTENTION = {"explicit": CausalSelfAttention}  # Part II adds faster and more capable forms
+ATTENTION = {"explicit": CausalSelfAttention}
 
 # Question 5   How many weights does c_attn have with 1 head, and with 4 heads?
 
@@ -529,9 +620,9 @@ def learned_positions(config: GPTConfig) -> nn.Module:
     """A table of position vectors, learned like the token vectors."""
     return nn.Embedding(config.block_size, config.n_embd)
 
-POSITIONS = {"learned": learned_positions}  # Part II adds positions that need not be learned
+POSITIONS = {"learned": learned_positions}
 
-# Question 6   Without position vectors, and in a model of one block, would the last token of "dog
+# Question 6   Without position vectors, and in a model of two blocks, would the last token of "dog
 #              bites man" get the same result if the tokens before it were in another order?
 
 # ---- The MLP -------------------------------------------------------------------------------------
@@ -542,8 +633,7 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 #           single linear layer.
 # Equation  MLP(x) = GELU(x W_1 + b_1) W_2 + b_2
 #           [Vaswani et al. 2017, section 3.3, who use max(0, x) where GPT uses GELU]
-#           W_1 is `c_fc` ("fully connected") and W_2 is `c_proj`. A Linear stores W transposed, so
-#           a column of W_1 is a row of c_fc.weight.
+#           W_1 is `c_fc` ("fully connected") and W_2 is `c_proj`.
 #           GELU(x) = x Phi(x), where Phi(x) is the probability that a standard normal random number
 #           is below x. It is a smooth form of max(0, x). GPT-2 uses an approximation
 #           [Hendrycks and Gimpel 2016, section 2]:
@@ -557,9 +647,9 @@ POSITIONS = {"learned": learned_positions}  # Part II adds positions that need n
 #           4 * 512). Each hidden unit detects one pattern in the vector (a column of W_1) and adds
 #           one vector when it finds it (a row of W_2) [Geva et al. 2021]. A wide hidden layer
 #           can hold more patterns than there are channels, but every unit costs 2 C weights. With a
-#           factor of 4, two thirds of a block's weights are in its MLP. Nothing is special about 4:
-#           in `plain`, with 300 steps and three seeds, factors of 1, 2, 4 and 8 give losses
-#           of 2.31, 2.31, 2.27 and 2.29, with standard deviations of 0.004 to 0.045.
+#           factor of 4, two thirds of a block's weights are in its MLP. We found no sign that 4 is
+#           special: in `plain`, with 300 steps and three seeds, factors of 1, 2, 4 and 8 give
+#           losses of 2.31, 2.31, 2.27 and 2.29, with standard deviations of 0.004 to 0.045.
 # Shapes    (B, T, C) -> (B, T, 4 C) -> (B, T, C)
 def gelu(x):
     """GELU in its tanh approximation, at each number of x."""
@@ -579,10 +669,10 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(hidden))
 
     def activate(self, x):
-        """The activation function. Part II has subclasses with other functions."""
+        """The activation function."""
         return gelu(x)
 
-ACTIVATIONS = {"gelu": MLP}  # Part II adds others
+ACTIVATIONS = {"gelu": MLP}
 
 # Question 7   Attention takes a softmax, which is not linear either. Why is that not enough?
 
@@ -618,17 +708,19 @@ def layer_norm(n: int, config: GPTConfig) -> LayerNorm:
     """A LayerNorm of n channels."""
     return LayerNorm(n, config.bias)
 
-NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
+NORMS = {"layernorm": layer_norm}
 
 # Question 8   What does LayerNorm make of x, and of 10 x?
 
 # ---- The block -----------------------------------------------------------------------------------
-# Problem   We want to stack the parts several times. One layer of attention can only combine what
-#           the tokens are. A second one can combine what the first one found. (More layers need
-#           more steps: after 300 steps of `plain`, one layer has a loss of 2.22 and four have 2.27.
-#           After 1,500 steps they have 1.69 and 1.68.) But a deep stack is hard to train: the
-#           gradient has to pass through every part on its way back. It may shrink or grow each
-#           time; with our small first weights it shrinks.
+# Problem   With one layer, a token can ask "is there a vowel before me?". With two, it can ask
+#           "what came after the last `th`?": the first layer has written into each token what stood
+#           before it, so the second can look for a token that stood behind `th`. So we want to
+#           stack the parts several times. But a deep stack is hard to train: the gradient has to
+#           pass through every part on its way back. It may shrink or grow each time; with our small
+#           first weights it shrinks.
+# Depth     More layers need more steps. After 300 steps of `plain`, one layer has a loss of 2.22
+#           and four have 2.27. After 1,500 steps they have 1.69 and 1.68. DEPTH_LINE
 # Answer    Let each part add its result to its input, x + part(x) [He et al. 2016a, section 3]. The
 #           sum that runs through the whole model is called the residual stream. The derivative of
 #           this sum is 1 plus the derivative of the part, so the gradient reaches the first layer
@@ -651,10 +743,10 @@ NORMS = {"layernorm": layer_norm}  # Part II adds RMSNorm
 # >>> for block in model.h:
 # ...     y = block(y)                                        # with the additions
 # ...     z = block.mlp(block.ln_2(block.attn(block.ln_1(z))))     # without them
-# >>> torch.autograd.grad(y[0, -1, 0], x)[0][0, -1].norm().item() > 0.9
-# True
-# >>> torch.autograd.grad(z[0, -1, 0], x)[0][0, -1].norm().item() < 1e-10
-# True
+# >>> with_additions = torch.autograd.grad(y[0, -1, 0], x)[0][0, -1].norm()
+# >>> without = torch.autograd.grad(z[0, -1, 0], x)[0][0, -1].norm()
+# >>> f"{with_additions:.1f} and {without:.0e}"
+# '1.0 and 4e-13'
 #
 # Try it    In Block.forward, leave out the two `x +`, and train `plain` with --max_steps 600. The
 #           loss ends at 3.35, which is what the frequencies of single characters give.
@@ -668,21 +760,20 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config.n_embd, config)
         self.mlp = ACTIVATIONS[config.activation](config)
 
-    def forward(self, x, *memory):
-        """memory is empty in Part I. Part II's key/value cache passes one object through it."""
+    def forward(self, x, *memory):  # memory is empty here; the key/value cache of Part II uses it
         x = x + self.attn(self.ln_1(x), *memory)
         x = x + self.mlp(self.ln_2(x))
         return x
 
-BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
+BLOCKS = {"pre": Block}
 
 # Question 9   What does a block compute if all weights and biases of its two c_proj are zero?
 
 # ---- The model -----------------------------------------------------------------------------------
 # Problem   Ids go in, and logits must come out, at every position at once.
 # Answer    Look up a vector for each token, add the vector of its position, let n_layer blocks work
-#           on the result, normalize once more, and compare the result with the vector of every
-#           token. These dot products are the logits.
+#           on the result, normalize it (the residual stream itself never was), and compare it with
+#           the vector of every token. These dot products are the logits.
 #
 #               "to be"                                          text
 #                  |     CharTokenizer.encode
@@ -706,8 +797,9 @@ BLOCKS = {"pre": Block}  # Part II adds post-norm and token shift
 #           token by token, too.)
 # Tying     The token table (from id to vector) and the output head (from vector to logits) are both
 #           matrices of V x C. We use one matrix for both [Press and Wolf 2017]. The Embedding picks
-#           row v for token v; the Linear takes the dot product with every row. Both should hold
-#           similar vectors for tokens with similar uses, so learning one helps the other. Tying
+#           row v for token v; the Linear takes the dot product with every row. Two tokens that are
+#           used in the same way should have similar rows in both: they mean the same as input, and
+#           they fit equally well as output. So learning one helps the other. Tying
 #           saves V C weights: 8,320 in `plain`, but 38.6 million in GPT-2 small, which would have
 #           163 million weights without tying.
 # Start     The weights start as normal random numbers with standard deviation 0.02 [Radford et al.
@@ -743,7 +835,7 @@ def tied_head(wte: nn.Embedding) -> nn.Linear:
     head.weight = wte.weight
     return head
 
-HEADS = {True: tied_head}  # by tie_weights; Part II adds a head with a matrix of its own
+HEADS = {True: tied_head}  # by tie_weights
 
 class GPT(nn.Module):
     """Token ids go in; logits for every possible next token come out, at every position.
@@ -864,7 +956,8 @@ def filter_logits(logits, top_k: int | None = None, top_p: float | None = None):
         banned = banned | (sum_before >= top_p)
         banned[:, 0] = False  # the most likely token always stays
     # `banned` is in the order of rank. scatter writes entry j of a row to place order[j], which is
-    # the order of ids again.
+    # the order of ids again: with order = [1, 2, 0], [False, False, True] becomes
+    # [True, False, False].
     banned = banned.scatter(-1, order, banned)
     return logits.masked_fill(banned, -math.inf)
 
@@ -923,21 +1016,20 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #           one of the derivative, one of its square.
 # Equation  m = beta1 m + (1 - beta1) g              g: the derivative; m: its running mean
 #           s = beta2 s + (1 - beta2) g * g          s: the running mean of its square
-#           m_hat = m / (1 - beta1^t)                both means start at 0; this makes up for it
-#           s_hat = s / (1 - beta2^t)                t counts the steps from 1
+#           m_hat = m / (1 - beta1^t)                both means start at 0, so they are too small:
+#           s_hat = s / (1 - beta2^t)                at t = 1, m is 0.1 g, and 0.1 / 0.1 = 1
 #           w = w - lr * (m_hat / (sqrt(s_hat) + eps) + weight_decay * w)          eps = 1e-8
 #           [Loshchilov and Hutter 2019, algorithm 2; they write v for s. As in PyTorch, lr
-#           multiplies the decay, too. beta1, beta2 and weight_decay are settings; lr is the
-#           learning rate.]
+#           multiplies the decay, too. t counts the steps from 1. beta1, beta2 and weight_decay are
+#           settings; lr is the learning rate.]
 # Example   First step, g = 0.5: m_hat = 0.5 and s_hat = 0.25, so w moves by lr * 0.5 / 0.5 = lr.
 #           With g = 500 it moves by lr, too. So the learning rate is about the largest distance of
 #           one step. When derivatives change their sign from batch to batch, m is small and s is
 #           not, and the steps are shorter.
 # Decay     weight_decay pulls the matrices towards zero, which keeps them from growing needlessly.
 #           The W of AdamW stands for this: the pull is separate from the gradient, so it is not
-#           divided by sqrt(s_hat), as it was in the older Adam. Biases and gains are offsets and
-#           scales. Nothing is gained by pulling them towards zero, so weight decay leaves them
-#           alone.
+#           divided by sqrt(s_hat), as it was in the older Adam. By custom, biases and gains are
+#           left alone. The token table and the position table decay.
 def weight_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """The weights in two groups: matrices, which decay, and vectors, which do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -950,7 +1042,7 @@ def make_adamw(model: nn.Module, config: TrainConfig):
     return torch.optim.AdamW(weight_groups(model, config), lr=config.learning_rate,
                              betas=(config.beta1, config.beta2), fused=True)
 
-OPTIMIZERS = {"adamw": make_adamw}  # Part II adds Muon
+OPTIMIZERS = {"adamw": make_adamw}
 
 # Question 12  If the loss were multiplied by 1000, how would the steps of AdamW change?
 
@@ -972,8 +1064,12 @@ OPTIMIZERS = {"adamw": make_adamw}  # Part II adds Muon
 #                    r = (step - warmup_steps) / (max_steps - warmup_steps), from 0 to 1
 #           [the cosine: Loshchilov and Hutter 2017, equation 5, without restarts]
 # Peak      There is no formula for the peak. We try several values, each twice the last, and take
-#           the best. In `plain`, with 300 steps, 7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2 end at
-#           2.39, 2.36, 2.32, 2.28, 2.34 and 2.36 (seed 1337). Larger models need smaller values
+#           the best. In `plain`, with 300 steps (seed 1337):
+#
+#               learning_rate   7.5e-4   1.5e-3   3e-3   6e-3   1.2e-2   2.4e-2
+#               loss            2.39     2.36     2.32   2.28   2.34     2.36
+#
+#           Larger models need smaller values
 #           with AdamW: nanoGPT takes 1e-3 for 10.7 million parameters, and GPT-3's authors took
 #           6e-4 for 125 million [Brown et al. 2020, table 2.1]. The default, 3e-4, is a cautious
 #           value for models of these sizes.
@@ -983,7 +1079,7 @@ def cosine(r: float) -> float:
     """From 1 to 0 as r goes from 0 to 1."""
     return (1 + math.cos(math.pi * r)) / 2
 
-SCHEDULES = {"cosine": cosine}  # Part II adds a straight line
+SCHEDULES = {"cosine": cosine}
 
 def get_lr(step: int, config: TrainConfig) -> float:
     """The learning rate of a step. The first step is step 0.
@@ -1025,7 +1121,8 @@ def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
             g.mul_(scale)
     return norm
 
-# Question 14  Question 12 makes clipping look useless. Why is it not?
+# Question 14  Multiplying every gradient by 1000 changes no step of AdamW (Question 12). So why do
+#              we limit the length of a gradient at all?
 
 # ---- One step ------------------------------------------------------------------------------------
 # Problem   A large batch gives a gradient with less noise, but it may not fit into memory.
@@ -1114,7 +1211,6 @@ def train_step(model, optimizer, batches, config: TrainConfig):
 # >>> after, _ = model(x)
 # >>> torch.equal(before[:, :10], after[:, :10]), torch.equal(before[:, 10:], after[:, 10:])
 # (True, False)
-#
 
 # Question 15  After Check 1, what loss do you expect on another batch of the same noise?
 
@@ -1160,8 +1256,9 @@ def evaluate(model, tokens, batch_size: int = 16, progress=None) -> float:
     total = 0.0
     done = 0
     while done < n_targets:
+        # As many whole windows as are left, at most batch_size; at the end, one that is shorter.
         rows = min(batch_size, max((n_targets - done) // T, 1))
-        size = min(rows * T, n_targets - done)  # less than one row of T at the end
+        size = min(rows * T, n_targets - done)
         window = tokens[done : done + size + 1].long()
         x = window[:-1].view(rows, -1)
         y = window[1:].view(rows, -1)
@@ -1233,10 +1330,17 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 
 # ---- The training loop ---------------------------------------------------------------------------
 # Problem   Put everything together, so that we can watch the model learn, stop, and continue.
-# Answer    The function `train`, at the end of this chapter, is the loop. Each round sets the
-#           learning rate, takes one step, and reports it. At fixed intervals it evaluates the model
-#           and saves checkpoints. The first evaluation, at step 0, shows how good random weights
-#           are. What changes during training is in one object, a `Run`, which can be saved and
+# Answer    A loop. This is its outline; the function `train`, at the end of this chapter, is all of
+#           it:
+#
+#               evaluate the untrained model, and save it
+#               until max_steps are done:
+#                   set the learning rate of this step
+#                   take the step: draw batches, compute the loss and its gradient, update
+#                   print a line now and then
+#                   every eval_interval steps: evaluate, show a sample, save best.pt and latest.pt
+#
+#           What changes during training is in one object, a `Run`, which can be saved and
 #           restored. What you see on the screen is printed by a `Journal`. Both are classes, so
 #           that Part III can extend them: its Run works in several processes, and its Journal also
 #           writes files.
@@ -1244,7 +1348,6 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 #           and the number of the step alone. So step 1000 draws the same numbers whether the run
 #           got there in one go or was stopped and resumed, and whatever else drew random numbers in
 #           between. No state of a random generator has to be saved.
-#           (Question 18 asks why we do not simply use seed + step.)
 def derived_seed(*numbers: int) -> int:
     """A seed of 32 bits that depends on all of the numbers. Neighbours get unrelated seeds.
 
@@ -1732,7 +1835,7 @@ ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
 # Question 19  A query at position 5 and a key at position 3 have a score. Which score do the same
 #              query and key have at the positions 105 and 103?
 
-# ---- Attention that can do more: rotation, QK-norm, memory ---------------------------------------
+# ---- Attention that can do more ------------------------------------------------------------------
 # Problem   Part I's attention has no place for RoPE. And as training goes on, queries and keys may
 #           grow until the softmax puts all its weight on one token.
 # QK-norm   Normalize each query and each key over its hs channels, before they are rotated, with
@@ -1831,7 +1934,7 @@ ATTENTION["extended"] = Attention
 #           number of weights.
 # Here      --activation relu: 2.266 ± 0.008. relu2: 2.316 ± 0.035. swiglu: 2.266 ± 0.018. The
 #           differences are small. In full runs, relu2 is better than SwiGLU: see the chapter
-#           "Tricks that do and do not survive on a small text".
+#           "What did not help".
 class ReLU(MLP):
     """An MLP with max(0, x)."""
     def activate(self, x):
@@ -2671,89 +2774,172 @@ READERS[Attention] = CachedReader
 # preset itself takes 2,000 steps. With the seeds 81, 82 and 83, which were never looked at before,
 # it ends at 1.427 ± 0.001.
 
-# ---- Tricks that do and do not survive on a small text -------------------------------------------
+# ---- What did not help ---------------------------------------------------------------------------
 # Much of what is known about training was found on texts that are read once. Here, the text is read
 # about four times. A trick that makes a model learn faster may then make it memorize faster.
 #
-# Each row names all its changes to the first row: nats per character after 2,200 steps, mean of the
-# seeds 501 and 502, with commit 4876ad5 of this project. Two runs that differ in the seed alone may
-# differ by 0.01. So the mean of two is uncertain by about 0.005, and smaller differences between
-# rows mean nothing.
+# We tried some forty changes of `laptop`, most of them with two seeds. Two runs that differ in the
+# seed alone may differ by 0.01, so smaller differences mean nothing. What we found:
+#
+# What helps most is to see the tokens just before, in whatever form: a previous-position head,
+# token shift, or a learned convolution over four positions each gain about 0.02. A second such form
+# gains little or nothing. To train also on a second target, the token after the next, gains 0.01
+# beside token shift and nothing beside a previous-position head. A learned vector for each group of
+# three characters is 0.016 better than token shift alone after 700 steps, and 0.057 worse at the
+# end: each of these vectors belongs to a few places of the text, which it learns by heart. More
+# width gains more than more layers, and costs more time. Everything that is meant to prevent
+# memorizing, dropout of 0.05, label smoothing, replaced input tokens or cautious weight decay [Chen
+# et al. 2025], makes the result worse or changes nothing. Longer windows, averaged weights, c_proj
+# that starts at zero, and twice the weight decay change less than 0.005.
 #
 #     `laptop` without its previous-position head                             1.445
-#
 #     a previous-position head                                                1.427
-#     a second one, which reads the position before that                      1.432
-#     a previous-position head in place of an ordinary head                   1.435
 #     token shift                                                             1.427
-#     token shift of a quarter of the channels by one position, and of
-#     another quarter by two                                                  1.420
-#     a learned convolution over four positions before each part              1.424
-#
-#     training also on a second target, the token after the next              1.443
-#     a second target, and token shift                                        1.418
-#     a second target, and a previous-position head                           1.429
-#
-#     160 channels and a previous-position head, 1.35 times the time          1.424
 #     160 channels and token shift, 1.35 times the time                       1.414
-#
-#     a learned vector, added to the input, for each group of three
-#     successive characters, and token shift                                  1.484
-#     the same for each pair, added to the values in each layer               1.433
-#     cautious weight decay [Chen et al. 2025], and token shift               1.432
+#     a vector for each group of three characters, and token shift            1.484
+#     SwiGLU in place of squared ReLU                                         1.456
 #     5 % of the input tokens replaced by random ones, and token shift        1.460
-#     GELU and no QK-norm                                                     1.455
-#     no QK-norm                                                              1.450
-#     SwiGLU                                                                  1.456
-#     RoPE with w_i = 500^(-2 i / hs)                                         1.449
+#     dropout of 0.05 (one seed, another form of `laptop`)                    +0.02
 #
-# What helps is to see the tokens just before, in whatever form. A second form helps little or not
-# at all. The vectors for groups of characters show how a trick that learns faster also memorizes
-# faster: after 700 steps they are 0.016 better than token shift alone, and at the end 0.057 worse.
-# Each of them belongs to a few places of the text, which it learns by heart.
+# (2,200 steps at temperature 1, mean of two seeds. Each row names all its changes to the first
+# row.)
 #
-# These trials were made with a previous-position head and the seeds 611 and 612, with 2,200 steps
-# unless stated otherwise, and at temperature 1. The second row is the reference:
+# Where does the context matter? In a `laptop`, the loss at the first position of a window is 2.50,
+# nearly that of the bigram model, which it must be. It falls to 1.50 at positions 8 to 15 and to
+# 1.44 at 32 to 63. Later positions are hardly better: 1.43 on average.
+
+# You can stop here. You have read everything that makes this model what it is. The answers to the
+# questions follow. After them comes the program around the model: devices, files, commands, and the
+# exchange with other programs, for those who want to change it.
+
+# ---- Answers to the questions --------------------------------------------------------------------
+# 1.  `encode` refuses it. The token table and the output head have one row for each known
+#     character, so a new character needs a new row, and the sizes of the tensors change.
 #
-#     windows of 512 after 85 % of the steps                                  1.432
-#     windows of 512 after 70 % of the steps                                  1.424
-#     windows of 512 after 50 % of the steps, 1,900 steps                     1.436
-#     windows of 256, then of 512 after 70 % of the steps, 1,950 steps        1.439
-#     biases in all layers (such a model cannot be exported)                  1.427
-#     3 layers, 0.8 times the time                                            1.446
-#     3 layers of 160 channels, 1.1 times the time                            1.435
+# 2.  The loss falls to 0.01 within 50 steps of `plain`, because the answer is the input itself. The
+#     model only learns to repeat its input. On the real task, its loss is then 10.3.
 #
-# These trials have the same seeds, windows of 512 after 70 % of the steps, and 2,200 steps unless
-# stated otherwise. They were trained at temperature 1. The second column is the loss after the
-# logits were divided by 1.1, which is about what training at 0.9 gives:
+# 3.  Nearly 0. Given the current character, the next one is certain, and the table can say so.
 #
-#     2,080 steps                                                     1.433   1.424
-#     weight decay of 0.4                                             1.429   1.424
-#     three rounds of orthogonalize instead of five                   1.437   1.429
-#     half as many windows in the first 35 % of the steps             1.438   1.430
-#     no loss for the first 8 tokens of short windows                 1.430   1.421
-#     label smoothing of 0.03 [Szegedy et al. 2016]                   1.442   1.454
-#     3 layers, 2,600 steps, the time of the first row (seed 611)     1.440   1.431
-#     160 channels and token shift without the head, 2,000 steps      1.419   1.407
-#     the same, 1,560 steps, the time of the first row (seed 611)     1.425   1.416
+# 4.  Times 10, the softmax puts nearly all weight on the `o`. Times 0, all scores are 0, and the
+#     weights are equal, as in step 3.
 #
-# The wide model with token shift is the best of these. It learns the training text more closely
-# than the others (1.11 to 1.15 nats, others 1.17 to 1.20), so it needs the division most.
+# >>> [f"{w:.2f}" for w in attention_weights(10 * q, k, causal_mask(4))[3].tolist()]
+# ['0.00', '1.00', '0.00', '0.00']
+# >>> attention_weights(0 * q, k, causal_mask(4))[3].tolist()
+# [0.25, 0.25, 0.25, 0.25]
 #
-# Older trials, in earlier forms of `laptop` with 1,000 to 2,500 steps, and one seed unless stated
-# otherwise. A plus means worse.
+# 5.  3 C^2 in both cases (and 3 C biases). With 4 heads, each one makes q, k and v of C / 4
+#     channels, which is C channels together.
 #
-#     windows of 64, then 128, then 256, instead of 128, then 256             +0.009
-#     four rounds of orthogonalize with constants that change by round        +0.008
-#     5 layers and 2,000 steps instead of 4 layers and 2,500 (2 seeds)        +0.010
-#     3 layers of 192 channels, in equal time                                 +0.013
-#     dropout 0.05                                                            +0.02
-#     windows of 1,024; averaged weights; c_proj that starts at zero;
-#     weight decay of 0.5                                                     less than 0.002
+# 6.  Not in general. In the first block, the last token's query meets the same set of keys, and a
+#     sum does not depend on the order. But an earlier token sees fewer tokens than a later one. So
+#     after the first block, the tokens before the last one have other vectors if their order is
+#     another, and the second block collects those. The mask alone tells something about positions.
 #
-# Where does the context matter? In a `laptop`, the loss at the first position of a window is 2.50.
-# It falls to 1.50 at positions 8 to 15 and to 1.44 at 32 to 63. Later positions are hardly better:
-# 1.43 on average.
+# 7.  The softmax only decides the weights of a mean. Given the weights, the result is linear in the
+#     values. If there is only one token, its weight is 1, and attention is a linear function of it.
+#
+# 8.  The same, apart from eps: mean and standard deviation both grow by the factor 10.
+#
+# >>> x = torch.tensor([[1.0, 3.0, 5.0]])
+# >>> torch.allclose(LayerNorm(3)(x), LayerNorm(3)(10 * x), atol=1e-4)
+# True
+#
+# 9.  Its input. The parts add zero to the residual stream.
+#
+# 10. The residual stream begins with the vector of the token itself, and at first the blocks add
+#     little. The head compares the stream with all token vectors, and it is the same matrix. A
+#     vector's dot product with itself is larger than with a random other one.
+#
+# >>> untrained = new_model(GPTConfig(65, block_size=65, n_layer=4, n_head=4, n_embd=128), seed=1)
+# >>> idx = torch.arange(65)[None]
+# >>> (untrained.eval()(idx)[0].argmax(dim=-1) == idx).float().mean().item() > 0.9
+# True
+#
+# 11. Each leaves only the most likely token.
+#
+# >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
+# >>> [draw_token(logits, **only).item() for only in (
+# ...     dict(top_k=1), dict(temperature=0), dict(top_p=1e-6))]
+# [1, 1, 1]
+#
+# 12. Not at all, apart from eps: m and the root of s both grow by the factor 1000, and the quotient
+#     stays the same. This holds without clipping. Clipping divides each gradient by its own norm,
+#     so it changes how much each of them counts in the means m and s:
+#
+# >>> def last_step(gradients):                           # of AdamW, in units of the learning rate
+# ...     w = nn.Parameter(torch.zeros(2))
+# ...     adamw = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+# ...     for w.grad in gradients:
+# ...         before = w.tolist()
+# ...         adamw.step()
+# ...     return [round(a - b, 2) for a, b in zip(before, w.tolist())]
+# >>> g = torch.tensor([[0.5, 0.5], [0.05, -0.05]])
+# >>> last_step(g), last_step(1000 * g)
+# ([0.74, 0.59], [0.74, 0.59])
+# >>> last_step(1000 * g / (1000 * g).norm(dim=1, keepdim=True))        # each one clipped to norm 1
+# [1.0, -0.05]
+#
+# 13. learning_rate itself: (0 - 0) / max_steps is the start of the cosine.
+#
+# >>> get_lr(0, TrainConfig(learning_rate=0.5, min_lr=0.0, warmup_steps=0))
+# 0.5
+#
+# 14. The steps do not depend on a factor that all gradients share. But one large gradient among
+#     many small ones dominates the running means for a long time. Clipping removes that.
+#
+# 15. More than ln 65 = 4.17. The next noise has nothing to do with the batch that was memorized,
+#     and the model is now certain of wrong answers.
+#
+# >>> x, y = get_batch(torch.randint(65, (1000,)), 16, 4)
+# >>> model(x, y)[1].item() > math.log(65) + 1
+# True
+#
+# 16. The first: 4 / 2.4 = 1.67 nats per character, which is less than 1.8. In bits per character:
+#
+# >>> [round(nats / math.log(2), 2) for nats in (4 / 2.4, 1.8)]
+# [2.4, 2.6]
+#
+# 17. The means would be estimated from a single gradient again, as at the first step. The
+#     corrections would make up for the start at 0, but not for the noise, and there is no second
+#     warm-up.
+#
+# 18. Step 2 of the seed 1 and step 1 of the seed 2 would draw the same numbers, so runs with
+#     neighbouring seeds would share most of their batches.
+#
+# 19. The same one, because only the difference of the positions matters.
+#
+# >>> rotary = Rotary(ModelConfig(65, block_size=128, n_head=1, n_embd=8, pos="rope",
+# ...     attention="fused"))
+# >>> q, k = torch.randn(2, 1, 1, 1, 8)
+# >>> near = (rotary(q, 5) * rotary(k, 3)).sum()
+# >>> torch.allclose(near, (rotary(q, 105) * rotary(k, 103)).sum(), atol=1e-4)
+# True
+#
+# 20. int(4 * 128 * 2 / 3) = 341 hidden units, and 3 * 128 * 341 = 130,944 weights, where the MLP of
+#     Part I has 8 * 128^2 = 131,072.
+#
+# >>> mlp = SwiGLU(GPTConfig(65, n_head=4, n_embd=128, bias=False))
+# >>> count_parameters(mlp)
+# 130944
+#
+# 21. Two: `ab`, and then `abab`. The pair of `abab` and `abab` occurs only once, so nothing is
+#     merged after that.
+#
+# >>> learn_merges_slowly([list(b"abababab")], 9)
+# [(97, 98), (256, 256)]
+#
+# 22. Near 1 in both cases, unless they were far below the largest one. The size of the gradient
+#     does not matter, only its directions.
+#
+# >>> values = torch.linalg.svdvals(orthogonalize(torch.randn(1, 4, 8)))
+# >>> 0.6 < values.min() and values.max() < 1.2
+# tensor(True)
+#
+# 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
+#     numbers, about 60 % as many as the model has parameters. Each previous-position head adds
+#     the 64 values of the last position.
 
 # ==================================================================================================
 # Part III: The machine room
@@ -3892,7 +4078,7 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
             "mlp.up_proj.weight": pad_with_zeros(up, 0, hidden),
             "mlp.down_proj.weight": pad_with_zeros(mlp_out, 1, hidden)}
 
-# ---- Exchange: heads that read the previous position ---------------------------------------------
+# ---- Exchange: previous-position heads -----------------------------------------------------------
 # Problem   Qwen3 has no previous-position heads. But an ordinary attention head can be built by
 #           hand that does the same.
 # Constant  Its query and key must not depend on the text. So the residual stream gets one more
@@ -5361,134 +5547,6 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-# ---- Answers to the questions --------------------------------------------------------------------
-# 1.  `encode` refuses it. The token table and the output head have one row for each known
-#     character, so a new character needs a new row, and the sizes of the tensors change.
-#
-# 2.  The loss falls to 0.01 within 50 steps of `plain`, because the answer is the input itself. The
-#     model only learns to repeat its input. On the real task, its loss is then 10.3.
-#
-# 3.  Nearly 0. Given the current character, the next one is certain, and the table can say so.
-#
-# 4.  Times 10, the softmax puts nearly all weight on the `o`. Times 0, all scores are 0, and the
-#     weights are equal, as in step 3.
-#
-# >>> [f"{w:.2f}" for w in attention_weights(10 * q, k, causal_mask(4))[3].tolist()]
-# ['0.00', '1.00', '0.00', '0.00']
-# >>> attention_weights(0 * q, k, causal_mask(4))[3].tolist()
-# [0.25, 0.25, 0.25, 0.25]
-#
-# 5.  3 C^2 in both cases (and 3 C biases). With 4 heads, each one makes q, k and v of C / 4
-#     channels, which is C channels together.
-#
-# 6.  Yes. In one block, the last token's query meets the same set of keys, and a sum does not
-#     depend on the order. With more blocks the result can differ, because an earlier token sees
-#     fewer tokens than a later one. So the mask alone tells something about positions.
-#
-# 7.  The softmax only decides the weights of a mean. Given the weights, the result is linear in the
-#     values. If there is only one token, its weight is 1, and attention is a linear function of it.
-#
-# 8.  The same, apart from eps: mean and standard deviation both grow by the factor 10.
-#
-# >>> x = torch.tensor([[1.0, 3.0, 5.0]])
-# >>> torch.allclose(LayerNorm(3)(x), LayerNorm(3)(10 * x), atol=1e-4)
-# True
-#
-# 9.  Its input. The parts add zero to the residual stream.
-#
-# 10. The residual stream begins with the vector of the token itself, and at first the blocks add
-#     little. The head compares the stream with all token vectors, and it is the same matrix. A
-#     vector's dot product with itself is larger than with a random other one.
-#
-# >>> untrained = new_model(GPTConfig(65, block_size=65, n_layer=4, n_head=4, n_embd=128), seed=1)
-# >>> idx = torch.arange(65)[None]
-# >>> (untrained.eval()(idx)[0].argmax(dim=-1) == idx).float().mean().item() > 0.9
-# True
-#
-# 11. Each leaves only the most likely token.
-#
-# >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
-# >>> [draw_token(logits, **only).item() for only in (
-# ...     dict(top_k=1), dict(temperature=0), dict(top_p=1e-6))]
-# [1, 1, 1]
-#
-# 12. Not at all, apart from eps: m and the root of s both grow by the factor 1000, and the quotient
-#     stays the same. This holds without clipping. Clipping divides each gradient by its own norm,
-#     so it changes how much each of them counts in the means m and s:
-#
-# >>> def last_step(gradients):                           # of AdamW, in units of the learning rate
-# ...     w = nn.Parameter(torch.zeros(2))
-# ...     adamw = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-# ...     for w.grad in gradients:
-# ...         before = w.tolist()
-# ...         adamw.step()
-# ...     return [round(a - b, 2) for a, b in zip(before, w.tolist())]
-# >>> g = torch.tensor([[0.5, 0.5], [0.05, -0.05]])
-# >>> last_step(g), last_step(1000 * g)
-# ([0.74, 0.59], [0.74, 0.59])
-# >>> last_step(1000 * g / (1000 * g).norm(dim=1, keepdim=True))        # each one clipped to norm 1
-# [1.0, -0.05]
-#
-# 13. learning_rate itself: (0 - 0) / max_steps is the start of the cosine.
-#
-# >>> get_lr(0, TrainConfig(learning_rate=0.5, min_lr=0.0, warmup_steps=0))
-# 0.5
-#
-# 14. The steps do not depend on a factor that all gradients share. But one large gradient among
-#     many small ones dominates the running means for a long time. Clipping removes that.
-#
-# 15. More than ln 65 = 4.17. The next noise has nothing to do with the batch that was memorized,
-#     and the model is now certain of wrong answers.
-#
-# >>> x, y = get_batch(torch.randint(65, (1000,)), 16, 4)
-# >>> model(x, y)[1].item() > math.log(65) + 1
-# True
-#
-# 16. The first: 4 / 2.4 = 1.67 nats per character, which is less than 1.8. In bits per character:
-#
-# >>> [round(nats / math.log(2), 2) for nats in (4 / 2.4, 1.8)]
-# [2.4, 2.6]
-#
-# 17. The means would be estimated from a single gradient again, as at the first step. The
-#     corrections would make up for the start at 0, but not for the noise, and there is no second
-#     warm-up.
-#
-# 18. Step 2 of the seed 1 and step 1 of the seed 2 would draw the same numbers, so runs with
-#     neighbouring seeds would share most of their batches.
-#
-# 19. The same one, because only the difference of the positions matters.
-#
-# >>> rotary = Rotary(ModelConfig(65, block_size=128, n_head=1, n_embd=8, pos="rope",
-# ...     attention="fused"))
-# >>> q, k = torch.randn(2, 1, 1, 1, 8)
-# >>> near = (rotary(q, 5) * rotary(k, 3)).sum()
-# >>> torch.allclose(near, (rotary(q, 105) * rotary(k, 103)).sum(), atol=1e-4)
-# True
-#
-# 20. int(4 * 128 * 2 / 3) = 341 hidden units, and 3 * 128 * 341 = 130,944 weights, where the MLP of
-#     Part I has 8 * 128^2 = 131,072.
-#
-# >>> mlp = SwiGLU(GPTConfig(65, n_head=4, n_embd=128, bias=False))
-# >>> count_parameters(mlp)
-# 130944
-#
-# 21. Two: `ab`, and then `abab`. The pair of `abab` and `abab` occurs only once, so nothing is
-#     merged after that.
-#
-# >>> learn_merges_slowly([list(b"abababab")], 9)
-# [(97, 98), (256, 256)]
-#
-# 22. Near 1 in both cases, unless they were far below the largest one. The size of the gradient
-#     does not matter, only its directions.
-#
-# >>> values = torch.linalg.svdvals(orthogonalize(torch.randn(1, 4, 8)))
-# >>> 0.6 < values.min() and values.max() < 1.2
-# tensor(True)
-#
-# 23. Keys and values for 4 layers, 512 positions and 128 channels: 2 * 4 * 512 * 128 = 524,288
-#     numbers, about 60 % as many as the model has parameters. Each previous-position head adds
-#     the 64 values of the last position.
 
 # ---- References ----------------------------------------------------------------------------------
 # Ainslie et al. 2023         GQA: Training Generalized Multi-Query Transformer Models

@@ -319,6 +319,8 @@ def test_no_place_is_left_to_be_filled():
 def test_the_title_page_promises_the_parts_that_follow():
     promised = re.findall(r"(?m)^    (Part [IV]+) +(\w.*?)  ", minigpt.__doc__)
     assert promised == re.findall(r"(?m)^# (Part [IV]+): (.*)", SOURCE) and len(promised) == 5
+    listed = re.findall(r"(?m)^        (\w.*?)  +\S", minigpt.__doc__)
+    assert listed == re.findall(r"(?m)^# ---- (.*?) -+$", SOURCE)
 
 # ---- Part I stands alone -------------------------------------------------------------------------
 PART_I = SOURCE[: SOURCE.index(f"# {'=' * 98}\n# Part II: ")]
