@@ -1361,14 +1361,16 @@ def new_model(config: GPTConfig, seed: int) -> nn.Module:
     torch.manual_seed(derived_seed(seed))
     return MODELS[config.model](config)
 
-def random_batches(tokens, block_size: int, config: TrainConfig, step: int) -> list:
-    """The grad_accum batches (x, y) of a step: windows at random positions of tokens (N,)."""
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, step))
-    return [get_batch(tokens, block_size, config.batch_size, generator)
+def random_batches(run: Run) -> list:
+    """The grad_accum batches (x, y) of the next step: windows at random positions."""
+    config = run.config
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, run.step))
+    return [get_batch(run.corpus.train, run.model.config.block_size, config.batch_size, generator)
             for _ in range(config.grad_accum)]
 
-# A function in this table gets these four arguments. It must depend on nothing else, so that
-# resuming is exact, and it returns grad_accum pairs (x, y) of equal sizes. Part II adds another.
+# A function in this table gets the run, defined below. What it returns, grad_accum pairs (x, y) of
+# equal sizes, must follow from the text, the settings and the step alone, so that resuming is
+# exact.
 SAMPLING = {"random": random_batches}
 
 class Journal:
@@ -1419,8 +1421,7 @@ class Run:
 
     def batches(self):
         """The grad_accum batches of the next step."""
-        make_batches = SAMPLING[self.config.sampling]
-        return make_batches(self.corpus.train, self.model.config.block_size, self.config, self.step)
+        return SAMPLING[self.config.sampling](self)
 
     def take_step(self):
         """One update of the weights. Returns its loss and the norm of its gradient."""
@@ -2530,17 +2531,20 @@ SCHEDULES["linear"] = straight_line
 #           is 0.7 and short_block is 128.)
 # Here      --sampling even: 2.278 ± 0.019, no difference in so few steps. In the full runs of the
 #           chapter "What it all adds up to", it brings 0.02.
-def even_batches(tokens, block_size: int, config: RunConfig, step: int) -> list:
-    """The grad_accum batches (x, y) of a step: windows that cover the text evenly."""
-    short = step < config.short_share * config.max_steps
+def even_batches(run: Run) -> list:
+    """The grad_accum batches (x, y) of the next step: windows that cover the text evenly. The
+    settings of the run are a RunConfig."""
+    config, tokens, block_size = run.config, run.corpus.train, run.model.config.block_size
+    short = run.step < config.short_share * config.max_steps
     T = min(config.short_block, block_size) if short else block_size
     B = config.batch_size * (block_size // T)  # as many tokens as in whole windows
     # From 0 to 1. The -1 keeps this seed apart from those of the steps.
     offset = derived_seed(config.seed, -1, short) / 2**32
     golden_ratio = (math.sqrt(5) - 1) / 2  # minus 1: only the fraction matters
+    first = run.step * config.grad_accum  # the number of the first batch, among all of the run
     batches = []
-    for micro_step in range(step * config.grad_accum, (step + 1) * config.grad_accum):
-        i = torch.arange(micro_step * B, (micro_step + 1) * B).double()
+    for number in range(first, first + config.grad_accum):
+        i = torch.arange(number * B, (number + 1) * B).double()
         share = (i * golden_ratio + offset) % 1  # (B,)
         starts = (share * (len(tokens) - T)).long()
         batches.append(cut_windows(tokens, T, starts))
@@ -2731,7 +2735,7 @@ READERS[Attention] = CachedReader
 #     HEADS[key](wte)                a module (B, T, C) -> (B, T, V)
 #     OPTIMIZERS[key](model, config) an optimizer
 #     SCHEDULES[key](r)              from 1 to 0 as r goes from 0 to 1
-#     SAMPLING[key](tokens, block_size, config, step)    the batches of a step
+#     SAMPLING[key](run)             the batches of the next step
 #
 # A term that is added to the attention scores, such as ALiBi [Press et al. 2022], belongs in the
 # method `mask` of a subclass of Attention (not of FusedAttention, which calls `mask` only when it
@@ -3327,7 +3331,7 @@ def start_wandb(run: FullRun):
     try:
         import wandb
 
-        if mode != "offline" and not has_login(wandb):
+        if mode != "offline" and not wandb.login(prompt=False, verify=False):
             say("Weights & Biases is off, because you are not logged in: run `wandb login`, set "
                 "WANDB_MODE=offline, or silence this line by --no_wandb")
             return None
@@ -3338,13 +3342,6 @@ def start_wandb(run: FullRun):
     except Exception as problem:  # not installed, no network, or an error of its own
         say(f"no Weights & Biases ({type(problem).__name__}); --no_wandb leaves it out")
         return None
-
-def has_login(wandb) -> bool:
-    """Whether the package knows an account, from its own login or from WANDB_API_KEY."""
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except TypeError:  # an older version, which would ask a question
-        return bool(wandb.api.api_key)
 
 class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
@@ -3811,31 +3808,25 @@ def run_ablate(typed: dict) -> None:
 
 def check_runs(runs: dict[tuple, dict], preset: str) -> None:
     """Builds each variant once, so that a mistake is found before the first one is trained. Raises
-    UserError, also if a folder holds another run."""
-    built = set()
-    for (label, _), typed in runs.items():
-        if label not in built:
+    UserError, also if a folder holds a run with other settings or another text, for instance of an
+    earlier command. Its loss would otherwise be shown as the result of this one."""
+    wanted = {}  # the settings and the text of each variant, by label
+    for (label, seed), typed in runs.items():
+        if label not in wanted:
             start = new_run(typed, preset)
-            built.add(label)
-        refuse_other_run(typed, preset, start.source["sha256"])  # all have the same text
-
-def refuse_other_run(typed: dict, preset: str, sha256: str) -> None:
-    """Raises UserError if the folder holds a run with other settings or another text, for instance
-    of an earlier command. Its loss would otherwise be shown as the result of this one."""
-    latest = Path(typed["out_dir"], "latest.pt")
-    if not latest.exists():
-        return
-    state = read_checkpoint(latest)
-    if state["corpus"]["sha256"] != sha256:
-        raise UserError(f"--out_dir {latest.parent}: holds a run on another text; name another "
-                        "--out_dir")
-    stored = {**state["model_config"], **state["train_config"]}
-    sizes = model_settings(preset, typed, stored["vocab_size"])  # it follows from the text
-    wanted = {**asdict(sizes), **asdict(training_settings(preset, typed))}
-    for name, value in wanted.items():
-        if stored[name] != value:
-            raise UserError(f"--out_dir {latest.parent}: holds a run with --{name} {stored[name]}, "
-                            f"but this command needs {value}; name another --out_dir")
+            wanted[label] = {"text": start.source["sha256"], **asdict(start.config),
+                             **asdict(start.model.config)}
+        latest = Path(typed["out_dir"], "latest.pt")
+        if not latest.exists():
+            continue
+        state = read_checkpoint(latest)
+        held = {"text": state["corpus"]["sha256"], **state["model_config"], **state["train_config"]}
+        for name, value in {**wanted[label], "seed": seed}.items():
+            if held[name] != value:
+                what = "another text" if name == "text" else (
+                    f"--{name} {held[name]}, but this command needs {value}")
+                raise UserError(f"--out_dir {latest.parent}: holds a run with {what}; name another "
+                                "--out_dir")
 
 def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: int) -> None:
     """Draws the curves of all runs that were begun, and prints the table."""
@@ -5140,17 +5131,14 @@ def find_latest(options: Options) -> dict | None:
         state = read_checkpoint(latest)
         say(f"resuming {latest} at step {state['step']}")
         return state
-    kept = [path for path in files_of_run(out_dir) if not left_by_failed_start(path)]
-    checkpoints = [path.name for path in kept if path.suffix == ".pt"]
-    if "latest.pt" in checkpoints:
-        raise UserError(f"--out_dir {out_dir}: has a latest.pt already; add --resume to continue "
-                        "that run, or name another folder")
-    if checkpoints:
-        raise UserError(f"--out_dir {out_dir}: has a {checkpoints[-1]} but no latest.pt; copy one "
-                        "of its checkpoints to latest.pt and use --resume, or name another folder")
+    kept = [path.name for path in files_of_run(out_dir) if not left_by_failed_start(path)]
+    kept.sort(key=lambda name: not name.endswith(".pt"))
     if kept:
-        raise UserError(f"--out_dir {out_dir}: has a {kept[0].name} already, and no checkpoint; "
-                        "name another folder")
+        hint = "add --resume to continue that run, or name another folder"
+        if not latest.exists():
+            hint = ("name another folder, or, to continue from one of its checkpoints, copy it to "
+                    "latest.pt and use --resume")
+        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; {hint}")
     if options.resume:
         say(f"--resume: there is no {latest} yet, so a new run begins")
     return None

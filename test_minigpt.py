@@ -2319,11 +2319,9 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
 
 def test_part_two_works_with_the_settings_that_it_declares():
     """A reader who calls a function of Part II finds in its first line which settings it needs."""
-    for function, arguments in ((minigpt.make_muon, [small_model()]),
-                                (minigpt.even_batches, [torch.arange(500), 8])):
-        assert inspect.get_annotations(function)["config"] == "RunConfig"
-        step = [0] if function is minigpt.even_batches else []
-        assert function(*arguments, RunConfig(), *step)
+    assert inspect.get_annotations(minigpt.make_muon)["config"] == "RunConfig"
+    assert isinstance(minigpt.make_muon(small_model(), RunConfig()), torch.optim.Optimizer)
+    assert len(minigpt.even_batches(run_at(0, torch.arange(500), 8, RunConfig()))) == 4
 
 def test_muon_takes_the_two_matrices_of_swiglu_apart():
     """c_fc of SwiGLU stacks two matrices, as c_attn stacks three. Others are one matrix each."""
@@ -2380,13 +2378,19 @@ def test_the_linear_schedule_is_a_straight_line_after_the_warmup():
     assert get_lr(0, config) == pytest.approx(0.2) and get_lr(99, config) == 0.2
 
 # ---- Better batches ------------------------------------------------------------------------------
+def run_at(step, tokens, block_size, config):
+    """As much of a run as its batches depend on."""
+    model = types.SimpleNamespace(config=small_config(block_size=block_size))
+    return types.SimpleNamespace(corpus=Corpus(tokens, tokens, 1), model=model, config=config,
+                                 step=step)
+
 def even_starts(steps, tokens=500, block_size=8, **settings):
     """Where the even windows of some steps begin, in the order in which they are drawn."""
     settings = {"sampling": "even", "max_steps": 99, "batch_size": 3, "grad_accum": 2, **settings}
     config = RunConfig(**settings)
     text = torch.arange(tokens)
     batches = [batch for step in steps
-               for batch in minigpt.SAMPLING["even"](text, block_size, config, step)]
+               for batch in minigpt.SAMPLING["even"](run_at(step, text, block_size, config))]
     assert all(torch.equal(x + 1, y) for x, y in batches)  # the text is 0, 1, 2, ...
     return [row[0].item() for x, _ in batches for row in x]
 
@@ -2441,7 +2445,7 @@ def test_windows_are_short_at_first():
     they are whole. A short window is never longer than a whole one."""
     def shapes(step, **settings):
         config = RunConfig(max_steps=8, sampling="even", batch_size=3, grad_accum=2, **settings)
-        batches = minigpt.SAMPLING["even"](torch.arange(500), 8, config, step)
+        batches = minigpt.SAMPLING["even"](run_at(step, torch.arange(500), 8, config))
         assert all(torch.equal(x + 1, y) for x, y in batches)
         return [tuple(x.shape) for x, _ in batches]
 
@@ -2854,15 +2858,17 @@ def test_a_new_variation_is_one_entry_of_a_table(tmp_path, monkeypatch):
     through the command line. Fails if a name is also listed elsewhere, such as in the flags."""
     drawn = []
 
-    def first_windows(tokens, block_size, config, step):
-        drawn.append(step)
-        starts = torch.arange(config.batch_size)
-        return [minigpt.cut_windows(tokens, block_size, starts) for _ in range(config.grad_accum)]
+    def line_windows(run):
+        """Windows that begin where a line begins, as an exercise of the README asks for."""
+        drawn.append(run.step)
+        tokens, (line_break,) = run.corpus.train[:-17], run.tokenizer.encode("\n")
+        starts = (tokens == line_break).nonzero()[: run.config.batch_size, 0] + 1
+        return [minigpt.cut_windows(run.corpus.train, 16, starts)] * run.config.grad_accum
 
     monkeypatch.setitem(minigpt.ACTIVATIONS, "sine", SineMLP)
     monkeypatch.setitem(minigpt.POSITIONS, "parity", ParityPositions)
-    monkeypatch.setitem(minigpt.SAMPLING, "first", first_windows)
-    train_tiny(tmp_path, "--activation", "sine", "--pos", "parity", "--sampling", "first",
+    monkeypatch.setitem(minigpt.SAMPLING, "lines", line_windows)
+    train_tiny(tmp_path, "--activation", "sine", "--pos", "parity", "--sampling", "lines",
                "--short_share", "0")
     assert drawn == list(range(6))
     model, _ = model_of(tmp_path / "latest.pt")
@@ -5125,7 +5131,8 @@ def test_resume_without_latest_is_refused_where_another_checkpoint_is(tmp_path, 
     before = contents(tmp_path)
     for argv in ([*TRAIN, "--resume", "--out_dir", tmp_path], [*RESUME, tmp_path]):
         code, _, err = run_main(*argv)
-        assert code == 2 and f"has a {name} but no latest.pt; copy one" in last_line(err)
+        assert code == 2 and f"has a {name} already; " in last_line(err)
+        assert "copy it to latest.pt and use --resume" in last_line(err)
         assert contents(tmp_path) == before
     shutil.copy(tmp_path / name, tmp_path / "latest.pt")
     resume_tiny(tmp_path)
