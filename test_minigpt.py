@@ -2113,8 +2113,8 @@ def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
                        dtype="bfloat16")  # as torch's
     model = GPT(small_config(bias=False, n_embd=16, mlp_ratio=2.0))
     peers = []
-    for name, p in model.named_parameters():
-        p.data = torch.randn_like(p) * 3  # large enough for the decay to matter
+    for number, (name, p) in enumerate(model.named_parameters()):
+        p.data = 3 * random_x(*p.shape, seed=number).float()  # so large that the decay matters
         if name.startswith("h.") and p.dim() == 2:
             parts = p.detach().clone().chunk(3 if "c_attn" in name else 1)
             peers.append((p, [nn.Parameter(part) for part in parts]))
@@ -2122,9 +2122,9 @@ def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
                               weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     ours = minigpt.make_muon(model, config)
     assert ours.dtype == torch.bfloat16
-    for _ in range(4):
-        for p, parts in peers:
-            p.grad = torch.randn_like(p)
+    for step in range(4):
+        for number, (p, parts) in enumerate(peers):
+            p.grad = random_x(*p.shape, seed=100 * (step + 1) + number).float()
             for part, gradient in zip(parts, p.grad.chunk(len(parts))):
                 part.grad = gradient.clone()
         ours.step()
@@ -3623,7 +3623,7 @@ def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
     it is in a place that is not read, such as a date, and changes nothing. Fails if a member is
     read without its checksum."""
     path = tmp_path / "a.pt"
-    state = {"format": minigpt.FORMAT, "w": torch.randn(20), "step": 12345}
+    state = {"format": minigpt.FORMAT, "w": random_x(20).float(), "step": 12345}
     minigpt.save_checkpoint(path, state)
     whole = path.read_bytes()
     content = whole.index(b"PK\x01\x02")  # here begins the archive's list of its members
@@ -3651,7 +3651,7 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(marker),)
 
-    minigpt.save_checkpoint(path, {"format": minigpt.FORMAT, "w": torch.randn(100)})
+    minigpt.save_checkpoint(path, {"format": minigpt.FORMAT, "w": random_x(100).float()})
     whole = path.read_bytes()
     files = [whole[:length] for length in (*range(0, len(whole), 97), len(whole) - 1)]
     files += [b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": minigpt.FORMAT}),
