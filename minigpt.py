@@ -1006,6 +1006,20 @@ def stream_tokens(model, idx, max_new_tokens: int, temperature=1.0, top_k=None, 
 #     next       _ 0.801   o 0.049   line break 0.037   - 0.031   w 0.016   the most likely of 65
 #     untrained  o 0.053   g 0.024   S 0.021   . 0.021   Z 0.020            all equal would be 0.015
 
+# What have its heads learned? These are the attention weights of three heads of layer 0, for the
+# same last `o`, in percent (a dot is less than 1):
+#
+#     text       t  o  _  b  e  _  o  r  _  n  o  t  _  t  o
+#     head 0     .  .  .  .  .  .  .  .  .  .  .  .  2 96  1               the token before
+#     head 3     .  .  .  .  .  .  .  1  .  .  .  5 80 12  1               two tokens back
+#     head 2     .  .  .  1  .  2  2  .  .  2 14 48 26  2  2               three tokens back
+#
+# Nobody told them to do that. In 20 windows of the validation part, head 0 gives 92 % of its weight
+# to the token before, head 3 gives 76 % to the one before that, and head 2 gives 53 % to the third.
+# So the first MLP sees the last four characters. In layer 2, head 3 gives 76 % of its weight to
+# spaces and line breaks, where words and lines end. (`--mode inspect --out_dir plain --prompt "to
+# be or not to"` shows all heads on a page.)
+
 # Question 11  top_k = 1, temperature = 0 and a very small top_p all give the same text. Why?
 
 # ---- The optimizer: AdamW ------------------------------------------------------------------------
@@ -4196,15 +4210,19 @@ def fixed_gain(speeds, block_size: int, hs: int) -> float:
 # Chat      Chat clients put marks between the messages, by a template of the model. Ours have
 #           learned no such marks, so the template only passes the text on.
 # Padding   To process texts of different lengths side by side, programs fill up the shorter ones
-#           on the left. The attention mask hides what they fill in, so it may be any token.
+#           on the left. The attention mask hides what they fill in, so it may be any token. For
+#           characters, it is the last one. The two entries about added tokens say that it is not
+#           special otherwise; transformers would leave out a special token when it decodes.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def tokenizer_files(tokenizer) -> dict[str, dict]:
     """The files that the library `tokenizers` reads, by name."""
     if tokenizer.kind == "char":  # byte-pair encoding without merges
         model = {"type": "BPE", "vocab": tokenizer.stoi, "merges": []}
-        rules = {"pre_tokenizer": None, "decoder": {"type": "Fuse"}, "added_tokens": []}
-        special = {"pad_token": tokenizer.itos[0]}
+        last = {"id": tokenizer.vocab_size - 1, "content": tokenizer.itos[-1], "single_word": False,
+                "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        rules = {"pre_tokenizer": None, "decoder": {"type": "Fuse"}, "added_tokens": [last]}
+        special = {"pad_token": tokenizer.itos[-1], "added_tokens_decoder": {}}
     else:
         vocab = tokenizer.vocab()
         merges = [f"{show_bytes(a)} {show_bytes(b)}" for a, b in tokenizer.merges]

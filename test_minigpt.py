@@ -5627,6 +5627,30 @@ def test_characters_have_the_same_ids_in_transformers(transformers, tmp_path):
         assert theirs.decode(tokenizer.encode(text)) == text
     assert len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 16
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_transformers_writes_several_texts_side_by_side(transformers, tmp_path, bpe, kind):
+    """Shorter prompts are filled up on the left with a token that the mask hides. Each text is the
+    one that is written alone. With characters, the token that fills up is an ordinary one. Would
+    fail if it were dropped from texts because it counts as special."""
+    tokenizer = CharTokenizer.train(LETTERS) if kind == "char" else bpe
+    save_model(tmp_path, tokenizer, block_size=64)
+    folder = export(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    last = tokenizer.itos[-1] if kind == "char" else "z"
+    text = f"{last}{last} to be\n, or {last}n"
+    assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = dict(max_length=None, max_new_tokens=9, do_sample=False)
+    write = transformers.pipeline("text-generation", model=model, tokenizer=theirs)
+    prompts = [text, "be", f"to{last}"]
+    alone = [write(prompt, **settings)[0]["generated_text"] for prompt in prompts]
+    together = [texts[0]["generated_text"] for texts in write(prompts, batch_size=3, **settings)]
+    assert together == alone and all(map(str.startswith, alone, prompts))
+    batch = theirs(prompts, padding=True, return_tensors="pt")
+    ids = model.generate(**batch, **settings)
+    assert theirs.batch_decode(ids[:, batch["input_ids"].shape[1] :]) == [
+        written[len(prompt) :] for written, prompt in zip(alone, prompts)]
+
 def test_byte_pairs_have_the_same_ids_in_transformers(transformers, tmp_path, bpe):
     """For every text, and with the token that ends one, which a pipeline then uses."""
     save_model(tmp_path, bpe)
