@@ -4093,7 +4093,7 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
 #           previous-position head read this channel alone, and QK-norm removes its size.
 # Norms     An RMSNorm now takes its mean over C' = C + 32 channels instead of C. The sum of squares
 #           grows by c^2 only. With the gains times sqrt(C / C') and the epsilon
-#           (C eps - c^2) / C', the result is the same. The constant itself gets a gain of 1,024,
+#           (C eps - c^2) / C', the result is the same. The constant itself gets a gain of 256,
 #           which makes it as large as the other channels. Programs that compute in 8 bits need
 #           that: they round all channels by one scale, and a channel that is much smaller than the
 #           others would become 0. It also makes queries and keys so large that the epsilon of
@@ -4114,9 +4114,9 @@ def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
 #           sqrt(2 hs) instead of sqrt(hs). Dividing the gain of the keys by sqrt(2) makes up for
 #           both.
 EXTRA_CHANNELS = 32
-CONSTANT = 0.001  # c
+CONSTANT = 0.004  # c
 FIXED_LEAD = 30.0  # by how much the score of the previous position exceeds all others
-CONSTANT_GAIN = 1024.0
+CONSTANT_GAIN = 256.0
 
 def wider_config(c: ModelConfig) -> dict:
     """The entries of config.json that change."""
