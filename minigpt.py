@@ -2985,6 +2985,12 @@ PROGRAM = Path(globals().get("__file__", "minigpt.py")).resolve()  # no __file__
 #           stay in float32, and `autocast` computes each matrix product in bfloat16. That format
 #           has the range of float32 (8 bits of exponent) but only 8 bits of precision. Older GPUs
 #           have float16 instead.
+# float16   has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many gradients are
+#           smaller than that. So the loss is multiplied by a large factor S, and by the chain rule
+#           all gradients are S times as large. They are divided by S, in float32, before they are
+#           used [Micikevicius et al. 2018, section 3.2]. If S is too large, gradients become
+#           infinite; then the step is skipped, and S is halved. After 2,000 steps in which that did
+#           not happen, S is doubled. PyTorch's GradScaler does this bookkeeping.
 # Here      `plain` trains 1.4 times as fast as with --dtype float32 (--mode bench).
 def find_device(name: str) -> torch.device:
     """The device of that name; auto means the best one. Raises UserError if it is not present."""
@@ -3016,13 +3022,6 @@ def find_dtype(name: str, device: torch.device) -> str:
             return "bfloat16"
     return "float32"
 
-#
-# float16   has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many gradients are
-#           smaller than that. So the loss is multiplied by a large factor S, and by the chain rule
-#           all gradients are S times as large. They are divided by S, in float32, before they are
-#           used [Micikevicius et al. 2018, section 3.2]. If S is too large, gradients become
-#           infinite; then the step is skipped, and S is halved. After 2,000 steps in which that did
-#           not happen, S is doubled. PyTorch's GradScaler does this bookkeeping.
 class MixedPrecision(nn.Module):
     """A model whose matrix products are computed in 16 bits."""
     def __init__(self, model, dtype):
@@ -3306,33 +3305,27 @@ def read_curve(out_dir: Path, name: str) -> dict[int, float]:
             points[record["step"]] = float(record[name])
     return dict(sorted(points.items()))
 
-def draw(path: Path, width: float, height: float, paint, *what) -> bool:
-    """A picture of width x height inches: paint(figure, *what) draws it. Returns whether it did.
+def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
+    """A picture of curves, each given by a run's folder and the name of a number in its records.
 
     A picture that cannot be drawn must not cost the result of a run; then one line says why."""
     try:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, height), layout="constrained")
-        paint(figure, *what)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
+        for label, (out_dir, name) in curves.items():
+            curve = read_curve(out_dir, name)
+            alpha = 0.4 if name == "loss" else 1.0
+            axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2, alpha=alpha)
+        axes.legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
-        return True
     except Exception as problem:  # of the disk, or of the library and its settings
         if isinstance(problem, ImportError) and (problem.name or "").startswith("matplotlib"):
             say(f"no {path.name}: pip install matplotlib to get one")
         else:
             say(f"no {path.name} ({type(problem).__name__}: {problem})")
-        return False
-
-def paint_curves(figure, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
-    """Curves, each given by a run's folder and the name of a number in its records."""
-    axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
-    for label, (out_dir, name) in curves.items():
-        curve = read_curve(out_dir, name)
-        alpha = 0.4 if name == "loss" else 1.0
-        axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2, alpha=alpha)
-    axes.legend(frameon=False)
 
 def start_wandb(run: FullRun):
     """A run of Weights & Biases, or None if it is switched off or not available. A resumed run
@@ -3414,7 +3407,7 @@ class FullJournal(Journal):
         self.record(run, **numbers)
         if self.rank == 0:
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
-            draw(self.out_dir / "loss.png", 7, 4, paint_curves, curves, "loss, nats per token")
+            draw_curves(self.out_dir / "loss.png", curves, "loss, nats per token")
         path = self.out_dir / "best.pt"
         best = f"the best model (step {run.best_step}): {path}"
         if run.best_step == 0:
@@ -3850,7 +3843,7 @@ def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: 
     for (label, seed), run in runs.items():
         if outcomes[label]:
             curves[f"{label}, seed {seed}"] = (Path(run["out_dir"]), "val_loss")
-    draw(folder / "curves.png", 7, 4, paint_curves, curves, "validation loss, nats per token")
+    draw_curves(folder / "curves.png", curves, "validation loss, nats per token")
     rows = ["| variant | nats/token | perplexity | bits/character | seconds | best step | seeds |",
             "|---|---|---|---|---|---|---|"]
     rows += [table_row(label, outcomes[label], seeds) for label in outcomes]
@@ -4307,26 +4300,16 @@ def gguf_name(name: str) -> str:
         return f"blk.{in_block[1]}.{GGUF_NAMES[in_block[2]]}.{ending}"
     return f"{GGUF_NAMES[layer]}.{ending}"
 
-def add_gguf_settings(writer, config: dict) -> None:
-    """The sizes of a model, from the entries of its config.json."""
-    if config["model_type"] == "gpt2":
-        writer.add_context_length(config["n_positions"])
-        writer.add_embedding_length(config["n_embd"])
-        writer.add_block_count(config["n_layer"])
-        writer.add_feed_forward_length(config["n_inner"])
-        writer.add_head_count(config["n_head"])
-        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-        return
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+# The settings of a GGUF file, by the methods of the package gguf, and their names in config.json.
+GGUF_SETTINGS = {
+    "gpt2": {"context_length": "n_positions", "embedding_length": "n_embd",
+             "block_count": "n_layer", "feed_forward_length": "n_inner", "head_count": "n_head",
+             "layer_norm_eps": "layer_norm_epsilon"},
+    "qwen3": {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+              "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+              "head_count": "num_attention_heads", "head_count_kv": "num_key_value_heads",
+              "key_length": "head_dim", "value_length": "head_dim",
+              "layer_norm_rms_eps": "rms_norm_eps", "rope_freq_base": "rope_theta"}}
 
 def add_gguf_tokenizer(writer, tokenizer) -> None:
     """The tokens, and how a text is split into them."""
@@ -4387,7 +4370,8 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
     matrix_type = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(partial, config["model_type"])
     try:
-        add_gguf_settings(writer, config)
+        for method, name in GGUF_SETTINGS[config["model_type"]].items():
+            getattr(writer, f"add_{method}")(config[name])
         prefix = "ALL" if kind == "f32" else "MOSTLY"  # vectors are always in f32
         writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
         add_gguf_tokenizer(writer, tokenizer)

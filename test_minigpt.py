@@ -217,7 +217,7 @@ def pictures():
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(minigpt, "draw", lambda *_: None)
+        monkeypatch.setattr(minigpt, "draw_curves", lambda *_: None)
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
@@ -3859,7 +3859,8 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, tiny_run, pict
     and one line says what is missing."""
     pytest.importorskip("matplotlib")
     assert "no loss.png" not in train_tiny(tmp_path / "b", "--max_steps", "1")
-    assert minigpt.draw(tmp_path / "new" / "a.png", 2, 2, lambda figure: None)
+    curves = {"loss": (tiny_run[0], "loss")}
+    minigpt.draw_curves(tmp_path / "new" / "a.png", curves, "loss")
     assert (tmp_path / "new" / "a.png").exists()
     shutil.copytree(tiny_run[0], tmp_path / "c")
     (tmp_path / "c" / "loss.png").unlink()
@@ -5262,13 +5263,13 @@ def test_a_table_of_an_ablation_counts_what_has_ended_well(tmp_path, monkeypatch
     assert minigpt.table_row("a", [outcome, None], 2) == (
         "| a | 1.0000 | 2.7183 | 2.0000 | 3.0000 | 500 | 1 of 2 |")
     drawn = []
-    monkeypatch.setattr(minigpt, "draw", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(minigpt, "draw_curves", lambda *arguments: drawn.append(arguments))
     runs = {("a", 1): {"out_dir": "x"}, ("b", 1): {"out_dir": "x"}}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         minigpt.report_ablation(tmp_path, runs, {"a": [], "b": []}, 1)
         assert out.getvalue() == "" and not drawn
         minigpt.report_ablation(tmp_path, runs, {"a": [None], "b": []}, 1)
-    assert [*drawn[0][4]] == ["a, seed 1"]
+    assert [*drawn[0][1]] == ["a, seed 1"]
 
 def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
     """On a small text, a run without --max_steps is shortened by its size of batch. In a comparison
@@ -6247,7 +6248,7 @@ def test_nothing_in_a_folder_is_executed(gpt2_folder, tmp_path, monkeypatch):
 def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     """It writes, is scored and looked into with the results of the model that was exported, and a
     training run can begin with it. Its sizes and tokenizer cannot be changed; dropout may be."""
-    monkeypatch.setattr(minigpt, "draw", lambda *_: None)
+    monkeypatch.setattr(minigpt, "draw_curves", lambda *_: None)
     text = SHORT.read_text(encoding="utf-8")
     tokenizer = bpe if kind == "bpe" else CharTokenizer.train(text)
     save_model(tmp_path, tokenizer, block_size=32)
