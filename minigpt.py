@@ -40,14 +40,13 @@ which takes two to three hours. Its chapters:
         Where to put the norm: post-norm           why GPT-2 moved it
         Fixed positions: sinusoids                 positions that are not learned
         Relative positions: RoPE                   turn queries and keys
-        Attention that can do more                 rotation, QK-norm, memory
         Activation functions                       ReLU, its square, SwiGLU
         An output head of its own                  untied weights
         Token shift                                half of the channels from the token before
         Heads that read the previous position      the same, in a form that can be exported
         Heads that share keys and values           grouped-query attention
+        Attention that can do more                 one class for RoPE, QK-norm and these heads
         Byte-pair encoding                         tokens longer than a character
-        Byte-pair encoding, fast                   the same result, in seconds
         Muon                                       a step for each matrix
         Better batches                             cover the text evenly; short windows first
         Training at a lower temperature            a model that is less sure
@@ -68,6 +67,7 @@ which takes two to three hours. Its chapters:
         The size of a model                        parameters and operations
         Checkpoints that may be damaged            found before they are used
         What is recorded of a run                  metrics.jsonl, curves, Weights & Biases
+        Byte-pair encoding, fast                   the same merges, in seconds, in GPT-2's format
         The corpus                                 any text, of any size
         A run with all of it                       what --mode train runs
     Part IV    The laboratory     comparing, measuring, export to other programs, a look inside
@@ -542,9 +542,9 @@ class GPTConfig:
     dropout: float = 0.2  # share of values that are set to zero during training
     bias: bool = True  # whether Linear layers and norms have a bias vector, as in GPT-2
 
-    # Each kind of part is looked up in a table by one of these names. In Part I each table has one
-    # entry, so read NORMS[config.norm] as LayerNorm. Part II adds entries and makes the names
-    # settings. (Without a type, they are constants of the class and not fields of the dataclass.)
+    # Each kind of part is looked up in a table by one of these names. In Part I each of these
+    # tables has one entry, so read NORMS[config.norm] as LayerNorm. Part II adds entries and makes
+    # the names settings. (Without a type, they are constants of the class and not fields.)
     model = "gpt"
     block = "pre"
     attention = "explicit"
@@ -591,7 +591,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.head_size = config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_attn.parts = 3 * [config.n_embd]  # how many of its channels are for q, k and v
+        self.c_attn.parts = 3 * [config.n_embd]  # how many of its outputs are q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -757,7 +757,7 @@ NORMS = {"layernorm": layer_norm}
 #           character occurs. With the additions it ends at 1.93.
 # Depth     More layers need more steps. After 300 steps of `plain`, one layer has a loss of 2.22
 #           and four have 2.27. After 1,500 steps they have 1.69 and 1.68, which is hardly more than
-#           the spread between seeds. DEPTH_LINE
+#           the spread between seeds. So in runs as short as ours, depth hardly pays.
 class Block(nn.Module):
     """One layer: tokens exchange information, then each is processed. (B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig):
@@ -836,14 +836,6 @@ BLOCKS = {"pre": Block}
 #
 # >>> count_parameters(GPT(GPTConfig(65, block_size=128, n_layer=4, n_head=4, n_embd=128)))
 # 818048
-def tied_head(wte: nn.Embedding) -> nn.Linear:
-    """The output head that shares the matrix of the token table: (B, T, C) -> (B, T, V)."""
-    head = nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
-    head.weight = wte.weight
-    return head
-
-HEADS = {True: tied_head}  # by tie_weights
-
 class GPT(nn.Module):
     """Token ids go in; logits for every possible next token come out, at every position.
 
@@ -860,7 +852,9 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config.n_embd, config)
-        self.lm_head = HEADS[config.tie_weights](self.wte)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
         self.initialize()
 
     def initialize(self) -> None:
@@ -1375,6 +1369,39 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 #           restored. What you see on the screen is printed by a `Journal`. Both are classes, so
 #           that Part III can extend them: its Run works in several processes, and its Journal also
 #           writes files.
+def evaluate_and_save(run: Run) -> None:
+    """Estimates both losses and shows a sample. Writes best.pt if the validation loss is the lowest
+    so far, and latest.pt."""
+    losses = run.estimate()
+    better = losses["val"] < run.best_val
+    if better:
+        run.best_val = losses["val"]
+        run.best_step = run.step
+    run.journal.report_evaluation(run, losses, better)
+    if better:
+        run.save("best.pt")
+    run.save("latest.pt")  # last: a run that goes on from it can rely on best.pt
+
+def train(run: Run, after_step=None) -> None:
+    """Trains until run.finished(). after_step, if given, is called with the run after each step."""
+    config = run.config
+    if run.best_val == math.inf:  # nothing was evaluated yet: how good are random weights?
+        evaluate_and_save(run)
+    while not run.finished():
+        torch.manual_seed(derived_seed(config.seed, run.step))  # for dropout
+        for group in run.optimizer.param_groups:
+            group["lr"] = get_lr(run.step, config)
+        loss, norm = run.take_step()
+        run.step += 1
+        run.journal.report_step(run, loss, norm)
+        if run.step % config.eval_interval == 0 or run.step == config.max_steps:
+            evaluate_and_save(run)
+        if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
+            run.save(f"step_{run.step:06d}.pt")
+            run.save("latest.pt")
+        if after_step is not None:
+            after_step(run)
+
 # Random    The first weights, the batches and dropout are random. We derive their seeds from --seed
 #           and the number of the step alone. So step 1000 draws the same numbers whether the run
 #           got there in one go or was stopped and resumed, and whatever else drew random numbers in
@@ -1495,39 +1522,6 @@ class Run:
         nats = evaluate(self.model, self.corpus.val, progress=progress)
         self.journal.say(describe_loss(nats, self.corpus))
         return nats
-
-def evaluate_and_save(run: Run) -> None:
-    """Estimates both losses and shows a sample. Writes best.pt if the validation loss is the lowest
-    so far, and latest.pt."""
-    losses = run.estimate()
-    better = losses["val"] < run.best_val
-    if better:
-        run.best_val = losses["val"]
-        run.best_step = run.step
-    run.journal.report_evaluation(run, losses, better)
-    if better:
-        run.save("best.pt")
-    run.save("latest.pt")  # last: a run that goes on from it can rely on best.pt
-
-def train(run: Run, after_step=None) -> None:
-    """Trains until run.finished(). after_step, if given, is called with the run after each step."""
-    config = run.config
-    if run.best_val == math.inf:  # nothing was evaluated yet: how good are random weights?
-        evaluate_and_save(run)
-    while not run.finished():
-        torch.manual_seed(derived_seed(config.seed, run.step))  # for dropout
-        for group in run.optimizer.param_groups:
-            group["lr"] = get_lr(run.step, config)
-        loss, norm = run.take_step()
-        run.step += 1
-        run.journal.report_step(run, loss, norm)
-        if run.step % config.eval_interval == 0 or run.step == config.max_steps:
-            evaluate_and_save(run)
-        if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
-            run.save(f"step_{run.step:06d}.pt")
-            run.save("latest.pt")
-        if after_step is not None:
-            after_step(run)
 
 # That is a complete GPT. This program uses nothing but the names above. The tests run it with
 # another text:
@@ -1652,12 +1646,6 @@ def train(run: Run, after_step=None) -> None:
 # ==================================================================================================
 
 import collections
-import functools
-import heapq
-import importlib.util
-import json
-import re
-import unicodedata
 
 # ---- Normalization: RMSNorm ----------------------------------------------------------------------
 # Problem   LayerNorm subtracts a mean, divides, multiplies by a gain and adds a bias. Is all of
@@ -1813,93 +1801,6 @@ ROTATIONS = {"rope": Rotary}  # by pos: what turns queries and keys
 # Question 19  A query at position 5 and a key at position 3 have a score. Which score do the same
 #              query and key have at the positions 105 and 103?
 
-# ---- Attention that can do more ------------------------------------------------------------------
-# Problem   Part I's attention has no place for RoPE. And as training goes on, queries and keys may
-#           grow until the softmax puts all its weight on one token.
-# QK-norm   Normalize each query and each key over its hs channels, before they are rotated, with
-#           the norm of the setting `norm` [Henry et al. 2020, section 2.2, who divide by the length
-#           and then learn a factor]. All heads share the gains. Each query and key then has the
-#           length sqrt(hs). So a dot product is at most hs, and a scaled score at most sqrt(hs),
-#           before the learned gains.
-# Memory    When a text is written, earlier keys and values need not be computed again. The chapter
-#           "The key/value cache" explains `memory`. In training it is not used.
-# Here      --qk_norm --attention extended: 2.341 ± 0.022. In this comparison it is worse.
-#           `laptop` has it all the same, because other programs read `laptop` in Qwen3's form,
-#           and Qwen3 has QK-norm.
-class Attention(CausalSelfAttention):
-    """Part I's attention, whose queries and keys may be normalized, rotated and remembered.
-
-    Later chapters explain `memory`, `prev_heads` and `group`, which are off by default."""
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        hs = self.head_size
-        self.qk_norm = config.qk_norm
-        if config.qk_norm:
-            self.q_norm = NORMS[config.norm](hs, config)
-            self.k_norm = NORMS[config.norm](hs, config)
-        self.rotates = config.pos in ROTATIONS
-        if self.rotates:
-            self.rotary = ROTATIONS[config.pos](config)
-        self.prev_heads = config.prev_heads
-        if config.prev_heads:  # the chapter "Heads that read the previous position"
-            width = config.prev_heads * hs
-            self.c_prev = nn.Linear(config.n_embd, width, bias=config.bias)
-            self.c_proj = nn.Linear(config.n_embd + width, config.n_embd, bias=config.bias)
-        self.group = 1  # how many heads share a key and a value
-        if config.n_kv_head:  # the chapter "Heads that share keys and values"
-            self.group = config.n_head // config.n_kv_head
-            parts = [config.n_embd, config.n_kv_head * hs, config.n_kv_head * hs]
-            self.c_attn = nn.Linear(config.n_embd, sum(parts), bias=config.bias)
-            self.c_attn.parts = parts
-
-    def forward(self, x, memory=None):
-        """memory is a LayerMemory, which holds the keys and values of earlier tokens, or None."""
-        q, k, v = self.heads(x, start=0 if memory is None else memory.length)
-        if memory is not None:
-            k, v = memory.append(k, v)  # (B, nh, S, hs): those of all S tokens so far
-        y = self.attend(q, k, v)
-        if self.prev_heads:
-            y = torch.cat([y, self.read_previous(x, memory)], dim=1)  # (B, nh + prev_heads, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
-
-    def heads(self, x, start: int = 0):
-        """(B, T, C) -> q, k, v (B, nh, T, hs) of tokens at the positions start, start + 1, ..."""
-        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=-1)
-        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotates:
-            q, k = self.rotary(q, start), self.rotary(k, start)
-        return q, k, v
-
-    def attend(self, q, k, v):
-        """softmax(Q K^T / sqrt(hs) + mask) V: (B, nh, T, hs)."""
-        return self.attn_dropout(self.weights(q, k)) @ self.for_all_heads(v)
-
-    def weights(self, q, k):
-        """q (B, nh, T, hs) of the last T tokens, k of all S: (B, nh, T, S)."""
-        mask = self.mask(q.shape[2], k.shape[2], q.device)
-        return attention_weights(q, self.for_all_heads(k), mask)
-
-    def mask(self, T: int, S: int, device):
-        """What is added to the scores of the last T of S tokens: the end of causal_mask(S)."""
-        return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
-
-    def for_all_heads(self, x):
-        """The keys or values (B, n_kv_head, S, hs) of each head: (B, nh, S, hs)."""
-        return x if self.group == 1 else x.repeat_interleave(self.group, dim=1)
-
-    def read_previous(self, x, memory=None):
-        """The values of the previous position: (B, T, C) -> (B, prev_heads, T, hs)."""
-        v = self.c_prev(x)  # (B, T, prev_heads hs)
-        before = v[:, :1]  # the first position has none before it, and reads itself
-        if memory is not None:
-            before = memory.previous.get("values", before)
-            memory.previous["values"] = v[:, -1:]
-        return self.split_heads(torch.cat([before, v[:, :-1]], dim=1))
-
-ATTENTION["extended"] = Attention
-
 # ---- Activation functions ------------------------------------------------------------------------
 # GELU      GELU(x) = x Phi(x), as in Part I. Part I has GPT-2's approximation of Phi by tanh.
 #           Exactly, Phi(x) = (1 + erf(x / sqrt(2))) / 2, and PyTorch has the function erf
@@ -1953,13 +1854,9 @@ ACTIVATIONS["swiglu"] = SwiGLU
 
 # ---- An output head of its own -------------------------------------------------------------------
 # Problem   With tied weights, one vector has to say both what a token means and what it follows.
-#           Large models, whose tables are a small part of the whole, keep the two apart.
+#           Large models, whose tables are a small part of the whole, keep the two apart. The
+#           setting tie_weights, which the class GPT reads, does that.
 # Here      --no_tie_weights: 2.317 ± 0.021.
-def untied_head(wte: nn.Embedding) -> nn.Linear:
-    """An output head with a matrix of its own."""
-    return nn.Linear(wte.embedding_dim, wte.num_embeddings, bias=False)
-
-HEADS[False] = untied_head
 
 # ---- Token shift ---------------------------------------------------------------------------------
 # Problem   The previous token matters everywhere, and attention needs a whole head to fetch it.
@@ -2001,21 +1898,105 @@ BLOCKS["shift"] = ShiftBlock
 #           places them beside the other heads, so that c_proj has (nh + prev_heads) hs inputs. The
 #           first position has none before it and reads itself. With prev_heads = 2, two such heads
 #           read the same position, each with values of its own. Part IV builds an ordinary head
-#           that does the same up to rounding. So other programs can run such a model, if it also
-#           has RoPE, QK-norm and no biases, as `laptop` has.
+#           that does the same up to rounding. So other programs can run such a model, if its other
+#           parts are those of Qwen3's form, as in `laptop`.
 # Shapes    (B, T, C) -> (B, prev_heads, T, hs), joined to the other heads before c_proj
 # Here      --prev_heads 1 --attention extended: 1.923 ± 0.006. Only token shift gains more.
 
 # ---- Heads that share keys and values ------------------------------------------------------------
 # Problem   A model that writes keeps the keys and values of all tokens (see "The key/value cache").
-#           In large models with long contexts, they take more memory than the weights.
+#           In large models with long contexts, they can take more memory than the weights.
 # Answer    Grouped-query attention: several heads share one key head and one value head, and only
 #           their queries differ [Ainslie et al. 2023, section 2.2]. With n_head = 4 and
 #           n_kv_head = 2, heads 0 and 1 share the first key and value, heads 2 and 3 the second.
 #           With n_kv_head = 1, all heads share one [Shazeer 2019]. In the class Attention, c_attn
-#           then has fewer outputs, and `for_all_heads` repeats keys and values for their heads.
+#           then has fewer outputs, and `heads` repeats keys and values, after they were kept.
 # Shapes    k, v (B, n_kv_head, T, hs) -> (B, nh, T, hs)
-# Here      GQA_HERE
+# Here      --n_kv_head 2 --attention extended: 2.288 ± 0.004, and --n_kv_head 1: 2.262 ± 0.025.
+#           With one, the model has 12 % fewer parameters, and no loss that three seeds can show.
+
+# ---- Attention that can do more ------------------------------------------------------------------
+# Problem   Part I's attention has no place for RoPE. And as training goes on, queries and keys may
+#           grow until the softmax puts all its weight on one token.
+# QK-norm   Normalize each query and each key over its hs channels, before they are rotated, with
+#           the norm of the setting `norm` [Henry et al. 2020, section 2.2, who divide by the length
+#           and then learn a factor]. All heads share the gains. Each query and key then has the
+#           length sqrt(hs). So a dot product is at most hs, and a scaled score at most sqrt(hs),
+#           before the learned gains.
+# Memory    When a text is written, earlier keys and values need not be computed again. The chapter
+#           "The key/value cache" explains `memory`. In training it is not used.
+# Here      --qk_norm --attention extended: 2.341 ± 0.022. In this comparison it is worse.
+#           `laptop` has it all the same, because other programs read `laptop` in Qwen3's form,
+#           and Qwen3 has QK-norm.
+class Attention(CausalSelfAttention):
+    """Part I's attention, whose queries and keys may be normalized, rotated and remembered.
+
+    Later chapters explain `memory`, `prev_heads` and `group`, which are off by default."""
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        hs = self.head_size
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = NORMS[config.norm](hs, config)
+            self.k_norm = NORMS[config.norm](hs, config)
+        self.rotates = config.pos in ROTATIONS
+        if self.rotates:
+            self.rotary = ROTATIONS[config.pos](config)
+        self.prev_heads = config.prev_heads
+        if config.prev_heads:  # the chapter "Heads that read the previous position"
+            width = config.prev_heads * hs
+            self.c_prev = nn.Linear(config.n_embd, width, bias=config.bias)
+            self.c_proj = nn.Linear(config.n_embd + width, config.n_embd, bias=config.bias)
+        self.group = config.n_head // config.kv_heads  # how many heads share a key and a value
+        if self.group > 1:  # the chapter "Heads that share keys and values"
+            shared = config.kv_heads * hs
+            self.c_attn = nn.Linear(config.n_embd, config.n_embd + 2 * shared, bias=config.bias)
+            self.c_attn.parts = [config.n_embd, shared, shared]
+
+    def forward(self, x, memory=None):
+        """memory is a LayerMemory, which holds the keys and values of earlier tokens, or None."""
+        y = self.attend(*self.heads(x, memory))
+        if self.prev_heads:
+            y = torch.cat([y, self.read_previous(x, memory)], dim=1)  # (B, nh + prev_heads, T, hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+    def heads(self, x, memory=None):
+        """(B, T, C) -> q (B, nh, T, hs) of these tokens, k and v (B, nh, S, hs) of all so far."""
+        q, k, v = self.c_attn(x).split(self.c_attn.parts, dim=-1)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            start = 0 if memory is None else memory.length  # the position of the first token
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        if memory is not None:
+            k, v = memory.append(k, v)
+        if self.group > 1:  # (B, n_kv_head, S, hs) -> (B, nh, S, hs)
+            k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
+        return q, k, v
+
+    def attend(self, q, k, v):
+        """softmax(Q K^T / sqrt(hs) + mask) V: (B, nh, T, hs)."""
+        return self.attn_dropout(self.weights(q, k)) @ v
+
+    def weights(self, q, k):
+        """q (B, nh, T, hs) of the last T tokens, k (B, nh, S, hs) of all S: (B, nh, T, S)."""
+        return attention_weights(q, k, self.mask(q.shape[2], k.shape[2], q.device))
+
+    def mask(self, T: int, S: int, device):
+        """What is added to the scores of the last T of S tokens: the end of causal_mask(S)."""
+        return torch.full((T, S), -math.inf, device=device).triu(diagonal=1 + S - T)
+
+    def read_previous(self, x, memory=None):
+        """The values of the previous position: (B, T, C) -> (B, prev_heads, T, hs)."""
+        v = self.c_prev(x)  # (B, T, prev_heads hs)
+        before = v[:, :1]  # the first position has none before it, and reads itself
+        if memory is not None:
+            before = memory.previous.get("values", before)
+            memory.previous["values"] = v[:, -1:]
+        return self.split_heads(torch.cat([before, v[:, :-1]], dim=1))
+
+ATTENTION["extended"] = Attention
 
 # ---- Byte-pair encoding --------------------------------------------------------------------------
 # Problem   Characters make long sequences: "the" takes three steps of the model. Whole words make
@@ -2069,324 +2050,8 @@ def learn_merges_slowly(words: list[list[int]], n_merges: int) -> list[tuple[int
 #           each become a token of their own. GPT-2 first splits the text by a regular expression
 #           into runs of letters, of digits, and of punctuation. A space belongs to the word that it
 #           precedes.
-END_OF_TEXT = "<|endoftext|>"  # a token of its own, which ends a text
-
-@functools.cache
-def word_pattern() -> re.Pattern:
-    r"""GPT-2's pattern: '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-
-    Python's re does not know \p{L} (letters) and \p{N} (numbers), so we write these classes out
-    from Python's tables of Unicode. Python's \s contains four characters more than GPT-2's. The
-    second branch is an addition for speed: it matches a word of ASCII letters if no further letter
-    follows.
-
-    >>> word_pattern().findall("Who's there?  Nay, 2 answer")
-    ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
-    """
-    classes = character_classes()
-    letters, numbers = classes["L"], classes["N"]
-    spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return re.compile(rf"'(?:[sdmt]|ll|ve|re)"
-                      rf"| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])"
-                      rf"| ?[{letters}]+"
-                      rf"| ?[{numbers}]+"
-                      rf"| ?[^{spaces}{letters}{numbers}]+"
-                      rf"|[{spaces}]+(?![^{spaces}])"
-                      rf"|[{spaces}]+")
-
-def character_classes() -> dict[str, str]:
-    """The characters of each Unicode category (L, N, ...), as ranges for a regular expression."""
-    ranges = collections.defaultdict(str)
-    categories = [unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1)]
-    first = 0
-    for code, category in enumerate([*categories[1:], None], start=1):
-        if category != categories[first]:
-            ranges[categories[first]] += f"\\U{first:08x}-\\U{code - 1:08x}"
-            first = code
-    return ranges
-
-def split_words(text: str) -> list[str]:
-    """The words of a text by GPT-2's pattern."""
-    return word_pattern().findall(text)
-
-def in_pieces(text: str, size: int = 2**20):
-    """Yields a text in pieces of about `size` characters, so that a large text can be processed
-    without several copies of it. No word crosses from one piece to the next: a piece ends before a
-    space or a line break that follows a character that is not white space."""
-    boundary = re.compile(r"(?<=\S)[ \n]")
-    start = 0
-    while start < len(text):
-        found = boundary.search(text, start + size)
-        end = found.start() if found else len(text)
-        yield text[start:end]
-        start = end
-
-def repair_surrogates(text: str) -> str:
-    """Replaces half characters (lone surrogates), which UTF-8 cannot write, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # Question 21  Which merges does "abababab" give?
-
-# ---- Byte-pair encoding, fast --------------------------------------------------------------------
-# Problem   The slow trainer counts all pairs of the whole text again for each merge.
-# Answer    Three ideas. (1) Each distinct word is processed once and counted by how often it
-#           occurs. (2) A merge changes only the words that contain its pair, so we keep a list of
-#           them and update the counts. (3) A heap gives us the most frequent pair. Its entries are
-#           not updated when a count changes. Instead, when an entry comes out and its count is no
-#           longer right, we put it back with the right one. A test compares the result with the
-#           slow trainer's.
-# Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare first merges " t", "he", " a", "ou"
-#           and " s", and the 1.1 million characters become 460,000 tokens.
-# Here      --tokenizer bpe: 2.697 ± 0.013 bits per character, where `plain` has 3.288 ± 0.005.
-#           But each step then sees 2.4 times as much text.
-#
-# While we merge, a word is a str in which the character chr(i) stands for token i. Then one merge
-# is one call of str.replace, which is fast, and a pair is a str of two characters.
-#
-# GPT-2 numbers the bytes in an order of its own: first those that are visible characters, then the
-# others. In its files, it shows one of the others as a character from U+0100 on.
-VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTE_ORDER = sorted(range(256), key=lambda byte: (byte not in VISIBLE, byte))  # byte of each id
-SHOWN = [chr(byte if byte in VISIBLE else 256 + i - len(VISIBLE))
-         for i, byte in enumerate(BYTE_ORDER)]
-BYTE_TO_SHOWN = dict(zip(BYTE_ORDER, SHOWN))
-SHOWN_TO_BYTE = dict(zip(SHOWN, BYTE_ORDER))
-
-def to_token_str(word: str) -> str:
-    """A word as such a str: one character for each of its bytes in UTF-8."""
-    return word.encode("utf-8").decode("latin-1").translate(BYTE_TO_TOKEN)
-
-BYTE_TO_TOKEN = {byte: chr(i) for i, byte in enumerate(BYTE_ORDER)}
-
-def pairs_of(word: str) -> list[str]:
-    """The pairs of neighbours in a word.
-
-    >>> pairs_of("abc")
-    ['ab', 'bc']
-    """
-    return [a + b for a, b in zip(word, word[1:])]
-
-class MergeLearner:
-    """Finds the most frequent pair of a collection of words and merges it, again and again."""
-    def __init__(self, word_counts: dict[str, int]):
-        self.words = [to_token_str(word) for word in word_counts]
-        self.frequencies = list(word_counts.values())
-        self.counts = collections.Counter()  # how often each pair occurs
-        self.places = collections.defaultdict(set)  # the words in which it occurs, by number
-        self.heap = []  # (-count, pair): the smallest entry is the most frequent pair
-        for number, word in enumerate(self.words):
-            for pair, n in collections.Counter(pairs_of(word)).items():
-                self.add(number, pair, n)
-
-    def add(self, number: int, pair: str, n: int) -> None:
-        """Notes that a word has n more of a pair."""
-        if pair not in self.counts:
-            heapq.heappush(self.heap, (-math.inf, pair))  # its count is set right later
-        self.counts[pair] += n * self.frequencies[number]
-        self.places[pair].add(number)
-
-    def most_frequent(self) -> str | None:
-        """The pair that occurs most often, or None if none occurs twice."""
-        while self.heap:
-            negative_count, pair = heapq.heappop(self.heap)
-            count = self.counts[pair]
-            if -negative_count != count:
-                heapq.heappush(self.heap, (-count, pair))
-            elif count >= 2:
-                return pair
-            else:
-                return None
-        return None
-
-    def merge(self, pair: str, token: str) -> None:
-        """Replaces a pair by a token wherever it occurs. The pairs of the old words are taken back,
-        and those of the new words are added."""
-        for number in self.places.pop(pair):
-            word = self.words[number]
-            for old in pairs_of(word):
-                self.counts[old] -= self.frequencies[number]
-            self.words[number] = word.replace(pair, token)
-            for new in pairs_of(self.words[number]):
-                self.add(number, new, 1)
-
-class BPETokenizer:
-    """Byte-level BPE that reads and writes GPT-2's files.
-
-    >>> tokenizer = BPETokenizer.train("low lower lowest low low", vocab_size=260)
-    >>> tokenizer.merges
-    [(b'l', b'o'), (b'lo', b'w'), (b' ', b'low')]
-    >>> [tokenizer.decode([i]) for i in tokenizer.encode(" lowly")]
-    [' low', 'l', 'y']
-    """
-    kind = "bpe"
-    first_id = 198  # the line break
-
-    def __init__(self, merges: list[tuple[bytes, bytes]]):
-        """merges: pairs of tokens in the order in which they were learned."""
-        self.merges = merges
-        self.tokens = [bytes([byte]) for byte in BYTE_ORDER] + [a + b for a, b in merges]
-        token_of = {token: chr(i) for i, token in enumerate(self.tokens)}
-        # For each pair that can be merged, the token that it becomes. Tokens that were learned
-        # earlier have smaller ids, so comparing tokens compares ranks.
-        self.merged = {}
-        for i, (a, b) in enumerate(merges, start=256):
-            self.merged[token_of[a] + token_of[b]] = chr(i)
-        self.end_id = len(self.tokens)
-        self.tokens.append(END_OF_TEXT.encode())
-        self.vocab_size = len(self.tokens)
-        self.known_words = {}  # the ids of words that were encoded before
-
-    @property
-    def state(self) -> list[tuple[bytes, bytes]]:
-        """What a checkpoint stores. BPETokenizer(state) is the same tokenizer again."""
-        return self.merges
-
-    @classmethod
-    def train(cls, text: str, vocab_size: int, progress=lambda share: None) -> BPETokenizer:
-        """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
-
-        progress is called with the share that is done."""
-        word_counts = collections.Counter()
-        for piece in in_pieces(text):
-            for part in repair_surrogates(piece).split(END_OF_TEXT):
-                word_counts.update(split_words(part))
-        learner = MergeLearner(word_counts)
-        tokens = [bytes([byte]) for byte in BYTE_ORDER]
-        merges = []
-        while len(tokens) < vocab_size - 1:  # one place is for END_OF_TEXT
-            pair = learner.most_frequent()
-            if pair is None:
-                progress(1.0)
-                break
-            learner.merge(pair, chr(len(tokens)))
-            a, b = tokens[ord(pair[0])], tokens[ord(pair[1])]
-            merges.append((a, b))
-            tokens.append(a + b)
-            progress(len(tokens) / (vocab_size - 1))
-        return cls(merges)
-
-    def encode_word(self, word: str) -> list[int]:
-        """The ids of one word. The same words occur again and again, so they are remembered."""
-        if word not in self.known_words:
-            if len(self.known_words) > 2**20:  # a limit on the memory
-                self.known_words.clear()
-            self.known_words[word] = self.merge_word(word)
-        return self.known_words[word]
-
-    def merge_word(self, word: str) -> list[int]:
-        """The ids of one word: merges the pair that was learned first, until none is left."""
-        tokens = to_token_str(word)
-        if len(tokens) > 1000:
-            # Only later merges can use the token that a merge makes, so one pass through all merges
-            # gives the same result. For very long words this is faster.
-            for pair, token in self.merged.items():
-                tokens = tokens.replace(pair, token)
-            return [ord(token) for token in tokens]
-        while True:
-            known = [pair for pair in pairs_of(tokens) if pair in self.merged]
-            if not known:
-                return [ord(token) for token in tokens]
-            pair = min(known, key=self.merged.get)
-            tokens = tokens.replace(pair, self.merged[pair])
-
-    def encode(self, text: str) -> list[int]:
-        """Text to ids. Every text can be encoded."""
-        ids = []
-        for number, part in enumerate(repair_surrogates(text).split(END_OF_TEXT)):
-            if number > 0:
-                ids.append(self.end_id)
-            for word in split_words(part):
-                ids.extend(self.encode_word(word))
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
-
-    def vocab(self) -> dict[str, int]:
-        """The id of each token, as GPT-2's file shows it: Ġ stands for a space."""
-        shown = [show_bytes(token) for token in self.tokens[: self.end_id]]
-        return {token: i for i, token in enumerate([*shown, END_OF_TEXT])}
-
-    def save(self, folder) -> None:
-        """Writes folder/vocab.json and folder/merges.txt in GPT-2's format."""
-        vocab = json.dumps(self.vocab())
-        lines = ["#version: 0.2"]
-        lines += [f"{show_bytes(a)} {show_bytes(b)}" for a, b in self.merges]
-        Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
-        Path(folder, "merges.txt").write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
-
-    @classmethod
-    def load(cls, folder) -> BPETokenizer:
-        """Reads what save wrote, or GPT-2's own files. Raises UserError for other ids."""
-        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
-        if lines[0].startswith("#version"):
-            lines = lines[1:]
-        tokenizer = cls.from_shown([line for line in lines if line])
-        vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
-        if vocab != tokenizer.vocab():
-            raise UserError(f"{folder}: vocab.json does not number its tokens as GPT-2 does; such "
-                            "a tokenizer cannot be used here")
-        return tokenizer
-
-    @classmethod
-    def from_shown(cls, lines: list[str]) -> BPETokenizer:
-        """From merges as GPT-2's file shows them, "Ġ t" for a space and a t."""
-        merges = []
-        for line in lines:
-            a, b = line.split(" ")
-            merges.append((unshow_bytes(a), unshow_bytes(b)))
-        return cls(merges)
-
-def show_bytes(token: bytes) -> str:
-    """A token as GPT-2's files show it.
-
-    >>> show_bytes(b" the")
-    'Ġthe'
-    """
-    return "".join([BYTE_TO_SHOWN[byte] for byte in token])
-
-def unshow_bytes(shown: str) -> bytes:
-    """The opposite of show_bytes."""
-    return bytes([SHOWN_TO_BYTE[character] for character in shown])
-
-# GPT-2's own tokens come from the library tiktoken. It knows a token by its bytes and its rank, and
-# merges the two neighbours whose bytes together have the lowest rank. For tokens that were learned
-# by merging, this is the same thing.
-def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Recovers the merges from tiktoken's ranks. Apply all earlier merges to a token's bytes: the
-    two tokens that are left are the pair that made it."""
-    merges = []
-    for token in sorted(ranks, key=ranks.get)[256:]:
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [a + b for a, b in zip(parts, parts[1:])]
-            i = pairs.index(min(pairs, key=lambda pair: ranks.get(pair, math.inf)))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append(tuple(parts))
-    return merges
-
-class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's own 50,257 tokens, which are downloaded at the first use."""
-    size = 50257
-
-    @classmethod
-    def fetch(cls) -> BPETokenizer:
-        """From tiktoken, which keeps what it has downloaded. Raises UserError if that fails, and
-        ImportError without the package."""
-        import tiktoken
-
-        try:
-            encoding = tiktoken.get_encoding("gpt2")
-        except Exception:  # the library raises errors of many kinds
-            raise UserError("--tokenizer gpt2: GPT-2's tokens could not be downloaded; connect to "
-                            "the network once, or use --tokenizer bpe") from None
-        return BPETokenizer(merges_from_ranks(
-            {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)
-             if i != encoding.eot_token}))
-
-TOKENIZERS["bpe"] = BPETokenizer
-TOKENIZERS["gpt2"] = GPT2Tokenizer
 
 # ---- Muon ----------------------------------------------------------------------------------------
 # Problem   AdamW treats a matrix as a list of unrelated numbers. But a matrix maps vectors to
@@ -2505,9 +2170,9 @@ SCHEDULES["linear"] = straight_line
 # Short     A longer window has more to look back at, but attention compares every position with all
 #           earlier ones, so it costs more. At first, a model learns what the last few characters
 #           tell. So the first short_share of the steps take windows of only short_block tokens, and
-#           more of them, so that a step has as many tokens. The other steps take whole windows,
-#           with an offset of their own. (Both are settings of RunConfig. In `laptop`, short_share
-#           is 0.7 and short_block is 128.)
+#           more of them, so that a step has about as many tokens. The other steps take whole
+#           windows, with an offset of their own. (Both are settings of RunConfig. In `laptop`,
+#           short_share is 0.7 and short_block is 128.)
 # Here      --sampling even: 2.278 ± 0.019, no difference in so few steps. In the full runs of the
 #           chapter "What it all adds up to", it brings 0.02.
 def even_batches(run: Run) -> list:
@@ -2516,7 +2181,7 @@ def even_batches(run: Run) -> list:
     config, tokens, block_size = run.config, run.corpus.train, run.model.config.block_size
     short = run.step < config.short_share * config.max_steps
     T = min(config.short_block, block_size) if short else block_size
-    B = config.batch_size * (block_size // T)  # as many tokens as in whole windows
+    B = config.batch_size * (block_size // T)  # about as many tokens as in whole windows
     # From 0 to 1. The -1 keeps this seed apart from those of the steps.
     offset = derived_seed(config.seed, -1, short) / 2**32
     golden_ratio = (math.sqrt(5) - 1) / 2  # minus 1: only the fraction matters
@@ -2578,14 +2243,12 @@ class FusedAttention(Attention):
         # Subtle: on a CPU in bfloat16, the backward pass of the kernel is slower than ours.
         if self.training and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return super().attend(q, k, v)
-        k, v = self.for_all_heads(k), self.for_all_heads(v)
         T, S = q.shape[2], k.shape[2]
         dropout = self.attn_dropout.p if self.training else 0.0
-        if T == S:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         # Subtle: is_causal would align the mask with the first key instead of the last.
-        mask = self.mask(T, S, q.device).to(q.dtype) if T > 1 else None  # one query sees all keys
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        mask = self.mask(T, S, q.device).to(q.dtype) if 1 < T < S else None  # one query sees all
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                              is_causal=T == S)
 
 class FusedLayerNorm(LayerNorm):
     """The same function as LayerNorm, computed by one kernel."""
@@ -2676,12 +2339,11 @@ class CachedReader:
         new = new.cpu()
         block_size = self.model.config.block_size
         window = torch.cat([self.window.expand(len(new), -1), new], dim=1)
-        if window.shape[1] > block_size:
+        moved = window.shape[1] > block_size
+        if moved:
             keep = block_size if self.window.shape[1] == 0 else max(block_size // 2, 1)
             window = window[:, -keep:]
-            new = window
-            self.forget()
-        elif not self.remember:
+        if moved or not self.remember:
             new = window
             self.forget()
         self.window = window
@@ -2699,7 +2361,7 @@ READERS[Attention] = CachedReader
 
 # ---- The settings of the variations --------------------------------------------------------------
 # Part I looked up each part of the model in a table, under a fixed name. Here the names become
-# settings: each is a key of a table, and a flag. The chapters above explain them. (Some settings of
+# settings, and flags. Most are keys of a table. The chapters above explain them. (Some settings of
 # RunConfig belong to Part III.)
 @dataclass
 class ModelConfig(GPTConfig):
@@ -2714,13 +2376,13 @@ class ModelConfig(GPTConfig):
     qk_norm: bool = False  # whether queries and keys are normalized
     norm_scale: bool = True  # whether RMSNorm has a gain that is learned
     prev_heads: int = 0  # heads of each attention that always read the previous position
-    n_kv_head: int = 0  # heads that have keys and values, which the others share; 0: all
+    n_kv_head: int | None = None  # key/value heads, shared by the n_head query heads
 
     def __post_init__(self):
         super().__post_init__()
         if not self.norm_scale and self.norm != "rmsnorm":
             raise UserError("--no_norm_scale: needs --norm rmsnorm")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
+        if self.n_head % self.kv_heads:
             raise UserError(f"--n_kv_head {self.n_kv_head}: must divide --n_head {self.n_head}")
         if not issubclass(ATTENTION[self.attention], Attention):
             able = " or ".join(key for key in ATTENTION if issubclass(ATTENTION[key], Attention))
@@ -2730,6 +2392,11 @@ class ModelConfig(GPTConfig):
                                  (f"--n_kv_head {self.n_kv_head}", self.n_kv_head)):
                 if needed:
                     raise UserError(f"{flag}: needs --attention {able}")
+
+    @property
+    def kv_heads(self) -> int:
+        """How many heads have keys and values."""
+        return self.n_kv_head or self.n_head
 
 @dataclass
 class RunConfig(TrainConfig):
@@ -2755,21 +2422,21 @@ class RunConfig(TrainConfig):
             raise UserError(f"--short_share {self.short_share}: needs --sampling even")
 
 # ---- A variation of your own ---------------------------------------------------------------------
-# If you add an entry to a table, its key becomes a value of the flag that belongs to that table.
-# The key is stored in checkpoints, and --mode ablate can compare it with others. This is how the
-# entries are called, and what they return:
+# If you add an entry to one of these tables, its key becomes a value of the flag that belongs to
+# the table. The key is stored in checkpoints, and --mode ablate can compare it with others. This is
+# how the entries are called, and what they return:
 #
 #     ACTIVATIONS[key](config)       a module (B, T, C) -> (B, T, C), usually a subclass of MLP
 #     ATTENTION[key](config)         the same; here the entry must be a class. A subclass of
 #                                    Attention has RoPE and the cache
 #     READERS[class](model)          a function from a text (B, T) to the logits (B, V) of the next
 #                                    token, by the class of the attention
-#     BLOCKS[key](config)            the same as for ACTIVATIONS, usually a subclass of Block
+#     BLOCKS[key](config)            the same, usually a subclass of Block. Its forward(x, *memory)
+#                                    passes memory on to the attention
 #     NORMS[key](n, config)          a module for n channels
 #     POSITIONS[key](config)         a module: positions (T,) -> vectors (T, C), or 0.0
-#     ROTATIONS[key](config)         by the key of the positions: a module that takes queries or
-#                                    keys (B, nh, T, hs) and their first position, and turns them
-#     HEADS[key](wte)                a module (B, T, C) -> (B, T, V)
+#     ROTATIONS[key](config)         for a key that POSITIONS has, too: a module that takes queries
+#                                    or keys (B, nh, T, hs) and their first position, and turns them
 #     OPTIMIZERS[key](model, config) an optimizer
 #     SCHEDULES[key](r)              from 1 to 0 as r goes from 0 to 1
 #     SAMPLING[key](run)             the batches of the next step
@@ -2794,11 +2461,10 @@ class RunConfig(TrainConfig):
 
 # ---- What it all adds up to ----------------------------------------------------------------------
 # Which of these variations are worth their time? From `plain` to `laptop`: each row adds the
-# changes that it names to the row before. Each model is trained for as many steps as fit into the
-# time of the last row, so a model with slower steps gets fewer of them: 151 s on two cores, which
-# is the time of the steps alone when the machine is at its fastest. The figures are nats per
-# character on the full validation split, mean and standard deviation over the seeds 1337 and 1338.
-# This command makes the table again: python .ci/ladder.py --seeds 2
+# changes that it names to the row before. Every row gets the same training time, 151 s on two cores
+# at their fastest (evaluations not counted). So a model with slower steps takes fewer of them. The
+# figures are nats per character on the full validation split, mean and standard deviation over the
+# seeds 1337 and 1338. This command makes the table again: python .ci/ladder.py --seeds 2
 #
 #     plain                                  1,745 steps    1.650 ± 0.002
 #     fused kernels, no biases               2,147          1.620 ± 0.008
@@ -2830,9 +2496,10 @@ class RunConfig(TrainConfig):
 # for each group of three characters is 0.016 better than token shift alone after 700 steps, and
 # 0.057 worse at the end: each of these vectors belongs to a few places of the text, which it learns
 # by heart. More width gains more than more layers, and costs more time. Everything that is meant to
-# prevent memorizing, dropout of 0.05, label smoothing, replaced input tokens or cautious weight
-# decay [Chen et al. 2025], makes the result worse or changes nothing. Longer windows, averaged
-# weights, c_proj that starts at zero, and twice the weight decay change less than 0.005.
+# prevent memorizing, dropout of 0.05, label smoothing [Szegedy et al. 2016], replaced input tokens
+# or cautious weight decay [Chen et al. 2025], makes the result worse or changes nothing. Longer
+# windows, averaged weights, c_proj that starts at zero, and twice the weight decay change less than
+# 0.005.
 #
 #     `laptop` without its previous-position head                             1.445
 #     a previous-position head                                                1.427
@@ -2993,10 +2660,16 @@ class RunConfig(TrainConfig):
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import heapq
+import importlib.util
+import json
+import re
 import signal
 import threading
 import time
+import unicodedata
 import zipfile
 from dataclasses import replace
 from datetime import timedelta
@@ -3010,7 +2683,7 @@ PROGRAM = Path(globals().get("__file__", "minigpt.py")).resolve()  # no __file__
 #           stay in float32, and `autocast` computes each matrix product in bfloat16. That format
 #           has the range of float32 (8 bits of exponent) but only 8 bits of precision. Older GPUs
 #           have float16 instead.
-# float16   has only 5 bits of exponent. Numbers below 6e-8 become 0 in it, and many gradients are
+# float16   has only 5 bits of exponent. Numbers below 3e-8 become 0 in it, and many gradients are
 #           smaller than that. So the loss is multiplied by a large factor S, and by the chain rule
 #           all gradients are S times as large. They are divided by S, in float32, before they are
 #           used [Micikevicius et al. 2018, section 3.2]. If S is too large, gradients become
@@ -3080,11 +2753,11 @@ def wrap(model: nn.Module, config: RunConfig) -> nn.Module:
 #               without   29.0   26.8   22.2   30.5
 #
 # Threads   For a matrix product, each core has a thread. A thread that is done waits for the others
-#           in a loop, for milliseconds, because waking up from a sleep takes long. Beside another
-#           program, it so takes the core away from the thread that it waits for. The file begins by
-#           setting GOMP_SPINCOUNT, the number of rounds in this loop, to 10,000 (unless you have
-#           set it or OMP_WAIT_POLICY), after which a thread sleeps. Milliseconds per step of
-#           `laptop`, in three pairs of runs:
+#           in a loop, for milliseconds, because waking up from a sleep takes long. If another
+#           program needs a core, too, the waiting thread may occupy the very core that the thread
+#           it waits for needs. The file begins by setting GOMP_SPINCOUNT, the number of rounds in
+#           this loop, to 10,000 (unless you have set it or OMP_WAIT_POLICY), after which a thread
+#           sleeps. Milliseconds per step of `laptop`, in three pairs of runs:
 #
 #               alone                              with   93    97    80   without   92    82    87
 #               beside two busy programs           with  314   483   280   without  639   422   496
@@ -3400,7 +3073,9 @@ class FullJournal(Journal):
     def report_step(self, run: FullRun, loss, norm, details: str = "") -> None:
         if not self.is_due(run):
             return
-        losses = gather(loss.item())
+        began = time.perf_counter()
+        losses = gather(loss.item())  # a GPU computes until here
+        run.step_seconds += time.perf_counter() - began
         loss = sum(losses) / len(losses)
         rate = run.step_tokens / run.step_seconds
         run.step_tokens = 0
@@ -3473,6 +3148,320 @@ class FullJournal(Journal):
             kept = [json.dumps(record) + "\n" for record in read_metrics(self.out_dir)
                     if record["step"] <= step and "full_val_loss" not in record]
             replace_text(path, "".join(kept))
+
+# ---- Byte-pair encoding, fast --------------------------------------------------------------------
+# Problem   The slow trainer counts all pairs of the whole text again for each merge.
+# Answer    Three ideas. (1) Each distinct word is processed once and counted by how often it
+#           occurs. (2) A merge changes only the words that contain its pair, so we keep a list of
+#           them and update the counts. (3) A heap gives us the most frequent pair. Its entries are
+#           not updated when a count changes. Instead, when an entry comes out and its count is no
+#           longer right, we put it back with the right one. A test compares the result with the
+#           slow trainer's.
+# Try it    BPETokenizer.train(text, 1024) on Tiny Shakespeare first merges " t", "he", " a", "ou"
+#           and " s", and the 1.1 million characters become 460,000 tokens.
+# Here      --tokenizer bpe: 2.697 ± 0.013 bits per character, where `plain` has 3.288 ± 0.005.
+#           But each step then sees 2.4 times as much text.
+#
+END_OF_TEXT = "<|endoftext|>"  # a token of its own, which ends a text
+
+@functools.cache
+def word_pattern() -> re.Pattern:
+    r"""GPT-2's pattern: '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    Python's re does not know \p{L} (letters) and \p{N} (numbers), so we write these classes out
+    from Python's tables of Unicode. Python's \s contains four characters more than GPT-2's. The
+    second branch is an addition for speed: it matches a word of ASCII letters if no further letter
+    follows.
+
+    >>> word_pattern().findall("Who's there?  Nay, 2 answer")
+    ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
+    """
+    classes = character_classes()
+    letters, numbers = classes["L"], classes["N"]
+    spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    return re.compile(rf"'(?:[sdmt]|ll|ve|re)"
+                      rf"| ?[A-Za-z]+(?![A-Za-z\x80-\U0010ffff])"
+                      rf"| ?[{letters}]+"
+                      rf"| ?[{numbers}]+"
+                      rf"| ?[^{spaces}{letters}{numbers}]+"
+                      rf"|[{spaces}]+(?![^{spaces}])"
+                      rf"|[{spaces}]+")
+
+def character_classes() -> dict[str, str]:
+    """The characters of each Unicode category (L, N, ...), as ranges for a regular expression."""
+    ranges = collections.defaultdict(str)
+    categories = [unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1)]
+    first = 0
+    for code, category in enumerate([*categories[1:], None], start=1):
+        if category != categories[first]:
+            ranges[categories[first]] += f"\\U{first:08x}-\\U{code - 1:08x}"
+            first = code
+    return ranges
+
+def split_words(text: str) -> list[str]:
+    """The words of a text by GPT-2's pattern."""
+    return word_pattern().findall(text)
+
+def in_pieces(text: str, size: int = 2**20):
+    """Yields a text in pieces of about `size` characters, so that a large text can be processed
+    without several copies of it. No word crosses from one piece to the next: a piece ends before a
+    space or a line break that follows a character that is not white space."""
+    boundary = re.compile(r"(?<=\S)[ \n]")
+    start = 0
+    while start < len(text):
+        found = boundary.search(text, start + size)
+        end = found.start() if found else len(text)
+        yield text[start:end]
+        start = end
+
+def repair_surrogates(text: str) -> str:
+    """Replaces half characters (lone surrogates), which UTF-8 cannot write, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+# While we merge, a word is a str in which the character chr(i) stands for token i. Then one merge
+# is one call of str.replace, which is fast, and a pair is a str of two characters.
+#
+# GPT-2 numbers the bytes in an order of its own: first those that are visible characters, then the
+# others. In its files, it shows one of the others as a character from U+0100 on.
+VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+BYTE_ORDER = sorted(range(256), key=lambda byte: (byte not in VISIBLE, byte))  # byte of each id
+SHOWN = [chr(byte if byte in VISIBLE else 256 + i - len(VISIBLE))
+         for i, byte in enumerate(BYTE_ORDER)]
+BYTE_TO_SHOWN = dict(zip(BYTE_ORDER, SHOWN))
+SHOWN_TO_BYTE = dict(zip(SHOWN, BYTE_ORDER))
+
+def to_token_str(word: str) -> str:
+    """A word as such a str: one character for each of its bytes in UTF-8."""
+    return word.encode("utf-8").decode("latin-1").translate(BYTE_TO_TOKEN)
+
+BYTE_TO_TOKEN = {byte: chr(i) for i, byte in enumerate(BYTE_ORDER)}
+
+def pairs_of(word: str) -> list[str]:
+    """The pairs of neighbours in a word.
+
+    >>> pairs_of("abc")
+    ['ab', 'bc']
+    """
+    return [a + b for a, b in zip(word, word[1:])]
+
+class MergeLearner:
+    """Finds the most frequent pair of a collection of words and merges it, again and again."""
+    def __init__(self, word_counts: dict[str, int]):
+        self.words = [to_token_str(word) for word in word_counts]
+        self.frequencies = list(word_counts.values())
+        self.counts = collections.Counter()  # how often each pair occurs
+        self.places = collections.defaultdict(set)  # the words in which it occurs, by number
+        self.heap = []  # (-count, pair): the smallest entry is the most frequent pair
+        for number, word in enumerate(self.words):
+            for pair, n in collections.Counter(pairs_of(word)).items():
+                self.add(number, pair, n)
+
+    def add(self, number: int, pair: str, n: int) -> None:
+        """Notes that a word has n more of a pair."""
+        if pair not in self.counts:
+            heapq.heappush(self.heap, (-math.inf, pair))  # its count is set right later
+        self.counts[pair] += n * self.frequencies[number]
+        self.places[pair].add(number)
+
+    def most_frequent(self) -> str | None:
+        """The pair that occurs most often, or None if none occurs twice."""
+        while self.heap:
+            negative_count, pair = heapq.heappop(self.heap)
+            count = self.counts[pair]
+            if -negative_count != count:
+                heapq.heappush(self.heap, (-count, pair))
+            elif count >= 2:
+                return pair
+            else:
+                return None
+        return None
+
+    def merge(self, pair: str, token: str) -> None:
+        """Replaces a pair by a token wherever it occurs. The pairs of the old words are taken back,
+        and those of the new words are added."""
+        for number in self.places.pop(pair):
+            word = self.words[number]
+            for old in pairs_of(word):
+                self.counts[old] -= self.frequencies[number]
+            self.words[number] = word.replace(pair, token)
+            for new in pairs_of(self.words[number]):
+                self.add(number, new, 1)
+
+class BPETokenizer:
+    """Byte-level BPE that reads and writes GPT-2's files.
+
+    >>> tokenizer = BPETokenizer.train("low lower lowest low low", vocab_size=260)
+    >>> tokenizer.merges
+    [(b'l', b'o'), (b'lo', b'w'), (b' ', b'low')]
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode(" lowly")]
+    [' low', 'l', 'y']
+    """
+    kind = "bpe"
+    first_id = 198  # the line break
+
+    def __init__(self, merges: list[tuple[bytes, bytes]]):
+        """merges: pairs of tokens in the order in which they were learned."""
+        self.merges = merges
+        self.tokens = [bytes([byte]) for byte in BYTE_ORDER] + [a + b for a, b in merges]
+        token_of = {token: chr(i) for i, token in enumerate(self.tokens)}
+        # For each pair that can be merged, the token that it becomes. Tokens that were learned
+        # earlier have smaller ids, so comparing tokens compares ranks.
+        self.merged = {}
+        for i, (a, b) in enumerate(merges, start=256):
+            self.merged[token_of[a] + token_of[b]] = chr(i)
+        self.end_id = len(self.tokens)
+        self.tokens.append(END_OF_TEXT.encode())
+        self.vocab_size = len(self.tokens)
+        self.known_words = {}  # the ids of words that were encoded before
+
+    @property
+    def state(self) -> list[tuple[bytes, bytes]]:
+        """What a checkpoint stores. BPETokenizer(state) is the same tokenizer again."""
+        return self.merges
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int, progress=lambda share: None) -> BPETokenizer:
+        """Learns merges until there are vocab_size tokens, or no pair is left that occurs twice.
+
+        progress is called with the share that is done."""
+        word_counts = collections.Counter()
+        for piece in in_pieces(text):
+            for part in repair_surrogates(piece).split(END_OF_TEXT):
+                word_counts.update(split_words(part))
+        learner = MergeLearner(word_counts)
+        tokens = [bytes([byte]) for byte in BYTE_ORDER]
+        merges = []
+        while len(tokens) < vocab_size - 1:  # one place is for END_OF_TEXT
+            pair = learner.most_frequent()
+            if pair is None:
+                progress(1.0)
+                break
+            learner.merge(pair, chr(len(tokens)))
+            a, b = tokens[ord(pair[0])], tokens[ord(pair[1])]
+            merges.append((a, b))
+            tokens.append(a + b)
+            progress(len(tokens) / (vocab_size - 1))
+        return cls(merges)
+
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word. The same words occur again and again, so they are remembered."""
+        if word not in self.known_words:
+            if len(self.known_words) > 2**20:  # a limit on the memory
+                self.known_words.clear()
+            self.known_words[word] = self.merge_word(word)
+        return self.known_words[word]
+
+    def merge_word(self, word: str) -> list[int]:
+        """The ids of one word: merges the pair that was learned first, until none is left."""
+        tokens = to_token_str(word)
+        if len(tokens) > 1000:
+            # Only later merges can use the token that a merge makes, so one pass through all merges
+            # gives the same result. For very long words this is faster.
+            for pair, token in self.merged.items():
+                tokens = tokens.replace(pair, token)
+            return [ord(token) for token in tokens]
+        while True:
+            known = [pair for pair in pairs_of(tokens) if pair in self.merged]
+            if not known:
+                return [ord(token) for token in tokens]
+            pair = min(known, key=self.merged.get)
+            tokens = tokens.replace(pair, self.merged[pair])
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids. Every text can be encoded."""
+        ids = []
+        for number, part in enumerate(repair_surrogates(text).split(END_OF_TEXT)):
+            if number > 0:
+                ids.append(self.end_id)
+            for word in split_words(part):
+                ids.extend(self.encode_word(word))
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def vocab(self) -> dict[str, int]:
+        """The id of each token, as GPT-2's file shows it: Ġ stands for a space."""
+        shown = [show_bytes(token) for token in self.tokens[: self.end_id]]
+        return {token: i for i, token in enumerate([*shown, END_OF_TEXT])}
+
+    def save(self, folder) -> None:
+        """Writes folder/vocab.json and folder/merges.txt in GPT-2's format."""
+        vocab = json.dumps(self.vocab())
+        lines = ["#version: 0.2"]
+        lines += [f"{show_bytes(a)} {show_bytes(b)}" for a, b in self.merges]
+        Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
+        Path(folder, "merges.txt").write_bytes(("\n".join(lines) + "\n").encode("utf-8"))
+
+    @classmethod
+    def load(cls, folder) -> BPETokenizer:
+        """Reads what save wrote, or GPT-2's own files. Raises UserError for other ids."""
+        lines = Path(folder, "merges.txt").read_text(encoding="utf-8").split("\n")
+        if lines[0].startswith("#version"):
+            lines = lines[1:]
+        tokenizer = cls.from_shown([line for line in lines if line])
+        vocab = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
+        if vocab != tokenizer.vocab():
+            raise UserError(f"{folder}: vocab.json does not number its tokens as GPT-2 does; such "
+                            "a tokenizer cannot be used here")
+        return tokenizer
+
+    @classmethod
+    def from_shown(cls, lines: list[str]) -> BPETokenizer:
+        """From merges as GPT-2's file shows them, "Ġ t" for a space and a t."""
+        merges = []
+        for line in lines:
+            a, b = line.split(" ")
+            merges.append((unshow_bytes(a), unshow_bytes(b)))
+        return cls(merges)
+
+def show_bytes(token: bytes) -> str:
+    """A token as GPT-2's files show it.
+
+    >>> show_bytes(b" the")
+    'Ġthe'
+    """
+    return "".join([BYTE_TO_SHOWN[byte] for byte in token])
+
+def unshow_bytes(shown: str) -> bytes:
+    """The opposite of show_bytes."""
+    return bytes([SHOWN_TO_BYTE[character] for character in shown])
+
+# GPT-2's own tokens come from the library tiktoken. It knows a token by its bytes and its rank, and
+# merges the two neighbours whose bytes together have the lowest rank. For tokens that were learned
+# by merging, this is the same thing.
+def merges_from_ranks(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Recovers the merges from tiktoken's ranks. Apply all earlier merges to a token's bytes: the
+    two tokens that are left are the pair that made it."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get)[256:]:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [a + b for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs, key=lambda pair: ranks.get(pair, math.inf)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append(tuple(parts))
+    return merges
+
+GPT2_SIZE = 50257  # tokens
+
+def fetch_gpt2_tokens() -> BPETokenizer:
+    """From tiktoken, which downloads them at the first use and keeps them. Raises UserError if that
+    fails, and ImportError without the package."""
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception:  # the library raises errors of many kinds
+        raise UserError("--tokenizer gpt2: GPT-2's tokens could not be downloaded; connect to the "
+                        "network once, or use --tokenizer bpe") from None
+    return BPETokenizer(merges_from_ranks(
+        {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab)
+         if i != encoding.eot_token}))
+
+TOKENIZERS["bpe"] = BPETokenizer
+TOKENIZERS["gpt2"] = BPETokenizer
 
 # ---- The corpus ----------------------------------------------------------------------------------
 @dataclass
@@ -3556,8 +3545,8 @@ def make_tokenizer(config: RunConfig, text: str):
         show = progress_of("learning byte pairs")
         return BPETokenizer.train(text[: int(0.9 * len(text))], config.bpe_size, show)
     if config.tokenizer == "gpt2":
-        return GPT2Tokenizer.fetch()
-    return CharTokenizer.train(text)
+        return fetch_gpt2_tokens()
+    return TOKENIZERS[config.tokenizer].train(text)
 
 class PieceEncoder:
     """Encodes a text in pieces, to ids of 1, 2 or 4 bytes each. (A Python list of all ids would
@@ -3906,7 +3895,7 @@ def run_bench(typed: dict) -> None:
     preset = choose_preset(typed, device)
     config = replace(training_settings(preset, typed), grad_accum=1)
     config = replace(config, dtype=find_dtype(config.dtype, device))
-    vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2Tokenizer.size}
+    vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2_SIZE}
     sizes = model_settings(preset, typed, vocab_sizes[config.tokenizer])
     if sizes.model != "gpt":
         raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
@@ -4005,7 +3994,8 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
     return config, tensors
 
 # ---- Exchange: Qwen3's form ----------------------------------------------------------------------
-# Qwen3     has RMSNorm, RoPE, QK-norm, SwiGLU and no biases. A model with exactly these parts only
+# Qwen3     has RMSNorm, RoPE, QK-norm, shared keys and values, SwiGLU and no biases. A model with
+#           exactly these parts only
 #           needs other names. But `laptop` has LayerNorm and squared ReLU. A change of its weights
 #           makes it a Qwen3 with the same outputs, up to rounding. (The next chapter adds its
 #           previous-position heads.)
@@ -4027,7 +4017,7 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
 QWEN3_FORM = {"attention": ("extended", "fused"), "pos": ("rope",), "qk_norm": (True,),
               "bias": (False,), "norm": ("rmsnorm", *LAYER_NORMS),
               "activation": ("swiglu", "relu2"), "prev_heads": range(1001),
-              "n_kv_head": range(1001)}
+              "n_kv_head": (None, *range(1, 1001))}
 GATE_FACTOR = 1024.0  # b: larger values overflow in float16
 
 def centre(w, groups: int = 1):
@@ -4060,7 +4050,7 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
               "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": hidden,
               "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-              "num_key_value_heads": c.n_kv_head or c.n_head, "head_dim": c.n_embd // c.n_head,
+              "num_key_value_heads": c.kv_heads, "head_dim": c.n_embd // c.n_head,
               "hidden_act": "silu", "rms_norm_eps": RMSNorm.eps, "attention_bias": False,
               "attention_dropout": c.dropout, "max_position_embeddings": c.block_size,
               "rope_theta": 10000.0,
@@ -4073,7 +4063,7 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
 
 def to_qwen3_block(block: dict, c: ModelConfig, has_layer_norm: bool) -> dict:
     """The tensors of one block, from ours."""
-    n_kv = c.n_kv_head or c.n_head
+    n_kv = c.kv_heads
     width = n_kv * c.n_embd // c.n_head
     q, k, v = block["attn.c_attn.weight"].split([c.n_embd, width, width])
     if c.prev_heads and n_kv < c.n_head:  # all heads get keys and values of their own
@@ -4568,7 +4558,7 @@ def read_folder(folder: Path) -> LoadedModel:
     except RuntimeError as problem:  # the second line names what is missing or has another shape
         first = str(problem).split("\n")[:2][-1].strip()
         raise UserError(f"{folder}: its tensors do not fit its settings: {first}") from None
-    kind = "gpt2" if tokenizer.vocab_size == GPT2Tokenizer.size else tokenizer.kind
+    kind = "gpt2" if tokenizer.vocab_size == GPT2_SIZE else tokenizer.kind
     return LoadedModel(model, tokenizer, 0, {"data": "", "sha256": ""}, kind, tokenizer.vocab_size)
 
 # ---- A look inside -------------------------------------------------------------------------------
@@ -4605,7 +4595,8 @@ def look_inside(model, idx) -> Inside:
         streams.append(x[0])
         if type(block) is Block:
             parts.setdefault("embedding", x[0])
-            attention, normed = with_methods(block.attn, model.config), block.ln_1(x)
+            normed = block.ln_1(x)
+            attention = with_methods(block.attn, model.config, normed)
             q, k, _ = attention.heads(normed)
             weights.append(attention.weights(q, k)[0].cpu())
             for name, part in parts_of_attention(attention, normed).items():
@@ -4617,13 +4608,19 @@ def look_inside(model, idx) -> Inside:
     lens = [torch.softmax(model.lm_head(model.ln_f(x[-1])).float(), dim=-1).cpu() for x in streams]
     return Inside(torch.softmax(logits[0].float(), dim=-1).cpu(), lens, weights, streams, parts)
 
-def with_methods(attention, config: ModelConfig) -> Attention:
-    """The attention itself, or for Part I's, which is one method, the same as an Attention."""
+def with_methods(attention, config: ModelConfig, x) -> Attention:
+    """The attention itself, or for Part I's, which has only `forward`, an Attention with the same
+    weights, whose steps can be called one by one. Raises UserError for one that computes something
+    else, on the input x."""
     if isinstance(attention, Attention):
         return attention
-    same = Attention(config).to(attention.c_attn.weight)
-    same.load_state_dict(attention.state_dict())
-    return same.eval()
+    if isinstance(attention, CausalSelfAttention):
+        same = Attention(config).to(attention.c_attn.weight).eval()
+        same.load_state_dict(attention.state_dict())
+        if torch.allclose(same(x), attention(x), rtol=1e-3, atol=1e-4):
+            return same
+    raise UserError("--mode inspect: this attention does not show its weights; make it a subclass "
+                    "of Attention")
 
 def parts_of_attention(attention, x) -> dict[str, torch.Tensor]:
     """What each head adds to the residual stream, for the input x (1, T, C): (T, C) each.
@@ -4892,7 +4889,7 @@ ONCE = PATHS | {"prompt", "vary"}  # if one of these is typed twice, its first v
 RANGES = {"bpe_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
           "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
-          "prev_heads": (0, 1000), "n_kv_head": (0, 1000), "train_temperature": (0.01, 100),
+          "prev_heads": (0, 1000), "train_temperature": (0.01, 100),
           "warmup_steps": (0, 2**31 - 1),
           "sample_tokens": (0, 2**31 - 1), "checkpoint_interval": (0, 2**31 - 1),
           "patience": (0, 2**31 - 1), "max_tokens": (0, 2**31 - 1)}
@@ -5315,8 +5312,8 @@ class LoadedModel:
     tokenizer: object
     step: int  # at which it was saved
     corpus: dict  # the path and the checksum of the text that it was trained on, if they are known
-    made_by: str  # --tokenizer
-    bpe_size: int  # --bpe_size
+    made_by: str  # the value of --tokenizer
+    bpe_size: int  # the value of --bpe_size
 
 def read_model(path: Path) -> LoadedModel:
     """The model of a checkpoint, or of a folder with a GPT-2."""
@@ -5324,9 +5321,9 @@ def read_model(path: Path) -> LoadedModel:
         return read_folder(path)
     state = read_checkpoint(path)
     model, tokenizer = model_from_checkpoint(state, ModelConfig)
-    typed = state["train_config"]
-    return LoadedModel(model, tokenizer, state["step"], state["corpus"], typed["tokenizer"],
-                       typed["bpe_size"])
+    made = state["train_config"]
+    return LoadedModel(model, tokenizer, state["step"], state["corpus"], made["tokenizer"],
+                       made["bpe_size"])
 
 def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""

@@ -1739,7 +1739,7 @@ def test_a_previous_position_head_is_attention_with_all_weight_on_the_previous_p
     x = random_x(2, 5, 8)
     weights = torch.eye(5, dtype=torch.float64).roll(1, dims=0)
     weights[0] = torch.tensor([1.0, 0, 0, 0, 0])
-    q, k, v = minigpt.with_methods(module, small_config()).heads(x)
+    q, k, v = module.heads(x)
     ordinary = (module.weights(q, k) @ v).transpose(1, 2).flatten(2)
     values = module.c_prev(x).view(2, 5, prev_heads, 4).transpose(1, 2)
     fixed = (weights @ values).transpose(1, 2).flatten(2)
@@ -2014,11 +2014,11 @@ def test_gpt2s_tokenizer_is_taken_from_tiktoken(bpe, monkeypatch):
     tiktoken = pytest.importorskip("tiktoken")
     encoding = to_tiktoken(bpe)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
-    tokenizer = minigpt.TOKENIZERS["gpt2"].fetch()
+    tokenizer = minigpt.fetch_gpt2_tokens()
     assert tokenizer.merges == bpe.merges and tokenizer.vocab_size == bpe.vocab_size
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     with pytest.raises(UserError, match="--tokenizer gpt2: .*--tokenizer bpe"):
-        minigpt.TOKENIZERS["gpt2"].fetch()
+        minigpt.fetch_gpt2_tokens()
 
 def test_tiktoken_gives_the_same_ids(bpe):
     """For words, numbers, all kinds of white space, control characters, other scripts and the token
@@ -4680,7 +4680,7 @@ def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe
     """A run with GPT-2's tokens, or with fewer byte pairs than were asked for (the text had no
     more), can be the beginning of another one with the same flags, and that one can be resumed with
     them. Other flags are refused."""
-    monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", lambda: bpe)
+    monkeypatch.setattr(minigpt, "fetch_gpt2_tokens", lambda: bpe)
     for name, flags, other in (("gpt2", ["--tokenizer", "gpt2"], ["--tokenizer", "bpe"]),
                                ("bpe", ["--tokenizer", "bpe", "--bpe_size", "5000"],
                                 ["--bpe_size", "300"])):
@@ -5204,7 +5204,7 @@ def test_every_variant_is_built_before_the_first_one_is_trained(tmp_path, monkey
     def refuse():
         raise UserError("--tokenizer gpt2: no network")
 
-    monkeypatch.setattr(minigpt.GPT2Tokenizer, "fetch", refuse)
+    monkeypatch.setattr(minigpt, "fetch_gpt2_tokens", refuse)
     argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path / "out", "--vary", vary]
     if vary.startswith("pos"):
         argv += ["--attention", "explicit", "--no_qk_norm", "--prev_heads", "0"]
@@ -6318,6 +6318,14 @@ def test_a_look_inside_shows_the_models_own_attention_and_predictions(changes):
         table = table + model.wpe.weight[6]
     first = model.lm_head(model.ln_f(table)).softmax(-1)
     assert_close(inside.lens[0].double(), first.detach(), 1e-5)
+
+def test_an_attention_that_was_edited_is_not_shown_as_it_was(monkeypatch):
+    """A reader may change Part I's attention, or add one that is no subclass of it. What inspect
+    shows must be what that attention computes, or nothing."""
+    original = minigpt.CausalSelfAttention.forward
+    monkeypatch.setattr(minigpt.CausalSelfAttention, "forward", lambda self, x: 2 * original(self, x))
+    with pytest.raises(UserError, match="--mode inspect: .* subclass of Attention"):
+        minigpt.look_inside(small_model(), random_ids(1, 5))
 
 def test_a_bigram_model_has_predictions_and_nothing_else_inside():
     """It has no layers. Would fail if a look inside relied on them."""
