@@ -6323,7 +6323,8 @@ def test_an_attention_that_was_edited_is_not_shown_as_it_was(monkeypatch):
     """A reader may change Part I's attention, or add one that is no subclass of it. What inspect
     shows must be what that attention computes, or nothing."""
     original = minigpt.CausalSelfAttention.forward
-    monkeypatch.setattr(minigpt.CausalSelfAttention, "forward", lambda self, x: 2 * original(self, x))
+    monkeypatch.setattr(minigpt.CausalSelfAttention, "forward",
+                        lambda self, x: 2 * original(self, x))
     with pytest.raises(UserError, match="--mode inspect: .* subclass of Attention"):
         minigpt.look_inside(small_model(), random_ids(1, 5))
 
