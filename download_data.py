@@ -169,6 +169,15 @@ def import_copy(source: str, destination: Path = DESTINATION) -> None:
     say(f"wrote {destination}: {len(data):,} bytes, checksum correct")
 
 
+def is_there(destination: Path) -> bool:
+    """Whether a file is the corpus."""
+    try:
+        check(destination.read_bytes())
+        return True
+    except (OSError, Refused):
+        return False
+
+
 def find(destination: Path = DESTINATION) -> Path:
     """The path of the corpus, downloaded if needed; or, with a warning, that of the sample."""
     sample = destination.with_name("sample.txt")
@@ -179,8 +188,9 @@ def find(destination: Path = DESTINATION) -> Path:
     except DownloadError as problem:
         say(f"{'!' * 80}\nTiny Shakespeare could not be downloaded: {problem}\nTraining uses the "
             f"small sample {sample} instead. Its text will be much poorer.\nFor the real corpus, "
-            "connect to the network and try again, or import a copy with\n`python download_data.py "
-            "--source FILE`. You can also train on your own text with --data.\n" + "!" * 80)
+            "connect to the network, or import a copy with `python download_data.py\n--source "
+            "FILE`, and train in another --out_dir. You can also train on your own\ntext with "
+            "--data.\n" + "!" * 80)
     except OSError as problem:
         say(f"{'!' * 80}\n{destination} could not be written: {problem.strerror}\nTraining uses "
             f"the small sample {sample} instead. Its text will be much poorer.\nFor the real "
@@ -196,9 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.source is not None:
-            import_copy(args.source)
+            import_copy(args.source, DESTINATION)
+        elif is_there(DESTINATION):
+            say(f"{DESTINATION} is there already, checksum correct")
         else:
-            download()
+            download(DESTINATION)
         return 0
     except KeyboardInterrupt:
         say("")

@@ -1546,7 +1546,7 @@ class Run:
 # start.)
 #
 #     corpus data/input.txt: 1,003,854 training and 111,540 validation tokens, vocabulary 65
-#     model gpt: 818,048 parameters; cpu, bfloat16, 2 threads, processes: 1
+#     model: 818,048 parameters; cpu, bfloat16, 2 threads, processes: 1
 #     parameters: token table 8,320, position table 16,384, attention 264,192, MLP 526,848, norms
 #     2,304, output head 0
 #     step 0: training loss 4.2285, validation loss 4.2232, perplexity 68.25 (best so far)
@@ -2419,7 +2419,8 @@ class RunConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.short_share and self.sampling != "even":
-            raise UserError(f"--short_share {self.short_share}: needs --sampling even")
+            raise UserError(f"--short_share {self.short_share}: needs --sampling even; or type "
+                            "--short_share 0")
 
 # ---- A variation of your own ---------------------------------------------------------------------
 # If you add an entry to one of these tables, its key becomes a value of the flag that belongs to
@@ -2971,6 +2972,10 @@ def read_checkpoint(path: Path) -> dict:
         raise not_a_checkpoint(path) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
+    for name, value in {**state["model_config"], **state["train_config"]}.items():
+        if value not in CHOICES.get(name, [value]):
+            raise UserError(f"{path}: was trained with --{name} {value}, which this minigpt.py "
+                            "does not have; use the one that it was trained with")
     return state
 
 def replace_text(path: Path, text: str) -> None:
@@ -4763,7 +4768,7 @@ def run_inspect(typed: dict) -> None:
     ids = encode_prompt(used.tokenizer, prompt)
     block_size = used.model.config.block_size
     if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt {prompt[:40]!r}: type a prompt of 2 to "
+        raise UserError(f"--prompt {prompt[:40]!r}: type a prompt to look at, of 2 to "
                         f"{block_size} tokens; this one has {len(ids)}")
     inside = look_inside(used.model, torch.tensor([ids]))
     if not inside.probabilities.isfinite().all():
@@ -5001,7 +5006,8 @@ GROUPS = {"common": Options, "the model": ModelConfig, "training": RunConfig,
 def build_parser(with_comments: bool = False) -> Parser:
     """All flags, in groups. A flag that is not typed is absent from the result. Only --help needs
     the comments, which take time to read."""
-    parser = Parser(prog="minigpt.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog="minigpt.py", usage="minigpt.py --mode MODE [flags]", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS,
                     description="Train a GPT, write text with it, and look inside. A value that is "
                     "not typed comes from --preset, if the preset sets it, and otherwise from the "
                     "default in parentheses.", formatter_class=lambda prog: argparse.HelpFormatter(
@@ -5179,7 +5185,10 @@ def left_by_failed_start(path: Path) -> bool:
     return False
 
 def source_of(text: SourceText, data: str) -> dict:
-    """What a checkpoint stores about its corpus."""
+    """What a checkpoint stores about its corpus. Without --data, that is nothing for the corpus
+    itself, which is always found, and the path for the sample."""
+    if not data and text.path.name != "input.txt":
+        data = str(text.path)
     return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256}
 
 def resume_run(typed: dict, state: dict) -> RunStart:
@@ -5270,7 +5279,7 @@ def run_train(typed: dict) -> Outcome:
             run.restore(start.state)
         journal.forget_after(run.step if start.state is not None else -1)
         write_config(run)
-        say(f"model {run.model.config.model}: {count_parameters(run.model):,} parameters; "
+        say(f"model: {count_parameters(run.model):,} parameters; "
             f"{device}, {run.config.dtype}, {torch.get_num_threads()} threads, "
             f"processes: {run.processes}")
         say("parameters: " + ", ".join([f"{part} {n:,}" for part, n

@@ -3435,7 +3435,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, start_main, number, 
     assert [n for n, *_ in step_losses(out_dir)] == [*range(1, step + 2)]
     log = tmp_path / "log_b"
     process = start_main([*TRAIN, "--eval_batches", "100000000", "--out_dir", tmp_path / "b"], log)
-    for said in ("\nmodel gpt", "stopping as soon"):
+    for said in ("\nmodel: ", "stopping as soon"):
         while said not in (log.read_text(encoding="utf-8") if log.exists() else ""):
             assert process.is_alive()
             time.sleep(0.02)
@@ -4253,6 +4253,16 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
         download_data.put_in_place(b"new", tmp_path / "input.txt")
     assert os.listdir(tmp_path) == ["input.txt"]
 
+def test_a_corpus_that_is_there_is_not_downloaded_again(server, tmp_path, monkeypatch, capsys):
+    """Otherwise the command would fail without a network, although nothing is missing."""
+    monkeypatch.setattr(download_data, "DESTINATION", tmp_path / "input.txt")
+    monkeypatch.setattr(download_data, "MIRRORS", [f"{server}/good"])
+    assert download_data.main([]) == 0 and Handler.hits["good"] == 1
+    assert download_data.main([]) == 0 and Handler.hits["good"] == 1
+    assert "is there already" in capsys.readouterr().err
+    (tmp_path / "input.txt").write_bytes(b"half")
+    assert download_data.main([]) == 0 and Handler.hits["good"] == 2
+
 def test_the_import_of_a_copy_has_the_same_checks(server, tmp_path, monkeypatch):
     """From a file or an address. A wrong copy, a missing one, a folder, an address that is none and
     a file without an end are refused, and each error names its source."""
@@ -4415,7 +4425,7 @@ def test_what_a_run_says_of_itself_is_right(tiny_run):
     assert f"{cut:,} training and {len(text) - cut:,} validation tokens" in err
     model, tokenizer = model_of(folder / "latest.pt")
     n = sum(p.numel() for p in model.parameters())
-    assert f"model gpt: {n:,} parameters; cpu, float32, 1 threads, processes: 1" in err
+    assert f"model: {n:,} parameters; cpu, float32, 1 threads, processes: 1" in err
     assert f"vocabulary {tokenizer.vocab_size}\n" in err
     assert tokenizer.vocab_size == len(set(text))
     said = f"best model (step {state['step']}): {folder / 'best.pt'}"
@@ -5049,6 +5059,29 @@ def test_a_run_that_has_nothing_left_to_do_says_so(tmp_path, tiny_run):
         assert f"nothing is left to train: the run is at step 6; --max_steps is {steps}" in said
     assert step_of(tmp_path / "latest.pt") == 6
     assert "nothing is left" not in resume_tiny(tmp_path, "--max_steps", "7")
+
+def test_a_run_on_the_sample_goes_on_when_the_corpus_has_arrived(tmp_path, monkeypatch):
+    """The first run had no network and took the sample. Later commands must find the sample again,
+    although the corpus is there now."""
+    sample = tmp_path / "data" / "sample.txt"
+    sample.parent.mkdir()
+    shutil.copy(SHORT, sample)
+    monkeypatch.setattr(minigpt, "PROGRAM", tmp_path / "minigpt.py")
+    monkeypatch.setattr(download_data, "MIRRORS", [])
+    argv = [word for word in TRAIN if word not in ("--data", str(SHORT))]
+    succeed(*argv, "--out_dir", tmp_path / "out", "--max_steps", "1")
+    monkeypatch.setattr(download_data, "find", lambda path: pytest.fail("asked for the corpus"))
+    resume_tiny(tmp_path / "out", "--max_steps", "2")
+    assert run_main("--mode", "eval", "--out_dir", tmp_path / "out")[0] == 0
+
+def test_a_checkpoint_with_a_variation_that_is_not_there_is_one_line(tmp_path, monkeypatch):
+    """It was trained with an activation that a reader had added, and is used by a program without
+    it."""
+    with monkeypatch.context() as patch:
+        patch.setitem(minigpt.ACTIVATIONS, "sine", SineMLP)
+        train_tiny(tmp_path, "--activation", "sine", "--max_steps", "1")
+    for argv in (["--mode", "generate", "--out_dir", tmp_path], [*RESUME, tmp_path]):
+        check_mistake(*run_main(*argv), [".pt", "--activation sine", "does not have"])
 
 def test_a_corpus_that_was_moved_is_named_by_data(tmp_path):
     """The checkpoint knows where the text was. If it is not there any more, --data names its new
@@ -6584,7 +6617,7 @@ train --n_layer 1 => train: type --mode train
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --top_k 0 => --top_k & '0'
 --mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
---mode inspect --out_dir {run} => --prompt '' & a prompt of 2 to 16 tokens; this one has 1
+--mode inspect --out_dir {run} => --prompt '' & to look at, of 2 to 16 tokens; this one has 1
 --mode generate --out_dir {run} --prompt a\\nb => --prompt & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop \\n => --stop & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop Ö => --stop 'Ö' & the closest one that it has is 'O'
