@@ -3623,7 +3623,8 @@ def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
     it is in a place that is not read, such as a date, and changes nothing. Fails if a member is
     read without its checksum."""
     path = tmp_path / "a.pt"
-    state = {"format": minigpt.FORMAT, "w": random_x(20).float(), "step": 12345}
+    state = {"format": minigpt.FORMAT, "model_config": {}, "train_config": {"seed": 1},
+             "w": random_x(20).float(), "step": 12345}
     minigpt.save_checkpoint(path, state)
     whole = path.read_bytes()
     content = whole.index(b"PK\x01\x02")  # here begins the archive's list of its members
