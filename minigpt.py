@@ -928,8 +928,9 @@ def count_parameters(model: nn.Module) -> int:
 # Shapes    logits (B, V) -> next token (B, 1)
 # Window    The model sees at most block_size tokens. When the text gets longer, we drop the oldest,
 #           so every remaining token moves to an earlier position.
-# Try it    With the trained `plain`, --mode generate --out_dir plain --prompt ROMEO: --temperature
-#           0 repeats itself: "I will the shall be so the shall be so so see To make the shall the
+# Try it    With the trained `plain`, type
+#               --mode generate --out_dir plain --prompt ROMEO: --temperature 0
+#           It repeats itself: "I will the shall be so the shall be so so see To make the shall the
 #           shall the shall be some". Taking the most likely token each time does not give a typical
 #           text. --temperature 2 hardly makes words: "TacE! Agai, But-KieR, Frottendft beat laimlt
 #           us!"
