@@ -5288,6 +5288,9 @@ def run_train(typed: dict) -> Outcome:
         if run.finished():
             say(f"nothing is left to train: the run is at step {run.step}; --max_steps is "
                 f"{run.config.max_steps}, --patience is {run.config.patience}")
+            if (run.step % run.config.eval_interval
+                    and run.step != start.state["train_config"]["max_steps"]):
+                evaluate_and_save(run)  # it was stopped between two evaluations
         exit_code = 1
         try:
             if run.rank == 0:

@@ -4687,6 +4687,19 @@ def test_a_run_that_training_made_worse_says_so(tmp_path):
     rows, _ = ablate_tiny(tmp_path, "--vary", "learning_rate=10,0.01", "--seeds", "1", *bad[2:])
     assert [row[5] for row in rows] == ["0 (not trained)", "6"]
 
+def test_a_run_that_is_shortened_between_two_evaluations_is_evaluated(tmp_path):
+    """It was stopped at step 4, after the evaluation of step 0, and is resumed with --max_steps 2.
+    Fails if the weights of step 4 are not compared with those of step 0."""
+    rarely = ["--eval_interval", "100", "--checkpoint_interval", "4"]
+    train_tiny(tmp_path / "still", *rarely, "--learning_rate", "0")  # best.pt stays that of step 0
+    train_tiny(tmp_path / "run", *rarely)
+    (tmp_path / "run" / "best.pt").write_bytes((tmp_path / "still" / "best.pt").read_bytes())
+    stopped = (tmp_path / "run" / "step_000004.pt").read_bytes()
+    (tmp_path / "run" / "latest.pt").write_bytes(stopped)
+    line = last_line(train_tiny(tmp_path / "run", "--resume", *rarely, "--max_steps", "2"))
+    assert "the best model (step 4)" in line and "worse" not in line
+    assert step_of(tmp_path / "run" / "best.pt") == 4
+
 def test_the_flags_of_the_tokenizer_may_be_repeated_with_init_from(tmp_path, bpe, monkeypatch):
     """A run with GPT-2's tokens, or with fewer byte pairs than were asked for (the text had no
     more), can be the beginning of another one with the same flags, and that one can be resumed with
