@@ -556,6 +556,9 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise UserError(f"--n_embd {self.n_embd}: must be divisible by --n_head {self.n_head}")
+        if round(self.mlp_ratio * self.n_embd) < 2:
+            raise UserError(f"--mlp_ratio {self.mlp_ratio}: the MLP needs at least 2 hidden units; "
+                            "use a larger one")
 
 # ---- Attention with several heads ----------------------------------------------------------------
 # Problem   One softmax can concentrate on one thing at a time. A token may need several: the letter
@@ -1372,7 +1375,7 @@ def model_from_checkpoint(state: dict, config_class=GPTConfig):
 #           writes files.
 def evaluate_and_save(run: Run) -> None:
     """Estimates both losses and shows a sample. Writes best.pt if the validation loss is the lowest
-    so far, and latest.pt."""
+    so far."""
     losses = run.estimate()
     better = losses["val"] < run.best_val
     if better:
@@ -1381,13 +1384,13 @@ def evaluate_and_save(run: Run) -> None:
     run.journal.report_evaluation(run, losses, better)
     if better:
         run.save("best.pt")
-    run.save("latest.pt")  # last: a run that goes on from it can rely on best.pt
 
 def train(run: Run, after_step=None) -> None:
     """Trains until run.finished(). after_step, if given, is called with the run after each step."""
     config = run.config
     if run.best_val == math.inf:  # nothing was evaluated yet: how good are random weights?
         evaluate_and_save(run)
+        run.save("latest.pt")
     while not run.finished():
         torch.manual_seed(derived_seed(config.seed, run.step))  # for dropout
         for group in run.optimizer.param_groups:
@@ -1395,11 +1398,14 @@ def train(run: Run, after_step=None) -> None:
         loss, norm = run.take_step()
         run.step += 1
         run.journal.report_step(run, loss, norm)
-        if run.step % config.eval_interval == 0 or run.step == config.max_steps:
+        evaluated = run.step % config.eval_interval == 0 or run.step == config.max_steps
+        numbered = config.checkpoint_interval and run.step % config.checkpoint_interval == 0
+        if evaluated:
             evaluate_and_save(run)
-        if config.checkpoint_interval and run.step % config.checkpoint_interval == 0:
+        if numbered:
             run.save(f"step_{run.step:06d}.pt")
-            run.save("latest.pt")
+        if evaluated or numbered:
+            run.save("latest.pt")  # last: a run that goes on from it can rely on the other files
         if after_step is not None:
             after_step(run)
 
@@ -2170,10 +2176,10 @@ SCHEDULES["linear"] = straight_line
 # Example   i = 0, 1, 2, 3, 4 with offset 0: 0, 0.62, 0.24, 0.85, 0.47 of the text.
 # Short     A longer window has more to look back at, but attention compares every position with all
 #           earlier ones, so it costs more. At first, a model learns what the last few characters
-#           tell. So the first short_share of the steps take windows of only short_block tokens, and
-#           more of them, so that a step has about as many tokens. The other steps take whole
+#           tell. So the first short_share of the steps take windows of at most short_block tokens,
+#           and more of them, so that a step has about as many tokens. The other steps take whole
 #           windows, with an offset of their own. (Both are settings of RunConfig. In `laptop`,
-#           short_share is 0.7 and short_block is 128.)
+#           short_share is 0.7 and short_block is 128, so a window of 512 becomes four.)
 # Here      --sampling even: 2.278 ± 0.019, no difference in so few steps. In the full runs of the
 #           chapter "What it all adds up to", it brings 0.02.
 def even_batches(run: Run) -> list:
@@ -2181,8 +2187,8 @@ def even_batches(run: Run) -> list:
     settings of the run are a RunConfig."""
     config, tokens, block_size = run.config, run.corpus.train, run.model.config.block_size
     short = run.step < config.short_share * config.max_steps
-    T = min(config.short_block, block_size) if short else block_size
-    B = config.batch_size * (block_size // T)  # about as many tokens as in whole windows
+    pieces = math.ceil(block_size / config.short_block) if short else 1  # made of a whole window
+    T, B = block_size // pieces, config.batch_size * pieces
     # From 0 to 1. The -1 keeps this seed apart from those of the steps.
     offset = derived_seed(config.seed, -1, short) / 2**32
     golden_ratio = (math.sqrt(5) - 1) / 2  # minus 1: only the fraction matters
@@ -2408,7 +2414,7 @@ class RunConfig(TrainConfig):
     bpe_size: int = 1024  # size of the vocabulary with --tokenizer bpe; smaller for a small text
     sampling: str = "random"  # where the windows of a batch are
     short_share: float = 0.0  # share of the steps, from the first, with short windows
-    short_block: int = 128  # tokens in a short window
+    short_block: int = 128  # the most tokens in a short window
     train_temperature: float = 1.0  # divides the logits in training; below 1: a model less sure
     optimizer: str = "adamw"  # how a gradient becomes a step
     schedule: str = "cosine"  # how the learning rate falls
@@ -2972,12 +2978,30 @@ def read_checkpoint(path: Path) -> dict:
     except Exception:
         raise not_a_checkpoint(path) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one")
+        raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one, in "
+                        "another --out_dir")
     for name, value in {**state["model_config"], **state["train_config"]}.items():
-        if value not in CHOICES.get(name, [value]):
+        if name not in SETTINGS | {"vocab_size", "init_from"} or (
+                value not in CHOICES.get(name, [value])):
             raise UserError(f"{path}: was trained with --{name} {value}, which this minigpt.py "
                             "does not have; use the one that it was trained with")
     return state
+
+def rebuild(path: Path, state: dict):
+    """The model and the tokenizer of a checkpoint. Raises UserError if this program, which may have
+    been edited, builds a model with other weights."""
+    try:
+        return model_from_checkpoint(state, ModelConfig)
+    except RuntimeError as problem:
+        if "loading state_dict" not in str(problem):
+            raise
+        raise UserError(f"{path}: its weights are not those of this minigpt.py's model "
+                        f"({first_misfit(problem)}); use the minigpt.py that it was trained with"
+                        ) from None
+
+def first_misfit(problem: RuntimeError) -> str:
+    """What load_state_dict says of the first weights that are missing or have another shape."""
+    return str(problem).split("\n")[:2][-1].strip()
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file, completely or not at all."""
@@ -3117,8 +3141,8 @@ class FullJournal(Journal):
         path = self.out_dir / "best.pt"
         best = f"the best model (step {run.best_step}): {path}"
         if run.best_step == 0:
-            best = (f"training has made it worse: {path} is the model from before the first step; "
-                    "use a smaller --learning_rate")
+            best = (f"no evaluation was better than the one before the first step, which {path} is "
+                    "from; try another --learning_rate")
         self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; {best}")
 
     def show_progress(self, share: float) -> None:
@@ -3601,6 +3625,12 @@ def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = 
                     f"text's shorter part, {shorter}; lower it, or use a longer --data")
 
 # ---- A run with all of it ------------------------------------------------------------------------
+@torch.no_grad()
+def is_finite(model) -> bool:
+    """Whether the weights, and the logits for one token, are finite numbers."""
+    logits, _ = model(torch.zeros(1, 1, dtype=torch.long))
+    return all(w.isfinite().all() for w in (logits, *model.parameters()))
+
 class FullRun(Run):
     """A run on any device and in several processes, which checks what it saves.
 
@@ -3695,9 +3725,9 @@ class FullRun(Run):
                         f"than {self.config.learning_rate}, and another --out_dir")
 
     def save(self, name: str) -> None:
-        """Writes a checkpoint, in the first process. Raises Diverged for weights that are not
-        finite, so that they never replace good ones."""
-        if not all(p.isfinite().all() for p in self.model.parameters()):
+        """Writes a checkpoint, in the first process. Raises Diverged for a model that is not
+        finite, so that it never replaces a good one."""
+        if not is_finite(self.model):
             raise self.diverged()
         if self.rank == 0:
             super().save(name)
@@ -3711,23 +3741,21 @@ class FullRun(Run):
 
     def restore(self, state: dict) -> None:
         """Continues from a checkpoint. best.pt is read for what it holds, because it may be of a
-        later step, or missing."""
+        later step, or missing, or a copy of another checkpoint."""
         super().restore(state)
         if state.get("scaler"):  # it is empty if the run was not in float16
             self.scaler.load_state_dict(state["scaler"])
         self.began -= state["seconds"]
         self.wandb_id = state.get("wandb")
         best = self.out_dir / "best.pt"
-        if not best.exists():  # the next evaluation makes one
-            self.best_val = math.inf
-            self.best_step = self.step
-            return
-        held = read_checkpoint(best)
-        if (held["model_config"] != state["model_config"]
-                or held["corpus"]["sha256"] != self.source["sha256"]):
+        held = read_checkpoint(best) if best.exists() else None
+        if held and (held["model_config"] != state["model_config"]
+                     or held["corpus"]["sha256"] != self.source["sha256"]):
             raise UserError(f"{best}: this is the model of another run; move it to another folder")
-        self.best_val = held["best_val"]
-        self.best_step = held["best_step"]
+        if held and held["step"] == held["best_step"]:
+            self.best_val, self.best_step = held["best_val"], held["best_step"]
+        else:  # the next evaluation makes one
+            self.best_val, self.best_step = math.inf, self.step
 
     def score(self, progress=None) -> float:
         gather(None)  # wait until the first process has written best.pt
@@ -3779,21 +3807,25 @@ def variants_of(typed: dict) -> dict[str, dict]:
     """What would have to be typed for each variant that --vary FIELD=A,B,C names, by its label.
 
     If tokenizers are compared, --bpe_size is that of the byte-pair encoding alone."""
-    vary = typed.get("vary", "")
-    name, _, values = vary.partition("=")
+    if "vary" not in typed:
+        raise UserError("--vary is missing: type what to compare, for instance norm=none,rmsnorm")
+    vary = f"--vary {typed['vary']}"
+    name, _, values = typed["vary"].partition("=")
     name = name.replace("-", "_")
     if name not in SETTINGS - {"seed", "preset"} or not values:
-        raise UserError(f"--vary {vary}: must be FIELD=A,B,C, where FIELD is a setting of the "
-                        "model or of training other than seed and preset")
+        raise UserError(f"{vary}: must be FIELD=A,B,C, where FIELD is a setting of the model or of "
+                        "training other than seed and preset")
+    if name in typed:
+        raise UserError(f"--{name} {typed[name]}: {vary} chooses it; leave the flag out")
     variants = {}
-    owner = ModelConfig if name in field_names(ModelConfig) else RunConfig
-    is_switch = kind_of(owner, name) is bool
     for value in map(str.strip, values.split(",")):
         flag = f"--{name}={value}"
-        if is_switch:
+        if name in SWITCHES:
             if value.lower() not in ("true", "false"):
-                raise UserError(f"--vary {vary}: {name} can be true or false")
+                raise UserError(f"{vary}: {name} can be true or false")
             flag = f"--{name}" if value.lower() == "true" else f"--no_{name}"
+        if f"{name}={value}" in variants:
+            raise UserError(f"{vary}: has {value} twice; name each value once")
         variants[f"{name}={value}"] = {**typed, **parse(["--mode", "ablate", flag])}
     if "tokenizer=bpe" in variants:
         for variant in variants.values():
@@ -3914,7 +3946,6 @@ def run_bench(typed: dict) -> None:
     def rate(work: int, function) -> float:
         return rate_of(work, options.bench_seconds, function)
 
-    # Writing comes first: training with odd settings may ruin the weights.
     writing = {"writing, tokens/s": rate(n, lambda: model.generate(start, n))}
     if isinstance(new_reader(model), CachedReader):
         writing["writing, without the cache"] = rate(n, lambda: model.generate(
@@ -4035,6 +4066,9 @@ def to_qwen3(model: GPT) -> tuple[dict, dict]:
     """Qwen3's config.json and tensors for a model. Raises UserError for a setting that it lacks."""
     c = model.config
     refuse_settings(c, "Qwen3", QWEN3_FORM)
+    if c.prev_heads and c.n_embd // c.n_head < 4:
+        raise UserError(f"prev_heads={c.prev_heads}: Qwen3's form needs heads of at least 4 "
+                        f"channels for them, but n_embd / n_head is {c.n_embd // c.n_head}")
     ours = {name: w.double() for name, w in model.state_dict().items()}
     has_layer_norm = c.norm in LAYER_NORMS
     tensors = {"model.embed_tokens.weight": ours["wte.weight"],
@@ -4419,7 +4453,8 @@ def run_export(typed: dict) -> None:
     if options.format != "gguf" and options.gguf_type != Options.gguf_type:
         raise UserError(f"--gguf_type {options.gguf_type}: belongs to --format gguf; add that, or "
                         "leave this flag out")
-    used = load_for_use(replace(options, device="cpu"))
+    used = load_for_use(options)
+    used.model.cpu()
     c = used.model.config
     if c.model == "bigram":
         raise UserError("model=bigram: other programs run GPTs; they have no bigram model")
@@ -4455,8 +4490,8 @@ def read_json(path: Path) -> dict:
     except ValueError:
         raise UserError(f"{path}: this file is damaged; fetch it again") from None
 
-def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
-    """config.json, and the ModelConfig that corresponds to it. Raises UserError if none does."""
+def read_gpt2_config(folder: Path) -> ModelConfig:
+    """The ModelConfig that corresponds to config.json. Raises UserError if none does."""
     theirs = read_json(folder / "config.json")
     for name, needed in GPT2_NEEDS.items():
         # A setting that is missing has GPT-2's value, but model_type must be there.
@@ -4469,12 +4504,15 @@ def read_gpt2_config(folder: Path) -> tuple[dict, ModelConfig]:
                         f"{', '.join(GPT2_ACTIVATIONS)} can be used here")
     n_embd = theirs["n_embd"]
     hidden = theirs.get("n_inner") or 4 * n_embd  # null means 4 C
-    return theirs, ModelConfig(
-        vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"],
-        n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=n_embd,
-        mlp_ratio=hidden / n_embd, dropout=theirs.get("resid_pdrop", 0.1),
-        activation=GPT2_ACTIVATIONS[activation], attention="fused", norm="fused_layernorm",
-        tie_weights=theirs.get("tie_word_embeddings", True))
+    try:
+        return ModelConfig(
+            vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"],
+            n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=n_embd,
+            mlp_ratio=hidden / n_embd, dropout=theirs.get("resid_pdrop", 0.1),
+            activation=GPT2_ACTIVATIONS[activation], attention="fused", norm="fused_layernorm",
+            tie_weights=theirs.get("tie_word_embeddings", True))
+    except UserError as problem:
+        raise UserError(f"{folder}: its config.json has sizes that do not fit: {problem}") from None
 
 def read_tensors(folder: Path) -> dict:
     """All tensors of a folder, from one file or from several."""
@@ -4495,7 +4533,7 @@ def read_tensors(folder: Path) -> dict:
                             "fetch it again") from None
     return tensors
 
-def from_gpt2(theirs: dict, config: ModelConfig, vocab_size: int) -> dict:
+def from_gpt2(theirs: dict, config: ModelConfig) -> dict:
     """Our state dictionary from GPT-2's tensors. Rows beyond vocab_size are left out."""
     ours = {}
     for name, w in theirs.items():
@@ -4505,7 +4543,7 @@ def from_gpt2(theirs: dict, config: ModelConfig, vocab_size: int) -> dict:
         if ".c_" in name and w.dim() == 2:
             w = w.t()
         if name in ("wte.weight", "lm_head.weight"):
-            w = w[:vocab_size]
+            w = w[: config.vocab_size]
         ours[name] = w.float().contiguous()
     if config.tie_weights and "wte.weight" in ours:
         ours["lm_head.weight"] = ours["wte.weight"]
@@ -4543,27 +4581,30 @@ def read_folder(folder: Path) -> LoadedModel:
         if path.suffix == ".pt":
             raise UserError(f"{folder}: this is the folder of a run; name the file {path}")
     try:
-        theirs, config = read_gpt2_config(folder)
+        config = read_gpt2_config(folder)
         tokenizer = read_tokenizer(folder)
-    except UserError:  # it is a ValueError
+        n = tokenizer.vocab_size
+        if n > config.vocab_size:
+            raise UserError(f"{folder}: its tokenizer has {n} tokens, but its model has only "
+                            f"{config.vocab_size}")
+        if n < config.vocab_size:
+            say(f"{folder}: the model has {config.vocab_size} tokens and the tokenizer {n}; the "
+                "others are ignored")
+        config = replace(config, vocab_size=n)
+        model = GPT(config)
+    except (UserError, OSError, MemoryError):
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+    except Exception as problem:  # wrong types and sizes can make many things fail
+        if is_out_of_memory(problem):
+            raise
         raise UserError(f"{folder}: its config.json or its tokenizer is damaged "
                         f"({type(problem).__name__}: {problem}); fetch it again") from None
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but its model "
-                        f"has only {config.vocab_size}")
-    if tokenizer.vocab_size < config.vocab_size:
-        say(f"{folder}: the model has {config.vocab_size} tokens and the tokenizer "
-            f"{tokenizer.vocab_size}; the others are ignored")
-    config = replace(config, vocab_size=tokenizer.vocab_size)
-    weights = from_gpt2(read_tensors(folder), config, tokenizer.vocab_size)
-    model = GPT(config)
+    weights = from_gpt2(read_tensors(folder), config)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as problem:  # the second line names what is missing or has another shape
-        first = str(problem).split("\n")[:2][-1].strip()
-        raise UserError(f"{folder}: its tensors do not fit its settings: {first}") from None
+    except RuntimeError as problem:
+        raise UserError(f"{folder}: its tensors do not fit its settings: "
+                        f"{first_misfit(problem)}") from None
     kind = "gpt2" if tokenizer.vocab_size == GPT2_SIZE else tokenizer.kind
     return LoadedModel(model, tokenizer, 0, {"data": "", "sha256": ""}, kind, tokenizer.vocab_size)
 
@@ -4772,9 +4813,6 @@ def run_inspect(typed: dict) -> None:
         raise UserError(f"--prompt {prompt[:40]!r}: type a prompt to look at, of 2 to "
                         f"{block_size} tokens; this one has {len(ids)}")
     inside = look_inside(used.model, torch.tensor([ids]))
-    if not inside.probabilities.isfinite().all():
-        raise UserError(f"--checkpoint {options.checkpoint or options.out_dir}: this model "
-                        "computes numbers that are not finite; use another one")
     print_inside(inside, ids, used.tokenizer)
     if not inside.weights:
         return
@@ -4989,13 +5027,13 @@ def explain_unknown(argv: list[str], word: str, mode: str | None) -> str:
     if not word.startswith("-"):
         if word in MODES and mode is None:
             return f"{word}: type --mode {word}"
-        if any(name in field_names(group) and kind_of(group, name) is bool
-               for group in GROUPS.values()):
+        if name in SWITCHES:
             return f"--{name} {word}: takes no value; type --{name} or --no_{name}"
         return (f"{word}: belongs to no flag. A flag takes one value: put a value with spaces in "
                 "quotes, and join several texts into one file")
-    word = word.split("=")[0]
-    flags = [f"--{name}" for name in sorted(MODES[mode].takes if mode else SETTINGS)]
+    word = word.split("=")[0].replace("--no-", "--no_")
+    names = sorted(MODES[mode].takes if mode else SETTINGS)
+    flags = [f"--{name}" for name in names] + [f"--no_{name}" for name in names if name in SWITCHES]
     close = [flag for flag in flags if flag.startswith(word) and len(word) > 2]
     if len(close) != 1:
         close = difflib.get_close_matches(word, flags, n=1, cutoff=0.8)
@@ -5003,6 +5041,8 @@ def explain_unknown(argv: list[str], word: str, mode: str | None) -> str:
 
 GROUPS = {"common": Options, "the model": ModelConfig, "training": RunConfig,
           "writing": WritingConfig}
+SWITCHES = {name for group in GROUPS.values() for name in field_names(group)
+            if kind_of(group, name) is bool}
 
 def build_parser(with_comments: bool = False) -> Parser:
     """All flags, in groups. A flag that is not typed is absent from the result. Only --help needs
@@ -5204,7 +5244,7 @@ def resume_run(typed: dict, state: dict) -> RunStart:
     if text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
-    model, tokenizer = model_from_checkpoint(state, ModelConfig)
+    model, tokenizer = rebuild(Path(typed.get("out_dir", Options.out_dir), "latest.pt"), state)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
     source = source_of(text, data or remembered)
     return RunStart(model, tokenizer, text, corpus, config, source, state)
@@ -5291,6 +5331,7 @@ def run_train(typed: dict) -> Outcome:
             if (run.step % run.config.eval_interval
                     and run.step != start.state["train_config"]["max_steps"]):
                 evaluate_and_save(run)  # it was stopped between two evaluations
+                run.save("latest.pt")
         exit_code = 1
         try:
             if run.rank == 0:
@@ -5333,7 +5374,7 @@ def read_model(path: Path) -> LoadedModel:
     if path.is_dir():
         return read_folder(path)
     state = read_checkpoint(path)
-    model, tokenizer = model_from_checkpoint(state, ModelConfig)
+    model, tokenizer = rebuild(path, state)
     made = state["train_config"]
     return LoadedModel(model, tokenizer, state["step"], state["corpus"], made["tokenizer"],
                        made["bpe_size"])
@@ -5345,6 +5386,9 @@ def load_for_use(options: Options) -> LoadedModel:
     used = read_model(path)
     say(f"{path}: step {used.step}, {count_parameters(used.model):,} parameters")
     used.model.to(device).eval()
+    if not is_finite(used.model):
+        raise UserError(f"{path}: this model computes numbers that are not finite, because its run "
+                        "has diverged; use another one")
     return used
 
 # Characters that many programs insert automatically, and what a plain text has in their place.
@@ -5353,13 +5397,15 @@ PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201
                              "\u00a0": " "})
 
 def adapt_text(tokenizer, flag: str, text: str) -> str:
-    """The text of a flag in the form that corpora have: line breaks as on Linux, and accents
-    composed with their letters. Raises UserError for a character that the model does not know."""
+    """The text of a flag in the form that its corpus has: line breaks as on Linux, and accents
+    composed with their letters or not. Raises UserError for a character that the model does not
+    know."""
     text = unify_line_breaks(text)
     if tokenizer.kind != "char":
         return text
-    if not set(text) <= set(tokenizer.itos):
-        text = unicodedata.normalize("NFC", text)
+    composed = unicodedata.normalize("NFC", text)  # an accent and its letter as one character
+    forms = (text, composed, unicodedata.normalize("NFD", text))
+    text = next((form for form in forms if set(form) <= set(tokenizer.itos)), composed)
     for character in text:
         if character in tokenizer.stoi:
             continue
@@ -5471,20 +5517,23 @@ class Mode:
 EVERY_MODE = {"mode", "device"}
 USES_MODEL = EVERY_MODE | {"out_dir", "checkpoint"}
 SETTINGS = {*field_names(ModelConfig), *field_names(RunConfig)} - {"init_from"}
+# bench takes the settings on which a speed can depend.
+TIMED = {*field_names(ModelConfig), "preset", "tokenizer", "bpe_size", "batch_size", "optimizer",
+         "train_temperature", "dtype", "compile"}
 MODES = {
     "train": Mode(run_train, EVERY_MODE | SETTINGS | {"out_dir", "data", "resume", "init_from",
                                                       "checkpoint"}),
     "generate": Mode(run_generate, USES_MODEL | {"seed", *field_names(WritingConfig)}),
     "eval": Mode(run_eval, USES_MODEL | {"data", "block_size"}),
     "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
-    "bench": Mode(run_bench, EVERY_MODE | SETTINGS | {"bench_seconds", "max_tokens"}),
+    "bench": Mode(run_bench, EVERY_MODE | TIMED | {"bench_seconds", "max_tokens"}),
     "inspect": Mode(run_inspect, USES_MODEL | {"prompt"}),
     "export": Mode(run_export, USES_MODEL | {"export_dir", "format", "gguf_type"}),
 }
 CHOICES["mode"] = MODES
 
 # ---- The program ---------------------------------------------------------------------------------
-def explain(problem: Exception) -> str | None:
+def explain(problem: Exception, typed: dict) -> str | None:
     """A user's mistake in one line, or None if it is not one."""
     if isinstance(problem, UserError):
         return str(problem)
@@ -5496,10 +5545,13 @@ def explain(problem: Exception) -> str | None:
     if not isinstance(problem, OSError) and isinstance(problem.__context__, OSError):
         problem = problem.__context__  # PyTorch's writer hides what went wrong
     if isinstance(problem, OSError):
-        where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or "--out_dir"))
+        folder = typed.get("export_dir") or typed.get("out_dir", Options.out_dir)  # of a full disk
+        where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or folder))
         what = problem.strerror or problem
         return f"{where}: {what}; correct that, or name another file or folder"
     if is_out_of_memory(problem):
+        if typed.get("mode") in ("generate", "eval", "inspect", "export"):
+            return "out of memory; use a smaller model, or a shorter text"
         return "out of memory; use a smaller --batch_size, --block_size or --n_embd"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: does not work here ({type(problem).__name__}); use --no_compile"
@@ -5534,6 +5586,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 2 for a user's mistake, 128 + n for signal n."""
     prepare_streams()
     keep_memory()
+    typed = {}
     try:
         typed = parse(sys.argv[1:] if argv is None else argv)
         mode = typed["mode"]
@@ -5551,7 +5604,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `generate | head`
         return 128 + 13
     except Exception as problem:
-        line = explain(problem)
+        line = explain(problem, typed)
         if line is None:
             raise
         if process_rank() > 0:

@@ -140,6 +140,10 @@ def replaced(argv):
     for flag in ("--data", "--out_dir", "--preset", "--init_from"):
         while argv.count(flag) > 1:
             del argv[argv.index(flag) : argv.index(flag) + 2]
+    if "--vary" in argv:  # it chooses this setting
+        flag = "--" + argv[argv.index("--vary") + 1].split("=")[0]
+        while flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
     return argv
 
 def run_main(*argv):
@@ -4471,7 +4475,7 @@ def test_the_rate_counts_the_tokens_of_short_windows(tmp_path, monkeypatch):
     """In the first half of these steps, 3 windows of 5 tokens stand for one of 16, so a step has
     2 * 4 * 3 * 5 = 120 tokens and not 128."""
     clock_of_steps(monkeypatch)
-    train_tiny(tmp_path, "--short_block", "5", "--short_share", "0.5")
+    train_tiny(tmp_path, "--short_block", "6", "--short_share", "0.5")
     rates = [r["tokens_per_second"] for r in metrics_of(tmp_path) if "loss" in r]
     assert rates == [240, 240, 240, 256, 256, 256]
 
@@ -4680,7 +4684,7 @@ def test_a_run_that_training_made_worse_says_so(tmp_path):
     """Its best model is the one from before the first step. Would fail if that were praised."""
     bad = ["--learning_rate", "10", "--warmup_steps", "1", "--grad_clip", "0"]
     line = last_line(train_tiny(tmp_path / "bad", *bad))
-    assert "training has made it worse" in line and "--learning_rate" in line
+    assert "no evaluation was better" in line and "--learning_rate" in line
     assert step_of(tmp_path / "bad" / "best.pt") == 0
     good = last_line(train_tiny(tmp_path / "good"))
     assert "worse" not in good and "the best model (step 6)" in good
@@ -5322,8 +5326,9 @@ def test_all_variants_train_for_the_same_number_of_steps(tmp_path):
     """On a small text, a run without --max_steps is shortened by its size of batch. In a comparison
     this would make variants unequal, so the preset's number is used for all."""
     argv = ["--mode", "ablate", *TRAIN[2:], "--vary", "batch_size=4,16", "--seeds", "1"]
+    argv = replaced(argv)
     at = argv.index("--max_steps")
-    request = minigpt.parse([str(a) for a in argv[:at] + argv[at + 2 :]])
+    request = minigpt.parse(argv[:at] + argv[at + 2 :])
     seen = {}
 
     def run_train(typed):
@@ -5368,11 +5373,6 @@ def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
     assert min(rows.values()) > 0
     assert os.listdir(tmp_path) == []
 
-def test_a_benchmark_with_settings_that_ruin_the_weights_is_told_all_the_same():
-    """A rate does not depend on the numbers. Would fail if text were drawn from ruined weights."""
-    code, out, err = run_main(*BENCH, "--bench_seconds=0.01", "--weight_decay", "1e300")
-    assert code == 0 and bench_rows(out)["writing, tokens/s"] > 0, err
-
 def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
     """If each call took half a second, 2 windows of 16 tokens would be 64 tokens per second, and 5
     written tokens would be 10 per second. Would fail for a time that is not divided by."""
@@ -5406,7 +5406,7 @@ def test_the_benchmark_trains_on_whole_windows_and_writes_with_and_without_the_c
     monkeypatch.setattr(minigpt, "read_window", lambda *arguments: read.append(1) or (
         torch.zeros(1, 65)))
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: True)
-    run_main(*BENCH, "--short_block", "4")
+    run_main(*BENCH)
     assert [x.shape for x, _ in seen[0]] == [(2, 16)] and len(read) == 5
     read.clear()
     out = run_main(*BENCH, "--attention", "explicit", "--pos", "learned", "--no_qk_norm",
@@ -6152,7 +6152,7 @@ def test_every_width_of_an_mlp_can_be_read():
     because the quotient is rounded. Such a folder would be refused as damaged."""
     wrong = []
     for n_embd in (22, 26, 100):
-        for hidden in range(1, 2 * n_embd):
+        for hidden in range(2, 2 * n_embd):
             config = ModelConfig(3, n_head=1, n_embd=n_embd, mlp_ratio=hidden / n_embd)
             with torch.device("meta"):
                 width = minigpt.MLP(config).c_fc.weight.shape[0]
@@ -6551,7 +6551,9 @@ train --n_layer 1 => train: type --mode train
 --mode train --bias maybe => maybe
 --mode train --prompt a => --prompt & --mode train & generate & inspect
 --mode train --vary pos=rope => --vary & --mode train & ablate
---mode generate --max_steps 5 => --max_steps & --mode generate & train & ablate & bench
+--mode generate --max_steps 5 => --max_steps & --mode generate & train & ablate
+--mode bench --grad_accum 4 => --grad_accum & --mode bench & train & ablate
+--mode train --no_tie_weight => --no_tie_weight: unknown; did you mean --no_tie_weights?
 --mode generate --no_bias => --bias & --mode generate & train
 --mode eval --prompt a => --prompt & --mode eval & generate
 --mode eval --resume => --resume & --mode eval & train
@@ -6561,7 +6563,9 @@ train --n_layer 1 => train: type --mode train
 --mode inspect --temperature 1 => --temperature & --mode inspect & generate
 --mode export --seed 1 => --seed & --mode export & train
 --mode bench --preset bigram => --preset bigram & GPT
---mode ablate => --vary
+--mode ablate => --vary is missing & norm=none,rmsnorm
+--mode ablate --vary norm=none,rmsnorm --norm=none => --norm none & --vary norm=none,rmsnorm chooses
+--mode ablate --vary n_layer=1,1 => --vary n_layer=1,1 & has 1 twice
 --mode ablate --vary luck=1,2 => --vary luck=1,2
 --mode ablate --vary seed=1,2 => --vary seed=1,2
 --mode ablate --vary prompt=a,b => --vary prompt=a,b
@@ -6589,6 +6593,8 @@ train --n_layer 1 => train: type --mode train
 --mode generate --checkpoint {tmp}/lonely.json => lonely.json: this is not a checkpoint
 --mode train --n_layer 0 => --n_layer & '0'
 --mode train --mlp_ratio 1e300 => --mlp_ratio & 1e300 & 0.01 to 100
+--mode train --mlp_ratio 0.01 => --mlp_ratio 0.01: the MLP needs at least 2 hidden units
+--mode export --out_dir {run} --device tpu => --device tpu & cpu
 --mode train --n_head 3 => --n_embd 128 & --n_head 3
 --mode train --dropout 1.0 => --dropout & '1.0'
 --mode train --learning_rate nan => --learning_rate & nan
@@ -6833,12 +6839,16 @@ def test_help_without_the_source_has_no_comments(tmp_path, monkeypatch):
 
 def test_only_a_users_mistake_is_explained():
     """An error in the program must show its traceback, or nobody could find it."""
-    assert "out of memory" in minigpt.explain(MemoryError())
-    assert "out of memory" in minigpt.explain(RuntimeError("can't allocate memory: 9 bytes"))
-    assert minigpt.explain(NotImplementedError()) is None
-    assert minigpt.explain(ValueError("no number")) is None
-    assert "wandb" in minigpt.explain(ModuleNotFoundError(name="wandb"))
-    assert "x.txt: gone" in minigpt.explain(FileNotFoundError(2, "gone", "x.txt"))
+    assert "--batch_size" in minigpt.explain(MemoryError(), {"mode": "train"})
+    assert "smaller model" in minigpt.explain(RuntimeError("can't allocate memory: 9 bytes"),
+                                              {"mode": "eval"})
+    assert minigpt.explain(NotImplementedError(), {}) is None
+    assert minigpt.explain(ValueError("no number"), {}) is None
+    assert "wandb" in minigpt.explain(ModuleNotFoundError(name="wandb"), {})
+    assert "x.txt: gone" in minigpt.explain(FileNotFoundError(2, "gone", "x.txt"), {})
+    full = OSError(28, "No space left on device")  # of a write: without a name
+    assert minigpt.explain(full, {"out_dir": "a"}).startswith("a: No space left on device;")
+    assert minigpt.explain(full, {"out_dir": "a", "export_dir": "b"}).startswith("b: No space")
 
 def test_help_lists_every_flag_in_80_columns():
     """--help is the reference. Each flag has the comment beside its field, and its default."""
