@@ -1758,6 +1758,8 @@ def test_previous_position_heads_need_an_attention_that_has_them():
         small_config(prev_heads=1)
     with pytest.raises(UserError, match="prev_heads=1: GPT-2's form needs 0"):
         minigpt.to_gpt2(small_model(prev_heads=1, attention="extended"))
+    with pytest.raises(UserError, match="heads of at least 4 channels .* n_embd / n_head is 2"):
+        minigpt.to_qwen3(small_model(n_head=4, **dict(LAPTOP, prev_heads=1)))
 
 @pytest.mark.parametrize("hs, block_size", [(12, 16), (32, 256), (64, 512), (64, 2048)])
 def test_the_fixed_gain_lets_nothing_else_through(hs, block_size):
@@ -2298,6 +2300,7 @@ def test_windows_are_short_at_first():
     assert shapes(0, short_share=0.0, short_block=2) == [(3, 8)] * 2
     assert shapes(7, short_share=1.0, short_block=2) == [(12, 2)] * 2
     assert shapes(0, short_share=1.0, short_block=128) == [(3, 8)] * 2
+    assert shapes(0, short_share=1.0, short_block=5) == [(6, 4)] * 2  # two halves
     starts = even_starts(range(300), max_steps=300, short_share=1.0, short_block=2)
     assert min(starts) == 0 and max(starts) == 497
 
@@ -4578,6 +4581,22 @@ def test_a_signal_after_divergence_saves_no_useless_weights(tmp_path, monkeypatc
     assert code == 2 and "diverged at step 3" in last_line(err)
     assert step_of(tmp_path / "latest.pt") == 0
 
+def test_a_model_whose_logits_are_not_finite_is_neither_saved_nor_used(tmp_path, tiny_run):
+    """With a learning rate of 1e20, the weights are still finite after one step, but the scores of
+    attention overflow."""
+    code, _, err = run_main(*TRAIN, "--out_dir", tmp_path, "--learning_rate", "1e20",
+                            "--eval_interval", "100", "--checkpoint_interval", "1",
+                            "--warmup_steps", "0", "--log_interval", "100")
+    assert code == 2 and "the run has diverged at step 1" in last_line(err)
+    assert step_of(tmp_path / "latest.pt") == 0
+    state = load_checkpoint(tiny_run[0] / "best.pt")
+    for w in state["model"].values():
+        w *= 1e25
+    minigpt.save_checkpoint(tmp_path / "huge.pt", state)
+    for mode in ("generate", "eval", "inspect", "export"):
+        argv = ["--mode", mode, "--checkpoint", tmp_path / "huge.pt"]
+        check_mistake(*run_main(*argv), ["huge.pt", "not finite"])
+
 def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatch):
     """On a terminal, in training and in --mode eval. In a file, there would be heaps of it."""
     commands = (TRAIN + ["--out_dir", tmp_path], ["--mode", "eval", "--out_dir", tiny_run[0]])
@@ -4896,6 +4915,29 @@ def test_best_is_only_replaced_by_a_better_model(tmp_path):
     _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
     assert out.strip() == score(err)
 
+def test_a_copy_in_place_of_best_is_replaced_by_the_next_model(tmp_path):
+    """latest.pt was copied over a damaged best.pt. It is not the model of the lowest loss that it
+    records, so that loss must not keep a later model from being saved."""
+    train_tiny(tmp_path)
+    state = load_checkpoint(tmp_path / "latest.pt")
+    state.update(best_val=0.1, best_step=3)
+    for name in ("best.pt", "latest.pt"):
+        minigpt.save_checkpoint(tmp_path / name, state)
+    err = resume_tiny(tmp_path, "--max_steps", "7")
+    assert "the best model (step 7): " in last_line(err) and step_of(tmp_path / "best.pt") == 7
+
+def test_latest_is_written_after_the_other_files_of_a_step(tmp_path, monkeypatch):
+    """A run that was killed in between goes on from the older latest.pt, and writes the files that
+    are missing. Fails if latest.pt comes before the numbered file, which would then be skipped."""
+    saved = []
+    run = small_run(tmp_path, checkpoint_interval=3)
+    monkeypatch.setattr(run, "save", lambda name: saved.append((run.step, name)))
+    script_losses(run, monkeypatch, [5, 4, 3, 2])
+    minigpt.train(run)
+    assert saved == [(0, "best.pt"), (0, "latest.pt"), (2, "best.pt"), (2, "latest.pt"),
+                     (3, "step_000003.pt"), (3, "latest.pt"), (4, "best.pt"), (4, "latest.pt"),
+                     (6, "best.pt"), (6, "step_000006.pt"), (6, "latest.pt")]
+
 @pytest.mark.parametrize("step", [0, 3, 6])
 def test_a_crash_between_best_and_latest_costs_nothing(tmp_path, tiny_run, monkeypatch, step):
     """The evaluation of that step found the best model so far. best.pt was written, and the run was
@@ -5100,6 +5142,20 @@ def test_a_checkpoint_with_a_variation_that_is_not_there_is_one_line(tmp_path, m
         train_tiny(tmp_path, "--activation", "sine", "--max_steps", "1")
     for argv in (["--mode", "generate", "--out_dir", tmp_path], [*RESUME, tmp_path]):
         check_mistake(*run_main(*argv), [".pt", "--activation sine", "does not have"])
+
+@pytest.mark.parametrize("change, named", [
+    (lambda state: state["model_config"].update(alibi=True), "--alibi True"),
+    (lambda state: state["model"].pop("h.0.ln_1.weight"), "h.0.ln_1.weight"),
+    (lambda state: state["model"].update({"wte.weight": torch.zeros(2, 3)}), "wte.weight")])
+def test_a_checkpoint_of_an_edited_program_is_one_line(tmp_path, change, named):
+    """It has a setting that this program lacks, or weights with other names or shapes."""
+    train_tiny(tmp_path, "--max_steps", "1")
+    for name, argv in (("best.pt", ["--mode", "generate", "--out_dir", tmp_path]),
+                       ("latest.pt", [*RESUME, tmp_path])):
+        state = load_checkpoint(tmp_path / name)
+        change(state)
+        minigpt.save_checkpoint(tmp_path / name, state)
+        check_mistake(*run_main(*argv), [name, named, "that it was trained with"])
 
 def test_a_corpus_that_was_moved_is_named_by_data(tmp_path):
     """The checkpoint knows where the text was. If it is not there any more, --data names its new
@@ -6206,6 +6262,10 @@ def test_our_own_qwen3_is_refused_in_words(tmp_path):
     save_model(tmp_path, CharTokenizer.train("abc"), **QWEN3)
     check_mistake(*run_main("--mode", "eval", "--checkpoint", export(tmp_path)), ["qwen3", "gpt2"])
 
+BAD_SIZES = {"no heads": dict(n_head=0), "no channels": dict(n_embd=0), "negative": dict(n_embd=-4),
+             "a fraction": dict(n_layer=1.5), "no vocabulary": dict(vocab_size=None),
+             "all dropped": dict(resid_pdrop=5), "odd heads": dict(n_head=5)}
+
 def damage_folder(folder, damage):
     """Damages a folder with a GPT-2 in one of several ways."""
     from safetensors.torch import load_file, save_file
@@ -6230,6 +6290,8 @@ def damage_folder(folder, damage):
         (folder / "config.json").unlink()
     elif damage == "half a config":
         (folder / "config.json").write_text('{"model_type":')
+    elif damage in BAD_SIZES:
+        change_config(folder, **BAD_SIZES[damage])
     elif damage == "empty config":
         (folder / "config.json").write_text('{"model_type": "gpt2"}')
     elif damage == "config of another kind":
@@ -6257,7 +6319,8 @@ def damage_folder(folder, damage):
     ("half a config", "config.json"), ("no tokenizer", "tokenizer.json"),
     ("missing shard", "model-00001-of-00002.safetensors"), ("adapter", "adapter"),
     ("empty config", "config.json"), ("config of another kind", "config.json"),
-    ("empty tokenizer", ""), ("half a vocabulary", ""), ("strange merges", "")])
+    ("empty tokenizer", ""), ("half a vocabulary", ""), ("strange merges", ""),
+    *[(name, "config.json") for name in BAD_SIZES]])
 def test_a_damaged_folder_is_one_line(gpt2_folder, damage, named):
     """Folders come from elsewhere and may be anything. The line names the folder and what is wrong
     with it."""
@@ -7032,6 +7095,8 @@ def test_a_prompt_takes_the_form_that_corpora_have(bpe):
     both = CharTokenizer.train(composed + decomposed)
     assert minigpt.adapt_text(both, "--prompt", decomposed) == decomposed
     assert minigpt.adapt_text(both, "--prompt", composed) == composed
+    apart = CharTokenizer.train(decomposed)
+    assert minigpt.adapt_text(apart, "--prompt", composed) == decomposed
     assert minigpt.adapt_text(bpe, "--prompt", decomposed + "\r") == decomposed + "\n"
 
 def test_an_unknown_character_is_told_with_the_closest_one():
