@@ -251,10 +251,13 @@ def get_batch(tokens, block_size: int, batch_size: int, generator=None):
     >>> x.tolist(), y.tolist()              # the only window that fits: it needs 4 + 1 tokens
     ([[0, 1, 2, 3]], [[1, 2, 3, 4]])
     """
+    return cut_windows(tokens, block_size, draw_starts(tokens, block_size, batch_size, generator))
+
+def draw_starts(tokens, block_size: int, batch_size: int, generator=None):
+    """The random positions (B,) at which the windows of a batch begin."""
     # Subtle: a window needs block_size + 1 tokens, so the last one starts at N - block_size - 1.
     # randint excludes its upper end, so that end is N - block_size.
-    starts = torch.randint(len(tokens) - block_size, (batch_size,), generator=generator)
-    return cut_windows(tokens, block_size, starts)
+    return torch.randint(len(tokens) - block_size, (batch_size,), generator=generator)
 
 def cut_windows(tokens, block_size: int, starts):
     """The windows that begin at the positions starts (B,): x (B, T) and y (B, T), int64."""
@@ -1426,17 +1429,17 @@ def new_model(config: GPTConfig, seed: int) -> nn.Module:
     torch.manual_seed(derived_seed(seed))
     return MODELS[config.model](config)
 
-def random_batches(run: Run) -> list:
-    """The grad_accum batches (x, y) of the next step: windows at random positions."""
-    config = run.config
+def random_windows(run: Run) -> list:
+    """The size of the next step's windows, and where they begin, for each of its batches."""
+    config, T = run.config, run.model.config.block_size
     generator = torch.Generator().manual_seed(derived_seed(config.seed, run.step))
-    return [get_batch(run.corpus.train, run.model.config.block_size, config.batch_size, generator)
+    return [(T, draw_starts(run.corpus.train, T, config.batch_size, generator))
             for _ in range(config.grad_accum)]
 
-# A function in this table gets the run, defined below. What it returns, grad_accum pairs (x, y) of
-# equal sizes, must follow from the text, the settings and the step alone, so that resuming is
+# A function in this table gets the run, defined below. It returns grad_accum pairs (T, starts) of
+# equal sizes. They must follow from the text, the settings and the step alone, so that resuming is
 # exact.
-SAMPLING = {"random": random_batches}
+SAMPLING = {"random": random_windows}
 
 class Journal:
     """Prints what happens in a run. Part III has one that also writes files."""
@@ -1485,8 +1488,9 @@ class Run:
         return self.step >= self.config.max_steps or out_of_patience
 
     def batches(self):
-        """The grad_accum batches of the next step."""
-        return SAMPLING[self.config.sampling](self)
+        """The grad_accum batches (x, y) of the next step."""
+        return [cut_windows(self.corpus.train, T, starts)
+                for T, starts in SAMPLING[self.config.sampling](self)]
 
     def take_step(self):
         """One update of the weights. Returns its loss and the norm of its gradient."""
@@ -2182,10 +2186,10 @@ SCHEDULES["linear"] = straight_line
 #           short_share is 0.7 and short_block is 128, so a window of 512 becomes four.)
 # Here      --sampling even: 2.278 ± 0.019, no difference in so few steps. In the full runs of the
 #           chapter "What it all adds up to", it brings 0.02.
-def even_batches(run: Run) -> list:
-    """The grad_accum batches (x, y) of the next step: windows that cover the text evenly. The
-    settings of the run are a RunConfig."""
-    config, tokens, block_size = run.config, run.corpus.train, run.model.config.block_size
+def even_windows(run: Run) -> list:
+    """The size of the next step's windows, and where they begin, for each of its batches. They
+    cover the text evenly. The settings of the run are a RunConfig."""
+    config, block_size = run.config, run.model.config.block_size
     short = run.step < config.short_share * config.max_steps
     pieces = math.ceil(block_size / config.short_block) if short else 1  # made of a whole window
     T, B = block_size // pieces, config.batch_size * pieces
@@ -2193,15 +2197,14 @@ def even_batches(run: Run) -> list:
     offset = derived_seed(config.seed, -1, short) / 2**32
     golden_ratio = (math.sqrt(5) - 1) / 2  # minus 1: only the fraction matters
     first = run.step * config.grad_accum  # the number of the first batch, among all of the run
-    batches = []
+    windows = []
     for number in range(first, first + config.grad_accum):
         i = torch.arange(number * B, (number + 1) * B).double()
         share = (i * golden_ratio + offset) % 1  # (B,)
-        starts = (share * (len(tokens) - T)).long()
-        batches.append(cut_windows(tokens, T, starts))
-    return batches
+        windows.append((T, (share * (len(run.corpus.train) - T)).long()))
+    return windows
 
-SAMPLING["even"] = even_batches
+SAMPLING["even"] = even_windows
 
 # ---- Training at a lower temperature -------------------------------------------------------------
 # Problem   A model that reads the same text several times becomes too sure of itself. In a run of
@@ -2447,7 +2450,8 @@ class RunConfig(TrainConfig):
 #                                    or keys (B, nh, T, hs) and their first position, and turns them
 #     OPTIMIZERS[key](model, config) an optimizer
 #     SCHEDULES[key](r)              from 1 to 0 as r goes from 0 to 1
-#     SAMPLING[key](run)             the batches of the next step
+#     SAMPLING[key](run)             grad_accum pairs of the size of the next step's windows, and
+#                                    the positions (B,) where they begin
 #
 # A term that is added to the attention scores, such as ALiBi [Press et al. 2022], belongs in the
 # method `mask` of a subclass of Attention (not of FusedAttention, which calls `mask` only when it
