@@ -4344,7 +4344,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
 # Problem   llama.cpp, and the programs that are built on it, do not read such a folder.
 # GGUF      is their format: one file with the settings, the tokenizer and the tensors. The tensors
 #           are those of the folder under other names, and every matrix is stored as (out, in). The
-#           package gguf knows how the file is laid out.
+#           package gguf knows these names and how the file is laid out.
 # Types     Matrices can be stored in fewer bits. f16 and bf16 use 16 bits for each number. q8_0
 #           uses 8 bits for each number, plus one scale for each group of 32 numbers. Position
 #           vectors, gains and biases stay in 32 bits.
@@ -4352,29 +4352,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
 #           which looks for the longest token that fits and needs no merges. It expects control
 #           characters and backslashes to be escaped. (Its "gpt2" would need merges, and it would
 #           take the token 11, a semicolon in Shakespeare, for the end of a text.)
-GGUF_NAMES = {
-    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output",
-    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down"}
 GGUF_TYPES = ["f32", "f16", "bf16", "q8_0"]
-
-def gguf_name(name: str) -> str:
-    """The name that a tensor of the folder has in a GGUF file.
-
-    >>> gguf_name("h.3.attn.c_attn.weight"), gguf_name("model.norm.weight")
-    ('blk.3.attn_qkv.weight', 'output_norm.weight')
-    """
-    layer, _, ending = name.rpartition(".")
-    in_block = re.fullmatch(r"(?:h|model\.layers)\.(\d+)\.(.+)", layer)
-    if in_block:
-        return f"blk.{in_block[1]}.{GGUF_NAMES[in_block[2]]}.{ending}"
-    return f"{GGUF_NAMES[layer]}.{ending}"
 
 # The settings of a GGUF file, by the methods of the package gguf, and their names in config.json.
 GGUF_SETTINGS = {
@@ -4398,8 +4376,7 @@ def add_gguf_tokenizer(writer, tokenizer) -> None:
         writer.add_token_list(escaped)
         writer.add_token_types([NORMAL] * len(escaped))
         return
-    vocab = tokenizer.vocab()
-    tokens = sorted(vocab, key=vocab.get)
+    tokens = list(tokenizer.vocab())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -4409,54 +4386,42 @@ def add_gguf_tokenizer(writer, tokenizer) -> None:
     writer.add_eos_token_id(tokenizer.end_id)
     writer.add_add_bos_token(False)
 
-def gguf_tensors(tensors: dict) -> dict:
-    """The tensors of a folder in float32, with all matrices as (out, in), by their names there."""
-    renamed = {}
-    for name, w in tensors.items():
-        if ".c_" in name and w.dim() == 2:
-            w = w.t()  # GPT-2's folder has (in, out)
-        renamed[gguf_name(name)] = w.detach().cpu().float().contiguous()
-    return renamed
-
-def is_packed(name: str, w) -> bool:
-    """Whether a tensor of a GGUF file is stored in the type that was asked for."""
-    return w.dim() == 2 and name != "position_embd.weight"
-
-def check_gguf_is_possible(tensors: dict, tokenizer, kind: str) -> None:
-    """Raises UserError for what a GGUF file cannot hold or llama.cpp cannot load."""
-    if tokenizer.kind == "bpe" and not tokenizer.merges:
-        raise UserError("--format gguf: llama.cpp cannot load byte-pair tokens without merges; "
-                        "train with a larger --bpe_size")
-    for name, w in tensors.items():
-        if kind == "q8_0" and is_packed(name, w) and w.shape[1] % 32:
-            raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but {name} has "
-                            f"rows of {w.shape[1]}; use --gguf_type f16")
-
 def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) -> None:
-    """Writes a GGUF file, completely or not at all. Raises UserError if it exists, and ImportError
-    without the package gguf."""
+    """Writes a GGUF file, completely or not at all. Raises UserError if it exists, or for what such
+    a file cannot hold or llama.cpp cannot load, and ImportError without the package gguf."""
     import gguf
 
     if path.exists():
         raise UserError(f"{path}: exists already; remove it, or name another --export_dir")
-    renamed = gguf_tensors(tensors)
-    check_gguf_is_possible(renamed, tokenizer, kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if tokenizer.kind == "bpe" and not tokenizer.merges:
+        raise UserError("--format gguf: llama.cpp cannot load byte-pair tokens without merges; "
+                        "train with a larger --bpe_size")
+    form = config["model_type"]
+    settings = {method: config[name] for method, name in GGUF_SETTINGS[form].items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.upper()], settings["block_count"])
     matrix_type = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(partial, config["model_type"])
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    writer = gguf.GGUFWriter(partial, form)
+    for method, value in settings.items():
+        getattr(writer, f"add_{method}")(value)
+    prefix = "ALL" if kind == "f32" else "MOSTLY"  # vectors are always in f32
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
+    add_gguf_tokenizer(writer, tokenizer)
+    for name, w in tensors.items():
+        if ".c_" in name and w.dim() == 2:
+            w = w.t()  # GPT-2's folder has (in, out)
+        array = w.contiguous().numpy()
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if w.dim() == 1 or name == "wpe.weight":
+            writer.add_tensor(gguf_name, array)
+            continue
+        if kind == "q8_0" and w.shape[1] % 32:
+            raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but {name} has "
+                            f"rows of {w.shape[1]}; use --gguf_type f16")
+        packed = gguf.quants.quantize(array, matrix_type)
+        writer.add_tensor(gguf_name, packed, raw_dtype=matrix_type)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for method, name in GGUF_SETTINGS[config["model_type"]].items():
-            getattr(writer, f"add_{method}")(config[name])
-        prefix = "ALL" if kind == "f32" else "MOSTLY"  # vectors are always in f32
-        writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
-        add_gguf_tokenizer(writer, tokenizer)
-        for name, w in renamed.items():
-            if is_packed(name, w):
-                packed = gguf.quants.quantize(w.numpy(), matrix_type)
-                writer.add_tensor(name, packed, raw_dtype=matrix_type)
-            else:
-                writer.add_tensor(name, w.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
