@@ -3819,10 +3819,8 @@ def mean_and_spread(numbers: list[float]) -> str:
     >>> mean_and_spread([1.0, 2.0])
     '1.5000 ± 0.7071'
     """
-    mean = f"{statistics.fmean(numbers):.4f}"
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(numbers):.4f}"
+    spread = f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.4f}{spread}"
 
 def variants_of(typed: dict) -> dict[str, dict]:
     """What would have to be typed for each variant that --vary FIELD=A,B,C names, by its label.
@@ -3842,16 +3840,15 @@ def variants_of(typed: dict) -> dict[str, dict]:
     for value in map(str.strip, values.split(",")):
         flag = f"--{name}={value}"
         if name in SWITCHES:
-            if value.lower() not in ("true", "false"):
-                raise UserError(f"{vary}: {name} can be true or false")
-            flag = f"--{name}" if value.lower() == "true" else f"--no_{name}"
+            flag = {"true": f"--{name}", "false": f"--no_{name}"}.get(value.lower())
+        if flag is None:
+            raise UserError(f"{vary}: {name} can be true or false")
         if f"{name}={value}" in variants:
             raise UserError(f"{vary}: has {value} twice; name each value once")
         variants[f"{name}={value}"] = {**typed, **parse(["--mode", "ablate", flag])}
-    if "tokenizer=bpe" in variants:
-        for variant in variants.values():
-            if variant["tokenizer"] != "bpe":
-                variant.pop("bpe_size", None)
+    for variant in variants.values():
+        if "tokenizer=bpe" in variants and variant["tokenizer"] != "bpe":
+            variant.pop("bpe_size", None)
     return variants
 
 def run_ablate(typed: dict) -> None:
@@ -3912,10 +3909,8 @@ def report_ablation(folder: Path, runs: dict, outcomes: dict[str, list], seeds: 
     """Draws the curves of all runs that were begun, and prints the table."""
     if not any(outcomes.values()):
         return
-    curves = {}
-    for (label, seed), run in runs.items():
-        if outcomes[label]:
-            curves[f"{label}, seed {seed}"] = (Path(run["out_dir"]), "val_loss")
+    curves = {f"{label}, seed {seed}": (Path(run["out_dir"]), "val_loss")
+              for (label, seed), run in runs.items() if outcomes[label]}
     draw_curves(folder / "curves.png", curves, "validation loss, nats per token")
     rows = ["| variant | nats/token | perplexity | bits/character | seconds | best step | seeds |",
             "|---|---|---|---|---|---|---|"]
@@ -3928,13 +3923,10 @@ def table_row(label: str, outcomes: list[Outcome | None], seeds: int) -> str:
     if not done:
         what = "diverged" if outcomes else "not run"
         return f"| {label} |{5 * f' {what} |'} 0 of {seeds} |"
-    nats = mean_and_spread([outcome.nats for outcome in done])
-    choices = mean_and_spread([perplexity(outcome.nats) for outcome in done])
-    bits = mean_and_spread([outcome.bits for outcome in done])
-    seconds = mean_and_spread([outcome.seconds for outcome in done])
-    steps = ", ".join([str(outcome.best_step or "0 (not trained)") for outcome in done])
-    return (f"| {label} | {nats} | {choices} | {bits} | {seconds} | {steps} | "
-            f"{len(done)} of {seeds} |")
+    runs = [(run.nats, perplexity(run.nats), run.bits, run.seconds) for run in done]
+    means = " | ".join([mean_and_spread(column) for column in zip(*runs)])
+    steps = ", ".join([str(run.best_step or "0 (not trained)") for run in done])
+    return f"| {label} | {means} | {steps} | {len(done)} of {seeds} |"
 
 # ---- Benchmark -----------------------------------------------------------------------------------
 # A speed means nothing without the machine. --mode bench measures this one, with whole windows. The
@@ -4440,24 +4432,19 @@ def run_export(typed: dict) -> None:
         raise UserError(f"--gguf_type {options.gguf_type}: belongs to --format gguf; add that, or "
                         "leave this flag out")
     used = load_for_use(options)
-    used.model.cpu()
-    c = used.model.config
-    if c.model == "bigram":
+    model, tokenizer = used.model.cpu(), used.tokenizer
+    if model.config.model == "bigram":
         raise UserError("model=bigram: other programs run GPTs; they have no bigram model")
-    if c.pos == "rope":
-        form = "Qwen3"
-        config, tensors = to_qwen3(used.model)
-    else:
-        form = "GPT-2"
-        config, tensors = to_gpt2(used.model)
+    form = "Qwen3" if model.config.pos == "rope" else "GPT-2"
+    config, tensors = to_qwen3(model) if form == "Qwen3" else to_gpt2(model)
     if options.format == "gguf":
         path = Path(options.export_dir or options.out_dir, "model.gguf")
-        write_gguf(path, config, tensors, used.tokenizer, options.gguf_type)
-        write_result(f"wrote {path}: a model in {form}'s form, for llama.cpp")
-        return
-    folder = Path(options.export_dir or Path(options.out_dir, "hf"))
-    write_folder(folder, config, tensors, used.tokenizer, c.block_size)
-    write_result(f"wrote {folder}: a model in {form}'s form, for transformers and other programs")
+        write_gguf(path, config, tensors, tokenizer, options.gguf_type)
+    else:
+        path = Path(options.export_dir or Path(options.out_dir, "hf"))
+        write_folder(path, config, tensors, tokenizer, model.config.block_size)
+    programs = "llama.cpp" if options.format == "gguf" else "transformers and other programs"
+    write_result(f"wrote {path}: a model in {form}'s form, for {programs}")
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 # The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. A folder with a
