@@ -3891,7 +3891,7 @@ def check_runs(runs: dict[tuple, dict], preset: str) -> None:
     for (label, seed), typed in runs.items():
         if label not in wanted:
             start = new_run(typed, preset)
-            wanted[label] = {"text": start.source["sha256"], **asdict(start.config),
+            wanted[label] = {"text": start.text.sha256, **asdict(start.config),
                              **asdict(start.model.config)}
         latest = Path(typed["out_dir"], "latest.pt")
         if not latest.exists():
@@ -4918,8 +4918,8 @@ MAY_CHANGE = {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interva
 # ---- Reading the command line --------------------------------------------------------------------
 def field_names(config_class) -> list[str]:
     """The names of the settings in a class that are flags."""
-    derived = {"vocab_size"} if config_class is ModelConfig else set()  # it follows from the text
-    return [f.name for f in fields(config_class) if f.name not in derived]
+    # vocab_size follows from the text.
+    return [f.name for f in fields(config_class) if f.name != "vocab_size"]
 
 def comments(config_class) -> dict[str, str]:
     """The comment beside each field of a class and of the classes that it extends."""
@@ -4954,21 +4954,17 @@ def read_number(name: str, kind: type, text: str):
     limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}, and finite"
     raise argparse.ArgumentTypeError(f"{text!r} must be {what} {limits}")
 
-def read_path(name: str, text: str) -> str:
-    """The value of a flag that names a file or a folder. ~ is the user's home."""
-    if not text:  # in a script, often a variable that was never set
-        raise argparse.ArgumentTypeError("'' is empty; name a file or folder, or leave it out")
-    return os.path.expanduser(text)
-
 def read_text(name: str, text: str) -> str:
-    """The value of any other flag that is a text."""
+    """The value of a flag that is a text. In a path, ~ is the user's home."""
+    if not text and name in PATHS | {"stop"}:  # in a script, often a variable that was never set
+        raise argparse.ArgumentTypeError("'' is empty; type a value, or leave the flag out")
+    if name in PATHS:
+        return os.path.expanduser(text)
     if re.search("[\ud800-\udfff]", text):  # bytes that Python could not decode in this locale
         try:
             text = os.fsencode(text).decode("utf-8")
         except UnicodeError:
             raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
-    if name == "stop" and not text:
-        raise argparse.ArgumentTypeError("'' is empty; it would end every text at once")
     return text
 
 class Parser(argparse.ArgumentParser):
@@ -5040,18 +5036,15 @@ def build_parser(with_comments: bool = False) -> Parser:
 def add_flag(group, name: str, kind: type, help_text: str) -> None:
     """Adds the flag of one setting."""
     if kind is bool:
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, dest=name,
-                           help=help_text)
+        options = {"action": argparse.BooleanOptionalAction}
     elif name in CHOICES:
-        group.add_argument(f"--{name}", choices=CHOICES[name], dest=name, help=help_text)
-    elif kind in (str, list):
-        read = functools.partial(read_path if name in PATHS else read_text, name)
-        action = "append" if kind is list else Once if name in ONCE else "store"
-        group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text,
-                           action=action)
+        options = {"choices": CHOICES[name]}
+    elif kind in (int, float):
+        options = {"type": functools.partial(read_number, name, kind)}
     else:
-        read = functools.partial(read_number, name, kind)
-        group.add_argument(f"--{name}", type=read, metavar=name.upper(), dest=name, help=help_text)
+        action = "append" if kind is list else Once if name in ONCE else "store"
+        options = {"type": functools.partial(read_text, name), "action": action}
+    group.add_argument(f"--{name}", help=help_text, **options)
 
 def spell_flag(word: str) -> str:
     """A flag with the spelling that argparse knows: --max-steps and --max_steps are the same.
@@ -5062,19 +5055,16 @@ def spell_flag(word: str) -> str:
     name, equals, value = word.partition("=")
     if not re.fullmatch(r"--[a-z][a-z0-9_-]*", name):
         return word
-    if equals and value == "--":  # argparse would fail on this
-        raise UserError(f"{word}: -- is not a value; type another one, or leave the flag out")
     name = "--" + name[2:].replace("-", "_")
-    if name.startswith("--no_"):
-        name = "--no-" + name.removeprefix("--no_")
-    return name + equals + value
+    return name.replace("--no_", "--no-") + equals + value
 
 def parse(argv: list[str]) -> dict:
     """The values of the flags that were typed. Raises UserError for one that the mode does not
     take."""
-    for before, word in zip(argv, argv[1:]):
-        if word == "--":  # argparse would take it for an empty list
-            raise UserError(f"{before} --: -- is not a value; type another one, or leave it out")
+    for before, word in zip(["", *argv], argv):
+        if re.fullmatch(r"(--[a-z][\w-]*=)?--", word):  # argparse would fail on this
+            raise UserError(f"{before} {word}: -- is not a value; type another one, or leave the "
+                            "flag out")
     argv = [spell_flag(word) for word in argv]
     parser = build_parser(with_comments="--help" in argv or "-h" in argv)
     namespace, unknown = parser.parse_known_args(argv)
@@ -5163,7 +5153,6 @@ class RunStart:
     text: SourceText
     corpus: Corpus
     config: RunConfig
-    source: dict  # what the checkpoints store about the corpus
     state: dict | None = None  # the checkpoint to continue from, if any
 
 def find_latest(options: Options) -> dict | None:
@@ -5198,29 +5187,25 @@ def left_by_failed_start(path: Path) -> bool:
         return max(steps, default=0) == 0 and path.read_bytes()[:10] in (b"", b'{"step": 0')
     return False
 
-def source_of(text: SourceText, data: str) -> dict:
-    """What a checkpoint stores about its corpus. Without --data, that is nothing for the corpus
-    itself, which is always found, and the path for the sample."""
-    if not data and text.path.name != "input.txt":
-        data = str(text.path)
-    return {"data": str(Path(data).absolute()) if data else "", "sha256": text.sha256}
+def source_of(text: SourceText) -> dict:
+    """What a checkpoint stores about its corpus. Tiny Shakespeare needs no path: it is always
+    found."""
+    is_default = text.path == PROGRAM.parent / "data" / "input.txt"
+    return {"data": "" if is_default else str(text.path.absolute()), "sha256": text.sha256}
 
 def resume_run(typed: dict, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
-    data, remembered = typed.get("data", ""), state["corpus"]["data"]
     stored = {**state["model_config"], **state["train_config"]}
-    refuse_changes({name: value for name, value in typed.items() if name not in MAY_CHANGE}, stored,
-                   "cannot change on --resume: the run")
-    changed = {name: value for name, value in typed.items() if name in MAY_CHANGE}
+    changed = {name: typed[name] for name in MAY_CHANGE if name in typed}
+    refuse_changes(typed, {**stored, **changed}, "cannot change on --resume: the run")
     config = RunConfig(**{**state["train_config"], **changed})
-    text = read_corpus(data, remembered)
+    text = read_corpus(typed.get("data", ""), state["corpus"]["data"])
     if text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = rebuild(Path(typed.get("out_dir", Options.out_dir), "latest.pt"), state)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
-    source = source_of(text, data or remembered)
-    return RunStart(model, tokenizer, text, corpus, config, source, state)
+    return RunStart(model, tokenizer, text, corpus, config, state)
 
 def run_from_weights(typed: dict, preset: str) -> RunStart:
     """A new run that begins with the weights of another model. Only its dropout may differ."""
@@ -5234,32 +5219,20 @@ def run_from_weights(typed: dict, preset: str) -> RunStart:
     config = training_settings(preset, {**typed, **made})
     model = MODELS[origin.model.config.model](replace(origin.model.config, dropout=dropout))
     model.load_state_dict(origin.model.state_dict())
-    data, remembered = typed.get("data", ""), origin.corpus["data"]
-    text = read_corpus(data, remembered)
+    text = read_corpus(typed.get("data", ""), origin.corpus["data"])
     corpus = encode_corpus(text, origin.tokenizer, model.config.block_size, fixed=True)
-    source = source_of(text, data or remembered)
-    return RunStart(model, origin.tokenizer, text, corpus, config, source)
+    return RunStart(model, origin.tokenizer, text, corpus, config)
 
 def new_run(typed: dict, preset: str) -> RunStart:
     """A new run with random weights."""
-    data = typed.get("data", "")
     config = training_settings(preset, typed)
     sizes = model_settings(preset, typed, vocab_size=1)  # finds mistakes before the text is read
-    text = read_corpus(data)
+    text = read_corpus(typed.get("data", ""))
     tokenizer = make_tokenizer(config, text.text)
     sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
     corpus = encode_corpus(text, tokenizer, sizes.block_size)
     model = new_model(sizes, config.seed)
-    return RunStart(model, tokenizer, text, corpus, config, source_of(text, data))
-
-def report_corpus(start: RunStart) -> None:
-    """Says what the corpus is, and for a new run what is odd about it."""
-    corpus = start.corpus
-    say(f"corpus {start.text.path}: {len(corpus.train):,} training and {len(corpus.val):,} "
-        f"validation tokens, vocabulary {start.tokenizer.vocab_size}")
-    if start.state is None and process_rank() == 0:
-        for doubt in doubts_about(start.text.text):
-            say(f"warning: about this text: {doubt}")
+    return RunStart(model, tokenizer, text, corpus, config)
 
 def begin(typed: dict, device: torch.device) -> RunStart:
     """What a run begins with: a new run, one from given weights, or a resumed one."""
@@ -5270,13 +5243,16 @@ def begin(typed: dict, device: torch.device) -> RunStart:
     state = find_latest(options)
     if state is not None:
         start = resume_run(typed, state)
-        report_corpus(start)
-        return start
-    preset = choose_preset(typed, device)
-    start = (run_from_weights if typed.get("init_from") else new_run)(typed, preset)
-    report_corpus(start)
-    config = limit_steps(start.config, start.model.config, start.corpus, typed)
-    return replace(start, config=config)
+    else:
+        make = run_from_weights if typed.get("init_from") else new_run
+        start = make(typed, choose_preset(typed, device))
+    say(f"corpus {start.text.path}: {len(start.corpus.train):,} training and "
+        f"{len(start.corpus.val):,} validation tokens, vocabulary {start.tokenizer.vocab_size}")
+    if state is None:
+        for doubt in doubts_about(start.text.text):
+            say(f"warning: about this text: {doubt}")
+        start.config = limit_steps(start.config, start.model.config, start.corpus, typed)
+    return start
 
 def run_train(typed: dict) -> Outcome:
     """--mode train."""
@@ -5288,7 +5264,7 @@ def run_train(typed: dict) -> Outcome:
     with SignalWatch() as watch:
         journal = FullJournal(out_dir, watch)
         run = FullRun(start.model, start.tokenizer, start.corpus, start.config, out_dir, device,
-                      start.source, journal)
+                      source_of(start.text), journal)
         if start.state is not None:
             run.restore(start.state)
         journal.forget_after(run.step if start.state is not None else -1)
