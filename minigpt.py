@@ -3826,14 +3826,13 @@ def variants_of(typed: dict) -> dict[str, dict]:
     """What would have to be typed for each variant that --vary FIELD=A,B,C names, by its label.
 
     If tokenizers are compared, --bpe_size is that of the byte-pair encoding alone."""
-    if "vary" not in typed:
-        raise UserError("--vary is missing: type what to compare, for instance norm=none,rmsnorm")
-    vary = f"--vary {typed['vary']}"
-    name, _, values = typed["vary"].partition("=")
+    vary = f"--vary {typed.get('vary', 'is missing')}"
+    name, _, values = typed.get("vary", "").partition("=")
     name = name.replace("-", "_")
     if name not in SETTINGS - {"seed", "preset"} or not values:
-        raise UserError(f"{vary}: must be FIELD=A,B,C, where FIELD is a setting of the model or of "
-                        "training other than seed and preset")
+        raise UserError(f"{vary}: type what to compare, as FIELD=A,B,C, for instance "
+                        "norm=none,rmsnorm. FIELD is a setting of the model or of training other "
+                        "than seed and preset")
     if name in typed:
         raise UserError(f"--{name} {typed[name]}: {vary} chooses it; leave the flag out")
     variants = {}
@@ -4022,17 +4021,15 @@ def to_gpt2(model: GPT) -> tuple[dict, dict]:
     tensors = dict(model.state_dict())
     hidden = max(4 * c.n_embd, tensors["h.0.mlp.c_proj.weight"].shape[1])
     for name, w in list(tensors.items()):
-        if name.endswith("mlp.c_fc.weight") or name.endswith("mlp.c_fc.bias"):
-            tensors[name] = pad_with_zeros(w, 0, hidden)
-        if name.endswith("mlp.c_proj.weight"):
-            tensors[name] = pad_with_zeros(w, 1, hidden)
-    for name, w in list(tensors.items()):
-        is_norm = w.dim() == 1 and name.endswith(".weight")
-        is_linear = ".c_" in name and name.endswith(".weight")
-        if is_norm or is_linear:
+        if ".mlp.c_fc." in name:
+            w = pad_with_zeros(w, 0, hidden)
+        if name.endswith(".mlp.c_proj.weight"):
+            w = pad_with_zeros(w, 1, hidden)
+        is_linear = ".c_" in name and w.dim() == 2
+        is_norm = name.endswith(".weight") and w.dim() == 1
+        if is_linear or is_norm:
             tensors.setdefault(name.removesuffix("weight") + "bias", w.new_zeros(w.shape[0]))
-        if is_linear:
-            tensors[name] = w.t()
+        tensors[name] = w.t() if is_linear else w
     if c.tie_weights:
         del tensors["lm_head.weight"]
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
@@ -4450,8 +4447,9 @@ def run_export(typed: dict) -> None:
 # The other direction: a folder with a GPT-2 of any size, such as OpenAI's own. A folder with a
 # setting that our model does not have is refused.
 GPT2_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
-GPT2_NEEDS = {"model_type": "gpt2", "layer_norm_epsilon": LayerNorm.eps, "scale_attn_weights": True,
-              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT2_NEEDS = {"model_type": ["gpt2"], "layer_norm_epsilon": [LayerNorm.eps],
+              "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+              "add_cross_attention": [False], "activation_function": list(GPT2_ACTIVATIONS)}
 
 def read_json(path: Path) -> dict:
     """A JSON file. Raises UserError if it is missing or damaged."""
@@ -4465,16 +4463,13 @@ def read_json(path: Path) -> dict:
 
 def read_gpt2_config(folder: Path) -> ModelConfig:
     """The ModelConfig that corresponds to config.json. Raises UserError if none does."""
-    theirs = read_json(folder / "config.json")
-    for name, needed in GPT2_NEEDS.items():
-        # A setting that is missing has GPT-2's value, but model_type must be there.
-        value = theirs.get(name, None if name == "model_type" else needed)
-        if value != needed:
-            raise UserError(f"{folder}: its {name} is {value}, but only {needed} can be used here")
-    activation = theirs.get("activation_function", "gelu_new")
-    if activation not in GPT2_ACTIVATIONS:
-        raise UserError(f"{folder}: its activation_function is {activation}, but only "
-                        f"{', '.join(GPT2_ACTIVATIONS)} can be used here")
+    # A setting that is missing has GPT-2's value, but model_type must be there.
+    defaults = {name: values[0] for name, values in GPT2_NEEDS.items()}
+    theirs = {**defaults, "model_type": None, **read_json(folder / "config.json")}
+    for name, values in GPT2_NEEDS.items():
+        if theirs[name] not in values:
+            raise UserError(f"{folder}: its {name} is {theirs[name]}, but only "
+                            f"{' or '.join(map(str, values))} can be used here")
     n_embd = theirs["n_embd"]
     hidden = theirs.get("n_inner") or 4 * n_embd  # null means 4 C
     try:
@@ -4482,8 +4477,8 @@ def read_gpt2_config(folder: Path) -> ModelConfig:
             vocab_size=theirs["vocab_size"], block_size=theirs["n_positions"],
             n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=n_embd,
             mlp_ratio=hidden / n_embd, dropout=theirs.get("resid_pdrop", 0.1),
-            activation=GPT2_ACTIVATIONS[activation], attention="fused", norm="fused_layernorm",
-            tie_weights=theirs.get("tie_word_embeddings", True))
+            activation=GPT2_ACTIVATIONS[theirs["activation_function"]], attention="fused",
+            norm="fused_layernorm", tie_weights=theirs.get("tie_word_embeddings", True))
     except UserError as problem:
         raise UserError(f"{folder}: its config.json has sizes that do not fit: {problem}") from None
 
@@ -4568,10 +4563,9 @@ def read_folder(folder: Path) -> LoadedModel:
     except (UserError, OSError, MemoryError):
         raise
     except Exception as problem:  # wrong types and sizes can make many things fail
-        if is_out_of_memory(problem):
-            raise
-        raise UserError(f"{folder}: its config.json or its tokenizer is damaged "
-                        f"({type(problem).__name__}: {problem}); fetch it again") from None
+        raise UserError(f"{folder}: its config.json or its tokenizer is damaged, or the model does "
+                        f"not fit into the memory ({type(problem).__name__}: {problem}); fetch it "
+                        "again, or use a smaller model") from None
     weights = from_gpt2(read_tensors(folder), config)
     try:
         model.load_state_dict(weights)
@@ -5183,8 +5177,8 @@ def left_by_failed_start(path: Path) -> bool:
     if path.name == "best.pt":  # the model before the first step, saved before latest.pt
         return read_checkpoint(path)["step"] == 0
     if path.name == "metrics.jsonl":
-        steps = [record["step"] for record in read_metrics(path.parent)]
-        return max(steps, default=0) == 0 and path.read_bytes()[:10] in (b"", b'{"step": 0')
+        steps = {record["step"] for record in read_metrics(path.parent)}
+        return steps <= {0} and path.read_bytes()[:10] in (b"", b'{"step": 0')
     return False
 
 def source_of(text: SourceText) -> dict:
@@ -5281,7 +5275,6 @@ def run_train(typed: dict) -> Outcome:
                     and run.step != start.state["train_config"]["max_steps"]):
                 evaluate_and_save(run)  # it was stopped between two evaluations
                 run.save("latest.pt")
-        exit_code = 1
         try:
             if run.rank == 0:
                 run.wandb = start_wandb(run)
@@ -5291,12 +5284,10 @@ def run_train(typed: dict) -> Outcome:
             nats = run.score(progress=journal.show_progress)
             seconds = run.seconds()  # without the time for the picture
             journal.report_score(run, nats)
-            exit_code = 0
-        except Stopped as stopped:
-            exit_code = stopped.exit_code
-            raise
         finally:
             if run.wandb is not None:
+                problem = sys.exc_info()[1]
+                exit_code = getattr(problem, "exit_code", 1) if problem else 0
                 with contextlib.suppress(Exception):
                     run.wandb.finish(exit_code=exit_code)  # completes its log
     return Outcome(nats, bits_per_character(nats, run.corpus), seconds, run.best_step)
@@ -5439,14 +5430,11 @@ def run_eval(typed: dict) -> None:
     stored = used.corpus
     text = read_corpus(options.data, stored["data"])
     corpus = encode_text(text, used.tokenizer)
-    what = "full validation split"
-    if stored["sha256"] == "":  # a folder does not say what its model was trained on
-        what = "last tenth of the text"
-    elif stored["sha256"] != text.sha256:
-        what = "whole text, which the model was not trained on"
-    if len(corpus.val) < 2:
-        what = "whole text, which is too short to have a validation part"
-    if what.startswith("whole text"):
+    # A folder does not say what its model was trained on.
+    what = "full validation split" if stored["sha256"] else "last tenth of the text"
+    is_other = stored["sha256"] not in ("", text.sha256)
+    if is_other or len(corpus.val) < 2:
+        what = "whole text" + is_other * ", which the model was not trained on"
         tokens = PieceEncoder(used.tokenizer, progress_of("encoding")).encode(text.text)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
@@ -5498,20 +5486,14 @@ def explain(problem: Exception, typed: dict) -> str | None:
         where = re.sub(r"(\.\d+)?\.partial$", "", str(problem.filename or folder))
         what = problem.strerror or problem
         return f"{where}: {what}; correct that, or name another file or folder"
-    if is_out_of_memory(problem):
+    if (isinstance(problem, (MemoryError, torch.OutOfMemoryError))
+            or re.search("not enough memory|can't allocate memory", str(problem))):
         if typed.get("mode") in ("generate", "eval", "inspect", "export"):
             return "out of memory; use a smaller model, or a shorter text"
         return "out of memory; use a smaller --batch_size, --block_size or --n_embd"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: does not work here ({type(problem).__name__}); use --no_compile"
     return None
-
-def is_out_of_memory(problem: Exception) -> bool:
-    """Whether an error says that memory is exhausted, on the CPU or on a GPU."""
-    if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(problem)
-    return "not enough memory" in text or "can't allocate memory" in text
 
 def prepare_streams() -> None:
     """Makes stdout and stderr usable: open, and in UTF-8."""
@@ -5570,8 +5552,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     if launched_by_torchrun():  # PyTorch's own threads may abort a plain exit
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
