@@ -4007,12 +4007,10 @@ GPT2_FORM = {"attention": ("explicit", "extended", "fused"), "pos": ("learned", 
 
 def pad_with_zeros(tensor, dim: int, size: int):
     """Fills a dimension up with zeros to this size."""
-    missing = size - tensor.shape[dim]
-    if missing <= 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
+    # F.pad takes what to add before and after each dimension, beginning with the last dimension.
+    added = [0, 0] * (tensor.dim() - dim)
+    added[-1] = size - tensor.shape[dim]
+    return F.pad(tensor, added)
 
 def to_gpt2(model: GPT) -> tuple[dict, dict]:
     """GPT-2's config.json and tensors for a model. Raises UserError for a setting that it lacks."""
@@ -4202,11 +4200,18 @@ def add_constant(tensors: dict, c: ModelConfig) -> dict:
 
 def add_previous_heads(block: dict, c: ModelConfig) -> dict:
     """A block of Qwen3 with the previous-position heads as ordinary heads."""
-    changed = {**block, **queries_and_keys(block, c), **values_and_output(block, c)}
+    changed = {**block, **queries_and_keys(block, c)}
     wide = c.n_embd + EXTRA_CHANNELS
-    for name in ("mlp.gate_proj.weight", "mlp.up_proj.weight"):
-        changed[name] = pad_with_zeros(block[name], 1, wide)
-    changed["mlp.down_proj.weight"] = pad_with_zeros(block["mlp.down_proj.weight"], 0, wide)
+    hs = 2 * c.n_embd // c.n_head  # the second half of each head is zero
+    heads = (c.n_head + c.prev_heads, -1)
+    v = block["self_attn.v_proj.weight"].unflatten(0, heads)
+    out = block["self_attn.o_proj.weight"].unflatten(1, heads)
+    changed["self_attn.v_proj.weight"] = pad_with_zeros(v, 1, hs).flatten(0, 1)
+    changed["self_attn.o_proj.weight"] = pad_with_zeros(out, 2, hs).flatten(1)
+    for name in ("self_attn.v_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"):
+        changed[name] = pad_with_zeros(changed[name], 1, wide)  # they read the stream
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        changed[name] = pad_with_zeros(changed[name], 0, wide)  # they add to it
     for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
         changed[name] = widen_norm(block[name])
     return changed
@@ -4226,30 +4231,18 @@ def queries_and_keys(block: dict, c: ModelConfig) -> dict:
     changed = {}
     for letter, fixed, gain in (("q", turned_back, 1.0), ("k", straight, math.sqrt(0.5))):
         name = f"self_attn.{letter}_proj.weight"
+        w = block[name].unflatten(0, (c.n_head, 2, -1))
         # (heads, first or second channel of a pair, pair, input channel)
-        ordinary = torch.zeros(c.n_head, 2, hs, wide, dtype=torch.float64)
-        ordinary[:, :, ::2, :C] = scale * block[name].view(c.n_head, 2, hs // 2, C)
-        previous = torch.zeros(c.prev_heads, 2, hs, wide, dtype=torch.float64)
-        previous[:, :, pairs, C] = fixed
-        changed[name] = torch.cat([ordinary, previous]).flatten(0, 2)  # (heads 2 hs, wide)
+        heads = w.new_zeros(c.n_head + c.prev_heads, 2, hs, wide)
+        heads[: c.n_head, :, ::2, :C] = scale * w
+        heads[c.n_head :, :, pairs, C] = fixed
+        changed[name] = heads.flatten(0, 2)
         name = f"self_attn.{letter}_norm.weight"
-        gains = torch.zeros(2, hs, dtype=torch.float64)
-        gains[:, ::2] = gain * block[name].view(2, hs // 2)
+        gains = w.new_zeros(2, hs)
+        gains[:, ::2] = gain * block[name].unflatten(0, (2, -1))
         gains[:, pairs] = fixed_gain(speeds, c.block_size, hs)
         changed[name] = gains.flatten()
     return changed
-
-def values_and_output(block: dict, c: ModelConfig) -> dict:
-    """The weights of values and of the output, where the new half of each head is zero."""
-    C, hs = c.n_embd, c.n_embd // c.n_head
-    wide = C + EXTRA_CHANNELS
-    heads = c.n_head + c.prev_heads
-    v = block["self_attn.v_proj.weight"].view(heads, hs, C)
-    v = pad_with_zeros(v, 1, 2 * hs).flatten(0, 1)  # (heads 2 hs, C)
-    out = block["self_attn.o_proj.weight"].view(C, heads, hs)
-    out = pad_with_zeros(out, 2, 2 * hs).flatten(1)  # (C, heads 2 hs)
-    return {"self_attn.v_proj.weight": pad_with_zeros(v, 1, wide),
-            "self_attn.o_proj.weight": pad_with_zeros(out, 0, wide)}
 
 def fixed_gain(speeds, block_size: int, hs: int) -> float:
     """The gain that makes the score of the previous position exceed all others by FIXED_LEAD. (The
@@ -4275,10 +4268,11 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def tokenizer_files(tokenizer) -> dict[str, dict]:
     """The files that the library `tokenizers` reads, by name."""
+    plain = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     if tokenizer.kind == "char":  # byte-pair encoding without merges
         model = {"type": "BPE", "vocab": tokenizer.stoi, "merges": []}
-        last = {"id": tokenizer.vocab_size - 1, "content": tokenizer.itos[-1], "single_word": False,
-                "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        last = {"id": tokenizer.vocab_size - 1, "content": tokenizer.itos[-1], **plain,
+                "special": False}
         rules = {"pre_tokenizer": None, "decoder": {"type": "Fuse"}, "added_tokens": [last]}
         special = {"pad_token": tokenizer.itos[-1], "added_tokens_decoder": {}}
     else:
@@ -4287,8 +4281,7 @@ def tokenizer_files(tokenizer) -> dict[str, dict]:
         model = {"type": "BPE", "vocab": vocab, "merges": merges}
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                       "use_regex": True}
-        end = {"id": tokenizer.end_id, "content": END_OF_TEXT, "single_word": False,
-               "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        end = {"id": tokenizer.end_id, "content": END_OF_TEXT, **plain, "special": True}
         rules = {"pre_tokenizer": byte_level, "added_tokens": [end],
                  "decoder": {"type": "Sequence", "decoders": [byte_level]}}
         special = dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], END_OF_TEXT)
@@ -4898,12 +4891,11 @@ CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
 PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
 ONCE = PATHS | {"prompt", "vary"}  # if one of these is typed twice, its first value would be lost
 RANGES = {"bpe_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
-          "temperature": (0, 1000), "top_p": (0, 1), "short_share": (0, 1), "beta1": (0, 0.99999),
-          "beta2": (0, 0.99999), "momentum": (0, 0.99999), "seed": (0, 2**63 - 1),
-          "prev_heads": (0, 1000), "train_temperature": (0.01, 100),
-          "warmup_steps": (0, 2**31 - 1),
-          "sample_tokens": (0, 2**31 - 1), "checkpoint_interval": (0, 2**31 - 1),
-          "patience": (0, 2**31 - 1), "max_tokens": (0, 2**31 - 1)}
+          "temperature": (0, 1000), "train_temperature": (0.01, 100), "top_p": (0, 1),
+          "short_share": (0, 1), "seed": (0, 2**63 - 1), "prev_heads": (0, 1000),
+          **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
+          **dict.fromkeys(["warmup_steps", "sample_tokens", "checkpoint_interval", "patience",
+                           "max_tokens"], (0, 2**31 - 1))}
 
 # What may change on --resume: how long to train, what to report and save, and how to compute.
 MAY_CHANGE = {"max_steps", "eval_interval", "sample_tokens", "checkpoint_interval", "log_interval",
@@ -5405,11 +5397,9 @@ def run_generate(typed: dict) -> None:
         reader = new_reader(used.model)
         if not writing.cache and isinstance(reader, CachedReader):
             reader = CachedReader(used.model, remember=False)
-        tokens = stream_tokens(
-            used.model, torch.tensor([start]), writing.max_tokens, writing.temperature,
-            writing.top_k, writing.top_p,
-            reader=reader,
-            generator=torch.Generator().manual_seed(derived_seed(seed, number)))
+        generator = torch.Generator().manual_seed(derived_seed(seed, number))
+        tokens = stream_tokens(used.model, torch.tensor([start]), writing.max_tokens,
+                               writing.temperature, writing.top_k, writing.top_p, generator, reader)
         printer = TextPrinter(used.tokenizer, stops)
         for token in tokens:
             if not printer.add(token.item()):
