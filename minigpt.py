@@ -3940,11 +3940,12 @@ def rate_of(work: int, seconds: float, function) -> float:
 
 def run_bench(typed: dict) -> None:
     """--mode bench: prints a table to stdout."""
-    options, n = settings_of(typed, Options), typed.get("max_tokens", WritingConfig.max_tokens)
+    options = settings_of(typed, Options)
+    n = settings_of(typed, WritingConfig).max_tokens
     device = find_device(options.device)
     preset = choose_preset(typed, device)
-    config = replace(training_settings(preset, typed), grad_accum=1)
-    config = replace(config, dtype=find_dtype(config.dtype, device))
+    config = training_settings(preset, typed)
+    config = replace(config, grad_accum=1, dtype=find_dtype(config.dtype, device))
     vocab_sizes = {"char": 65, "bpe": config.bpe_size, "gpt2": GPT2_SIZE}
     sizes = model_settings(preset, typed, vocab_sizes[config.tokenizer])
     if sizes.model != "gpt":
@@ -3958,19 +3959,19 @@ def run_bench(typed: dict) -> None:
     def rate(work: int, function) -> float:
         return rate_of(work, options.bench_seconds, function)
 
-    writing = {"writing, tokens/s": rate(n, lambda: model.generate(start, n))}
-    if isinstance(new_reader(model), CachedReader):
-        writing["writing, without the cache"] = rate(n, lambda: model.generate(
-            start, n, reader=lambda idx: read_window(model, idx)))
     trained = rate(x.numel(), lambda: train_step(runner, optimizer, [(x, y)], config))
-    used = flops_per_token(model) * trained
+    flops = flops_per_token(model)
     possible = rate(2 * 2048**3, lambda: matrix @ matrix)
     rows = {"parameters": count_parameters(model),
             **{f"- {part}": count for part, count in parameters_by_part(model).items()},
-            "training, tokens/s": trained, "training, FLOPs per token": flops_per_token(model),
-            "training, million FLOPs/s": used / 1e6,
+            "training, tokens/s": trained, "training, FLOPs per token": flops,
+            "training, million FLOPs/s": flops * trained / 1e6,
             "matrix products alone, million FLOPs/s": possible / 1e6,
-            "utilization, percent": 100 * used / possible, **writing}
+            "utilization, percent": 100 * flops * trained / possible,
+            "writing, tokens/s": rate(n, lambda: model.generate(start, n))}
+    if isinstance(new_reader(model), CachedReader):
+        rows["writing, without the cache"] = rate(n, lambda: model.generate(
+            start, n, reader=lambda idx: read_window(model, idx)))
     write_result(f"| {preset}: {device}, {config.dtype}, {torch.get_num_threads()} threads, "
                  f"PyTorch {torch.__version__} | |\n|---|---|")
     for name, value in rows.items():
@@ -4804,6 +4805,8 @@ class Preset:
     model: dict  # fields of ModelConfig
     training: dict  # fields of RunConfig
 
+FUSED = dict(attention="fused", norm="fused_layernorm")  # the same model as Part I's, but faster
+
 PRESETS = {
     "plain": Preset(
         "exactly Part I, with about as many parameters as laptop",
@@ -4813,15 +4816,14 @@ PRESETS = {
     "laptop": Preset(
         "three minutes on two CPU cores, for a model that other programs can run",
         model=dict(n_layer=4, n_head=2, n_embd=128, block_size=512, dropout=0.0, bias=False,
-                   pos="rope", qk_norm=True, activation="relu2", attention="fused",
-                   norm="fused_layernorm", prev_heads=1),
+                   pos="rope", qk_norm=True, activation="relu2", prev_heads=1, **FUSED),
         training=dict(batch_size=4, grad_accum=1, sampling="even", short_share=0.7,
                       train_temperature=0.9, max_steps=2000, optimizer="muon",
                       learning_rate=7e-3, momentum=0.85, weight_decay=0.2, schedule="linear",
                       min_lr=0.0, warmup_steps=50, eval_interval=250, eval_batches=4)),
     "gpt": Preset(
         "the reference, in the shape of nanoGPT's Shakespeare model",
-        model=dict(attention="fused", norm="fused_layernorm"),
+        model=FUSED,
         training=dict(patience=4)),
     "modern": Preset(
         "the reference's size in Qwen3's form: RMSNorm, RoPE, QK-norm, SwiGLU; Muon",
@@ -4831,19 +4833,16 @@ PRESETS = {
                       min_lr=0.0, grad_accum=1)),
     "mini": Preset(
         "two wide layers of Part I's kind, with dropout",
-        model=dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1,
-                   attention="fused", norm="fused_layernorm"),
+        model=dict(n_layer=2, n_head=8, n_embd=256, block_size=128, dropout=0.1, **FUSED),
         training=dict(batch_size=16, grad_accum=1, max_steps=3000, learning_rate=3e-3,
                       min_lr=1e-4)),
     "bpe": Preset(
         "our own byte-pair encoding instead of characters",
-        model=dict(n_layer=4, n_head=4, n_embd=192, mlp_ratio=2.0, dropout=0.1,
-                   attention="fused", norm="fused_layernorm"),
+        model=dict(n_layer=4, n_head=4, n_embd=192, mlp_ratio=2.0, dropout=0.1, **FUSED),
         training=dict(tokenizer="bpe", batch_size=16, grad_accum=1)),
     "gpt2": Preset(
         "GPT-2 small, with its own tokens; for large corpora and large GPUs",
-        model=dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0,
-                   attention="fused", norm="fused_layernorm"),
+        model=dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, **FUSED),
         training=dict(tokenizer="gpt2", batch_size=8, grad_accum=8, learning_rate=6e-4,
                       min_lr=6e-5, beta2=0.95)),
     "bigram": Preset(
@@ -5153,11 +5152,9 @@ def find_latest(options: Options) -> dict | None:
     kept = [path.name for path in files_of_run(out_dir) if not left_by_failed_start(path)]
     kept.sort(key=lambda name: not name.endswith(".pt"))
     if kept:
-        hint = "add --resume to continue that run, or name another folder"
-        if not latest.exists():
-            hint = ("name another folder, or, to continue from one of its checkpoints, copy it to "
-                    "latest.pt and use --resume")
-        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; {hint}")
+        hint = "" if latest.exists() else "copy one of its checkpoints to latest.pt and "
+        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; name another folder, or, "
+                        f"to continue that run, {hint}use --resume")
     if options.resume:
         say(f"--resume: there is no {latest} yet, so a new run begins")
     return None
