@@ -3861,7 +3861,7 @@ def run_ablate(typed: dict) -> None:
     preset = choose_preset(typed, find_device(options.device))
     # Without an explicit max_steps, a small text would shorten each variant differently.
     common = {"sample_tokens": 0, "checkpoint_interval": 0, "log_interval": 100,
-              "max_steps": training_settings(preset, [*variants.values()][0]).max_steps}
+              "max_steps": training_settings(preset, next(iter(variants.values()))).max_steps}
     first_seed = typed.get("seed", RunConfig.seed)
     runs = {}  # what would have to be typed for each run, by label and seed
     for seed in range(first_seed, first_seed + options.seeds):
@@ -3951,7 +3951,8 @@ def run_bench(typed: dict) -> None:
     if sizes.model != "gpt":
         raise UserError(f"--preset {preset}: bench measures a GPT; choose another preset")
     model = new_model(sizes, config.seed).to(device)
-    runner, optimizer = wrap(model, config), OPTIMIZERS[config.optimizer](model, config)
+    runner = wrap(model, config)
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
     x, y = torch.randint(sizes.vocab_size, (2, config.batch_size, sizes.block_size))
     matrix = torch.randn(2048, 2048, device=device).to(getattr(torch, config.dtype))
     start = torch.zeros(1, 1, dtype=torch.long)
@@ -4186,7 +4187,8 @@ def wider_config(c: ModelConfig) -> dict:
 def widen_norm(w):
     """The gains of an RMSNorm of the wider stream."""
     C = len(w)
-    w = pad_with_zeros(w * math.sqrt(C / (C + EXTRA_CHANNELS)), 0, C + EXTRA_CHANNELS)
+    wide = C + EXTRA_CHANNELS
+    w = pad_with_zeros(w * math.sqrt(C / wide), 0, wide)
     w[C] = CONSTANT_GAIN
     return w
 
@@ -4223,9 +4225,9 @@ def queries_and_keys(block: dict, c: ModelConfig) -> dict:
     wide = C + EXTRA_CHANNELS
     # The odd pairs that the previous-position heads use, and the speeds of RoPE there.
     pairs = slice(1, min(2 * 8, hs), 2)
-    speeds = 10000.0 ** (-torch.arange(hs, dtype=torch.float64)[pairs] / hs)
+    speeds = 10000.0 ** (-torch.arange(hs).double()[pairs] / hs)
     turned_back = torch.stack([speeds.cos(), -speeds.sin()])  # (2, pairs): by one position
-    straight = torch.stack([torch.ones_like(speeds), torch.zeros_like(speeds)])
+    straight = torch.tensor([[1.0], [0.0]])  # the same in each pair
     # Half of the channels are zero now, and the epsilon has changed. With this factor, QK-norm
     # gives exactly sqrt(2) times what it gave before.
     scale = math.sqrt(2 * wider_config(c)["rms_norm_eps"] / RMSNorm.eps)
@@ -4313,7 +4315,7 @@ def write_folder(folder: Path, config: dict, tensors: dict, tokenizer, block_siz
     try:
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-        contiguous = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
+        contiguous = {name: w.contiguous() for name, w in tensors.items()}
         (partial / "model.safetensors").write_bytes(save(contiguous, metadata={"format": "pt"}))
         if tokenizer.kind == "bpe":
             tokenizer.save(partial)
@@ -4399,8 +4401,8 @@ def write_gguf(path: Path, config: dict, tensors: dict, tokenizer, kind: str) ->
             writer.add_tensor(gguf_name, array)
             continue
         if kind == "q8_0" and w.shape[1] % 32:
-            raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but {name} has "
-                            f"rows of {w.shape[1]}; use --gguf_type f16")
+            raise UserError(f"--gguf_type q8_0: packs rows in groups of 32 numbers, but "
+                            f"{gguf_name} has rows of {w.shape[1]}; use --gguf_type f16")
         packed = gguf.quants.quantize(array, matrix_type)
         writer.add_tensor(gguf_name, packed, raw_dtype=matrix_type)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -4976,7 +4978,7 @@ class Once(argparse.Action):
 
 def explain_unknown(argv: list[str], word: str, mode: str | None) -> str:
     """What to do about a word that is neither a flag nor the value of one."""
-    before = argv[max(argv.index(word) - 1, 0)] if word in argv else ""
+    before = dict(zip(argv[1:], argv)).get(word, "")
     name = before.removeprefix("--").removeprefix("no-")
     if not word.startswith("-"):
         if word in MODES and mode is None:
@@ -4987,7 +4989,8 @@ def explain_unknown(argv: list[str], word: str, mode: str | None) -> str:
                 "quotes, and join several texts into one file")
     word = word.split("=")[0].replace("--no-", "--no_")
     names = sorted(MODES[mode].takes if mode else SETTINGS)
-    flags = [f"--{name}" for name in names] + [f"--no_{name}" for name in names if name in SWITCHES]
+    flags = [f"--{name}" for name in names]
+    flags += [f"--no_{name}" for name in names if name in SWITCHES]
     close = [flag for flag in flags if flag.startswith(word) and len(word) > 2]
     if len(close) != 1:
         close = difflib.get_close_matches(word, flags, n=1, cutoff=0.8)
@@ -5174,7 +5177,8 @@ def source_of(text: SourceText) -> dict:
     """What a checkpoint stores about its corpus. Tiny Shakespeare needs no path: it is always
     found."""
     is_default = text.path == PROGRAM.parent / "data" / "input.txt"
-    return {"data": "" if is_default else str(text.path.absolute()), "sha256": text.sha256}
+    data = "" if is_default else str(text.path.absolute())
+    return {"data": data, "sha256": text.sha256}
 
 def resume_run(typed: dict, state: dict) -> RunStart:
     """The run of a checkpoint, at the step where it was saved."""
@@ -5186,7 +5190,7 @@ def resume_run(typed: dict, state: dict) -> RunStart:
     if text.sha256 != state["corpus"]["sha256"]:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
-    model, tokenizer = rebuild(Path(typed.get("out_dir", Options.out_dir), "latest.pt"), state)
+    model, tokenizer = rebuild(Path(settings_of(typed, Options).out_dir, "latest.pt"), state)
     corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
     return RunStart(model, tokenizer, text, corpus, config, state)
 
@@ -5200,7 +5204,8 @@ def run_from_weights(typed: dict, preset: str) -> RunStart:
     dropout = typed.get("dropout", stored.pop("dropout"))
     refuse_changes(typed, stored, "the model of --init_from")
     config = training_settings(preset, {**typed, **made})
-    model = MODELS[origin.model.config.model](replace(origin.model.config, dropout=dropout))
+    sizes = replace(origin.model.config, dropout=dropout)
+    model = MODELS[sizes.model](sizes)
     model.load_state_dict(origin.model.state_dict())
     text = read_corpus(typed.get("data", ""), origin.corpus["data"])
     corpus = encode_corpus(text, origin.tokenizer, model.config.block_size, fixed=True)
@@ -5320,10 +5325,10 @@ def load_for_use(options: Options) -> LoadedModel:
                         "has diverged; use another one")
     return used
 
-# Characters that many programs insert automatically, and what a plain text has in their place.
-PLAIN_FORMS = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
-                             "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2026": ".",
-                             "\u00a0": " "})
+# Characters that many programs insert automatically (quotes, dashes, an ellipsis and a space that
+# is not broken), and what a plain text has in their place.
+PLAIN_FORMS = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2212\u2026\u00a0",
+                            "''\"\"---. ")
 
 def adapt_text(tokenizer, flag: str, text: str) -> str:
     """The text of a flag in the form that its corpus has: line breaks as on Linux, and accents
