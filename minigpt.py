@@ -5155,9 +5155,11 @@ def find_latest(options: Options) -> dict | None:
     kept = [path.name for path in files_of_run(out_dir) if not left_by_failed_start(path)]
     kept.sort(key=lambda name: not name.endswith(".pt"))
     if kept:
-        hint = "" if latest.exists() else "copy one of its checkpoints to latest.pt and "
-        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; name another folder, or, "
-                        f"to continue that run, {hint}use --resume")
+        hint = "add --resume to continue that run, or name another folder"
+        if not latest.exists():
+            hint = ("name another folder, or, to continue from one of its checkpoints, copy it to "
+                    "latest.pt and use --resume")
+        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; {hint}")
     if options.resume:
         say(f"--resume: there is no {latest} yet, so a new run begins")
     return None

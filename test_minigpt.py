@@ -5014,7 +5014,7 @@ def test_resume_without_latest_is_refused_where_another_checkpoint_is(tmp_path, 
     for argv in ([*TRAIN, "--resume", "--out_dir", tmp_path], [*RESUME, tmp_path]):
         code, _, err = run_main(*argv)
         assert code == 2 and f"has a {name} already; " in last_line(err)
-        assert "copy one of its checkpoints to latest.pt and use --resume" in last_line(err)
+        assert "copy it to latest.pt and use --resume" in last_line(err)
         assert contents(tmp_path) == before
     shutil.copy(tmp_path / name, tmp_path / "latest.pt")
     resume_tiny(tmp_path)
