@@ -3319,12 +3319,9 @@ class MergeLearner:
         while self.heap:
             negative_count, pair = heapq.heappop(self.heap)
             count = self.counts[pair]
-            if -negative_count != count:
-                heapq.heappush(self.heap, (-count, pair))
-            elif count >= 2:
-                return pair
-            else:
-                return None
+            if -negative_count == count:
+                return pair if count >= 2 else None
+            heapq.heappush(self.heap, (-count, pair))
         return None
 
     def merge(self, pair: str, token: str) -> None:
@@ -3410,13 +3407,10 @@ class BPETokenizer:
             # gives the same result. For very long words this is faster.
             for pair, token in self.merged.items():
                 tokens = tokens.replace(pair, token)
-            return [ord(token) for token in tokens]
-        while True:
-            known = [pair for pair in pairs_of(tokens) if pair in self.merged]
-            if not known:
-                return [ord(token) for token in tokens]
+        while known := [pair for pair in pairs_of(tokens) if pair in self.merged]:
             pair = min(known, key=self.merged.get)
             tokens = tokens.replace(pair, self.merged[pair])
+        return [ord(token) for token in tokens]
 
     def encode(self, text: str) -> list[int]:
         """Text to ids. Every text can be encoded."""
