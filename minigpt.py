@@ -2693,6 +2693,7 @@ import functools
 import hashlib
 import heapq
 import importlib.util
+import itertools
 import json
 import re
 import signal
@@ -3219,15 +3220,19 @@ END_OF_TEXT = "<|endoftext|>"  # a token of its own, which ends a text
 def word_pattern() -> re.Pattern:
     r"""GPT-2's pattern: '(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
-    Python's re does not know \p{L} (letters) and \p{N} (numbers), so we write these classes out
-    from Python's tables of Unicode. Python's \s contains four characters more than GPT-2's. The
-    second branch is an addition for speed: it matches a word of ASCII letters if no further letter
-    follows.
+    Python's re does not know \p{L} (letters) and \p{N} (numbers), so we write these classes out, as
+    ranges, from Python's tables of Unicode. Python's \s contains four characters more than GPT-2's.
+    The second branch is an addition for speed: it matches a word of ASCII letters if no further
+    letter follows.
 
     >>> word_pattern().findall("Who's there?  Nay, 2 answer")
     ['Who', "'s", ' there', '?', ' ', ' Nay', ',', ' 2', ' answer']
     """
-    classes = character_classes()
+    classes = collections.defaultdict(str)  # the ranges of each category (L, N, ...)
+    everything = map(chr, range(sys.maxunicode + 1))
+    for category, group in itertools.groupby(everything, lambda c: unicodedata.category(c)[0]):
+        characters = list(group)
+        classes[category] += f"{characters[0]}-{characters[-1]}"
     letters, numbers = classes["L"], classes["N"]
     spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     return re.compile(rf"'(?:[sdmt]|ll|ve|re)"
@@ -3237,21 +3242,6 @@ def word_pattern() -> re.Pattern:
                       rf"| ?[^{spaces}{letters}{numbers}]+"
                       rf"|[{spaces}]+(?![^{spaces}])"
                       rf"|[{spaces}]+")
-
-def character_classes() -> dict[str, str]:
-    """The characters of each Unicode category (L, N, ...), as ranges for a regular expression."""
-    ranges = collections.defaultdict(str)
-    categories = [unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1)]
-    first = 0
-    for code, category in enumerate([*categories[1:], None], start=1):
-        if category != categories[first]:
-            ranges[categories[first]] += f"\\U{first:08x}-\\U{code - 1:08x}"
-            first = code
-    return ranges
-
-def split_words(text: str) -> list[str]:
-    """The words of a text by GPT-2's pattern."""
-    return word_pattern().findall(text)
 
 def in_pieces(text: str, size: int = 2**20):
     """Yields a text in pieces of about `size` characters, so that a large text can be processed
@@ -3276,10 +3266,9 @@ def repair_surrogates(text: str) -> str:
 # others. In its files, it shows one of the others as a character from U+0100 on.
 VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 BYTE_ORDER = sorted(range(256), key=lambda byte: (byte not in VISIBLE, byte))  # byte of each id
-SHOWN = [chr(byte if byte in VISIBLE else 256 + i - len(VISIBLE))
-         for i, byte in enumerate(BYTE_ORDER)]
-BYTE_TO_SHOWN = dict(zip(BYTE_ORDER, SHOWN))
-SHOWN_TO_BYTE = dict(zip(SHOWN, BYTE_ORDER))
+BYTE_TO_SHOWN = {byte: chr(byte if byte in VISIBLE else 256 + i - len(VISIBLE))
+                 for i, byte in enumerate(BYTE_ORDER)}
+SHOWN_TO_BYTE = {shown: byte for byte, shown in BYTE_TO_SHOWN.items()}
 
 def to_token_str(word: str) -> str:
     """A word as such a str: one character for each of its bytes in UTF-8."""
@@ -3360,7 +3349,8 @@ class BPETokenizer:
         self.end_id = len(self.tokens)
         self.tokens.append(END_OF_TEXT.encode())
         self.vocab_size = len(self.tokens)
-        self.known_words = {}  # the ids of words that were encoded before
+        # The same words occur again and again, so their ids are remembered, up to this many.
+        self.encode_word = functools.lru_cache(2**20)(self.merge_word)
 
     @property
     def state(self) -> list[tuple[bytes, bytes]]:
@@ -3375,7 +3365,7 @@ class BPETokenizer:
         word_counts = collections.Counter()
         for piece in in_pieces(text):
             for part in repair_surrogates(piece).split(END_OF_TEXT):
-                word_counts.update(split_words(part))
+                word_counts.update(word_pattern().findall(part))
         learner = MergeLearner(word_counts)
         tokens = [bytes([byte]) for byte in BYTE_ORDER]
         merges = []
@@ -3390,14 +3380,6 @@ class BPETokenizer:
             tokens.append(a + b)
             progress(len(tokens) / (vocab_size - 1))
         return cls(merges)
-
-    def encode_word(self, word: str) -> list[int]:
-        """The ids of one word. The same words occur again and again, so they are remembered."""
-        if word not in self.known_words:
-            if len(self.known_words) > 2**20:  # a limit on the memory
-                self.known_words.clear()
-            self.known_words[word] = self.merge_word(word)
-        return self.known_words[word]
 
     def merge_word(self, word: str) -> list[int]:
         """The ids of one word: merges the pair that was learned first, until none is left."""
@@ -3415,12 +3397,11 @@ class BPETokenizer:
     def encode(self, text: str) -> list[int]:
         """Text to ids. Every text can be encoded."""
         ids = []
-        for number, part in enumerate(repair_surrogates(text).split(END_OF_TEXT)):
-            if number > 0:
-                ids.append(self.end_id)
-            for word in split_words(part):
+        for part in repair_surrogates(text).split(END_OF_TEXT):
+            for word in word_pattern().findall(part):
                 ids.extend(self.encode_word(word))
-        return ids
+            ids.append(self.end_id)
+        return ids[:-1]  # nothing was split off after the last part
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
@@ -3455,11 +3436,8 @@ class BPETokenizer:
     @classmethod
     def from_shown(cls, lines: list[str]) -> BPETokenizer:
         """From merges as GPT-2's file shows them, "Ġ t" for a space and a t."""
-        merges = []
-        for line in lines:
-            a, b = line.split(" ")
-            merges.append((unshow_bytes(a), unshow_bytes(b)))
-        return cls(merges)
+        pairs = [line.split(" ") for line in lines]
+        return cls([(unshow_bytes(a), unshow_bytes(b)) for a, b in pairs])
 
 def show_bytes(token: bytes) -> str:
     """A token as GPT-2's files show it.

@@ -129,7 +129,7 @@ def tokenizer_times(text: str, vocab_size: int, seconds: float) -> dict[str, flo
         assert len(json.loads(new.to_str())["model"]["merges"]) == len(ours.merges)
 
     def encode():
-        ours.known_words.clear()
+        ours.encode_word.cache_clear()
         ours.encode(text)
 
     name = f"BPE of {vocab_size:,}"
