@@ -2957,48 +2957,30 @@ def files_of_run(out_dir: Path, ending: str = "") -> list[Path]:
     return [path for path in sorted(out_dir.glob("*"))
             if re.fullmatch(f"({RUN_FILES}){re.escape(ending)}", path.name)]
 
-def not_a_checkpoint(path: Path) -> UserError:
-    """The error for a file that cannot be read, with a remedy that destroys nothing."""
-    others = [other.name for other in files_of_run(path.parent) if other.suffix == ".pt"]
-    if path.suffix == ".pt":
-        return UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; use "
-                         "another .pt file of the same run (best.pt, latest.pt or a step_*.pt), or "
-                         "copy that one over this one")
-    is_part = path.suffix in (".safetensors", ".json") and (path.parent / "config.json").exists()
-    if is_part and not others:
-        return UserError(f"{path}: this is one file of a model; name its folder, {path.parent}")
-    return UserError(f"{path}: this is not a checkpoint; name the .pt file of a run, or the folder "
-                     "of a GPT-2")
-
-def check_checkpoint(path: Path) -> None:
-    """Raises UserError if a file is missing or damaged. Other errors of the disk pass through."""
+def read_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program.
+    Other errors of the disk pass through."""
+    state = None
     try:
         with zipfile.ZipFile(path) as archive:  # PyTorch's files are zip archives
-            damaged = archive.testzip() is not None  # compares checksums
-    except FileNotFoundError:
-        hint = "train first, or name another one"
-        if path.suffix != ".pt":  # perhaps the name of a model at Hugging Face
-            hint = ("to get a GPT-2, type: hf download openai-community/gpt2 --local-dir gpt2; "
-                    "then name the folder gpt2")
-        raise UserError(f"{path}: no such file or folder; {hint}") from None
-    except OSError as problem:
-        if problem.filename:
-            raise  # the file cannot be read; that says nothing about its content
-        damaged = True
-    except Exception:  # a damaged file can make the reader fail in many ways
-        damaged = True
-    if damaged:
-        raise not_a_checkpoint(path)
-
-def read_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint. Raises UserError if it is missing, damaged, or from another program."""
-    check_checkpoint(path)
-    try:
-        state = load_checkpoint(path)
+            if archive.testzip() is None:  # compares checksums
+                state = load_checkpoint(path)
     except MemoryError:
         raise
-    except Exception:
-        raise not_a_checkpoint(path) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder; train first, or name another one. To get "
+                        "a GPT-2, type: hf download openai-community/gpt2 --local-dir gpt2; then "
+                        "name the folder gpt2") from None
+    except Exception as problem:  # a damaged file can make the readers fail in many ways
+        if getattr(problem, "filename", None):
+            raise  # the file cannot be read; that says nothing about its content
+    if state is None and path.suffix == ".pt":
+        raise UserError(f"{path}: this file is damaged, or it is not a checkpoint of minigpt; use "
+                        "another .pt file of the same run (best.pt, latest.pt or a step_*.pt), or "
+                        "copy that one over this one")
+    if state is None:
+        raise UserError(f"{path}: this is not a checkpoint; name the .pt file of a run, or, if "
+                        f"this is one file of a GPT-2, its folder, {path.parent}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this version of minigpt; train a new one, in "
                         "another --out_dir")
@@ -3752,7 +3734,7 @@ class FullRun(Run):
 
     def score(self, progress=None) -> float:
         gather(None)  # wait until the first process has written best.pt
-        check_checkpoint(self.out_dir / "best.pt")
+        read_checkpoint(self.out_dir / "best.pt")  # refuses a damaged file
         return super().score(progress)
 
     def stop_if_asked(self, run: FullRun) -> None:
