@@ -2887,12 +2887,6 @@ def progress_of(what: str):
 #           done. A second signal ends the process at once.
 AGAIN = "run the same command again (add --resume if the mode is train)"
 
-class Stopped(Exception):
-    """The run was stopped by a signal and has saved what is needed to continue."""
-    def __init__(self, number: int):
-        super().__init__(f"stopped by signal {number}")
-        self.exit_code = 128 + number
-
 class SignalWatch:
     """Records signals while a `with` block runs. Afterwards, the old handlers are back."""
     def __init__(self):
@@ -3153,7 +3147,7 @@ class FullJournal(Journal):
         """For the final evaluation, which a signal ends at once: everything is saved by then."""
         if self.watch.received:
             self.say(f"stopped; to repeat the evaluation, {AGAIN}")
-            raise Stopped(self.watch.received)
+            sys.exit(128 + self.watch.received)
         if self.progress is None:
             self.progress = progress_of("evaluating")
         self.progress(share)
@@ -3744,7 +3738,7 @@ class FullRun(Run):
             self.save("latest.pt")
             gather(None)  # nobody leaves before the first process has saved
             self.journal.say(f"saved; to continue, {AGAIN}")
-            raise Stopped(number)
+            sys.exit(128 + number)
 
 # ==================================================================================================
 # Part IV: The laboratory
@@ -5225,6 +5219,7 @@ def run_train(typed: dict) -> Outcome:
                     and run.step != start.state["train_config"]["max_steps"]):
                 evaluate_and_save(run)  # it was stopped between two evaluations
                 run.save("latest.pt")
+        exit_code = 1
         try:
             if run.rank == 0:
                 run.wandb = start_wandb(run)
@@ -5234,10 +5229,12 @@ def run_train(typed: dict) -> Outcome:
             nats = run.score(progress=journal.show_progress)
             seconds = run.seconds()  # without the time for the picture
             journal.report_score(run, nats)
+            exit_code = 0
+        except SystemExit as stopped:  # by a signal
+            exit_code = stopped.code
+            raise
         finally:
             if run.wandb is not None:
-                problem = sys.exc_info()[1]
-                exit_code = getattr(problem, "exit_code", 1) if problem else 0
                 with contextlib.suppress(Exception):
                     run.wandb.finish(exit_code=exit_code)  # completes its log
     return Outcome(nats, bits_per_character(nats, run.corpus), seconds, run.best_step)
@@ -5474,11 +5471,9 @@ def main(argv: list[str] | None = None) -> int:
                             "with torchrun")
         MODES[mode].run(typed)
         return 0
-    except Stopped as stopped:
-        return stopped.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except SystemExit as end:  # from argparse, after --help
+    except SystemExit as end:  # from argparse, after --help, or from a run stopped by a signal
         return end.code or 0
     except BrokenPipeError:  # the reader of our output has left, as in `generate | head`
         return 128 + 13
