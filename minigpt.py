@@ -2807,17 +2807,13 @@ def keep_memory() -> None:
 #           backward() is still running [Li et al. 2020, section 3.2]. All take the same step, so
 #           the models stay equal. All evaluate, and only the first process (rank 0) writes files
 #           and prints.
-def launched_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return torch.distributed.is_torchelastic_launched()
-
 def process_rank() -> int:
     """The number of this process among those that torchrun started, or 0."""
-    return int(os.environ["RANK"]) if launched_by_torchrun() else 0
+    return int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
 
 def join_processes() -> int:
     """Connects to the other processes that torchrun started. Returns how many there are."""
-    if not launched_by_torchrun():
+    if not torch.distributed.is_torchelastic_launched():
         return 1
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group()  # gloo, and nccl for GPUs
@@ -2851,10 +2847,6 @@ def write_result(text: str, end: str = "\n") -> None:
     except OSError as problem:
         raise UserError(f"stdout: {problem.strerror}; send the results to another place") from None
 
-def is_terminal(stream) -> bool:
-    """Whether a person sees what is printed at once. Streams in notebooks may lack isatty."""
-    return hasattr(stream, "isatty") and stream.isatty()
-
 def progress_of(what: str):
     """A function that shows how much of a long computation is done, and the time that is left. It
     takes the share that is done, above 0 and at most 1.
@@ -2862,7 +2854,7 @@ def progress_of(what: str):
     On a terminal, it writes a line that is overwritten. Elsewhere, a line follows every 30
     seconds."""
     began = shown = time.perf_counter()
-    on_terminal = is_terminal(sys.stderr)
+    on_terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()  # notebooks may lack it
 
     def show(share: float) -> None:
         nonlocal shown
@@ -5494,7 +5486,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if launched_by_torchrun():  # PyTorch's own threads may abort a plain exit
+    if torch.distributed.is_torchelastic_launched():  # PyTorch's own threads may abort a plain exit
         os._exit(code)
     sys.exit(code)
 

@@ -4618,7 +4618,7 @@ def test_progress_tells_the_time_that_is_left(monkeypatch, on_terminal, expected
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(sys, "stderr", out := io.StringIO())
-    monkeypatch.setattr(minigpt, "is_terminal", lambda stream: on_terminal)
+    monkeypatch.setattr(out, "isatty", lambda: on_terminal)
     quick = minigpt.progress_of("y")
     clock[0] = 0.1
     quick(1)  # what is done at once shows nothing
