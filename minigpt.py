@@ -3462,10 +3462,6 @@ class SourceText:
     text: str
     sha256: str
 
-def unify_line_breaks(text: str) -> str:
-    """A text in which every line ends as on Linux, whatever system it is from."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
 def is_stream(path: Path) -> bool:
     """Whether a path is a pipe or a device, which can be read only once."""
     return path.exists() and not path.is_file() and not path.is_dir()
@@ -3485,21 +3481,15 @@ def read_corpus(data: str, remembered: str = "") -> SourceText:
     if is_stream(path) and torch.distributed.is_initialized():
         raise UserError(f"--data {path}: several processes cannot read one pipe; name a file")
     try:
-        encoded = path.read_bytes()
+        text = path.read_text(encoding="utf-8-sig")  # -sig: no byte order mark
     except OSError as problem:
         raise UserError(f"--data {path}: {problem.strerror}; name a text, by --data FILE") from None
-    try:
-        text = unify_line_breaks(encoded.decode("utf-8-sig"))  # -sig: no byte order mark
     except UnicodeDecodeError as problem:
-        line = encoded.count(b"\n", 0, problem.start) + 1
+        line = problem.object.count(b"\n", 0, problem.start) + 1
         raise UserError(f"--data {path}: line {line} is not UTF-8 text (byte "
                         f"0x{problem.object[problem.start]:02x}); if it is a text, save it as "
                         "UTF-8") from None
-    del encoded
-    checksum = hashlib.sha256()
-    for piece in in_pieces(text):
-        checksum.update(piece.encode("utf-8"))
-    return SourceText(path, text, checksum.hexdigest())
+    return SourceText(path, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 def find_shakespeare() -> Path:
     """data/input.txt, or the sample if it cannot be downloaded. Raises UserError if that file has
@@ -5279,7 +5269,7 @@ def adapt_text(tokenizer, flag: str, text: str) -> str:
     """The text of a flag in the form that its corpus has: line breaks as on Linux, and accents
     composed with their letters or not. Raises UserError for a character that the model does not
     know."""
-    text = unify_line_breaks(text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if tokenizer.kind != "char":
         return text
     composed = unicodedata.normalize("NFC", text)  # an accent and its letter as one character
