@@ -3529,51 +3529,44 @@ def make_tokenizer(config: RunConfig, text: str):
         return fetch_gpt2_tokens()
     return TOKENIZERS[config.tokenizer].train(text)
 
+@dataclass
 class PieceEncoder:
     """Encodes a text in pieces, to ids of 1, 2 or 4 bytes each. (A Python list of all ids would
     take 8 bytes or more for each.)"""
-    def __init__(self, tokenizer, show):
-        self.tokenizer = tokenizer
-        self.show = show  # is called with the share of a text that is done
-        V = tokenizer.vocab_size
-        small = torch.uint8 if V <= 2**8 else torch.uint16
-        self.dtype = small if V <= 2**16 else torch.int32
+    tokenizer: object
 
     def encode(self, text: str) -> torch.Tensor:
         """Text to ids (N,)."""
-        parts = [torch.zeros(0, dtype=self.dtype)]
+        V = self.tokenizer.vocab_size
+        small = torch.uint8 if V <= 2**8 else torch.uint16
+        dtype = small if V <= 2**16 else torch.int32
+        show = progress_of("encoding")
+        parts = [torch.zeros(0, dtype=dtype)]
         done = 0
         for piece in in_pieces(text):
-            parts.append(torch.tensor(self.tokenizer.encode(piece), dtype=self.dtype))
+            parts.append(torch.tensor(self.tokenizer.encode(piece), dtype=dtype))
             done += len(piece)
-            self.show(done / len(text))
+            show(done / len(text))
         return torch.cat(parts)
 
 def encode_text(source: SourceText, tokenizer) -> Corpus:
     """Both parts of a text as tokens. Raises UserError if it has characters that are not known."""
     try:
-        encoder = PieceEncoder(tokenizer, progress_of("encoding"))
-        return Corpus.from_text(source.text, encoder)
+        return Corpus.from_text(source.text, PieceEncoder(tokenizer))
     except UserError as problem:
         raise UserError(f"--data {source.path}: {problem} of the model; only a model that is "
                         "trained from the start on this text can know it") from None
 
-def encode_corpus(source: SourceText, tokenizer, block_size: int, fixed: bool = False) -> Corpus:
-    """Both parts of a text for training. Raises UserError, too, if one is too short for a window.
-
-    fixed says that block_size is that of a trained model and cannot change."""
+def encode_corpus(source: SourceText, tokenizer, block_size: int) -> Corpus:
+    """Both parts of a text for training. Raises UserError, too, if one is too short for a
+    window."""
     corpus = encode_text(source, tokenizer)
     shorter = min(len(corpus.train), len(corpus.val))
-    if shorter > block_size:
-        return corpus
-    if shorter < 2:
-        raise UserError(f"--data {source.path}: too short: one of its parts has only {shorter} "
-                        f"token{'s' * (shorter != 1)}; use a longer text")
-    if fixed:
-        raise UserError(f"--data {source.path}: its shorter part has {shorter} tokens, but this "
-                        f"model is trained on windows of {block_size} + 1; use a longer text")
-    raise UserError(f"--block_size {block_size}: must be below the number of tokens of the "
-                    f"text's shorter part, {shorter}; lower it, or use a longer --data")
+    if shorter <= block_size:
+        raise UserError(f"--data {source.path}: its shorter part must have more than {block_size} "
+                        f"tokens, but has {shorter}; use a longer text, or, for a new model, a "
+                        "lower --block_size")
+    return corpus
 
 # ---- A run with all of it ------------------------------------------------------------------------
 @torch.no_grad()
@@ -5123,7 +5116,7 @@ def resume_run(typed: dict, state: dict) -> RunStart:
         raise UserError(f"--data {text.path}: this is not the text that the run was trained on; "
                         "name that one, or start a new run in another --out_dir")
     model, tokenizer = rebuild(Path(settings_of(typed, Options).out_dir, "latest.pt"), state)
-    corpus = encode_corpus(text, tokenizer, model.config.block_size, fixed=True)
+    corpus = encode_corpus(text, tokenizer, model.config.block_size)
     return RunStart(model, tokenizer, text, corpus, config, state)
 
 def run_from_weights(typed: dict, preset: str) -> RunStart:
@@ -5140,7 +5133,7 @@ def run_from_weights(typed: dict, preset: str) -> RunStart:
     model = MODELS[sizes.model](sizes)
     model.load_state_dict(origin.model.state_dict())
     text = read_corpus(typed.get("data", ""), origin.corpus["data"])
-    corpus = encode_corpus(text, origin.tokenizer, model.config.block_size, fixed=True)
+    corpus = encode_corpus(text, origin.tokenizer, model.config.block_size)
     return RunStart(model, origin.tokenizer, text, corpus, config)
 
 def new_run(typed: dict, preset: str) -> RunStart:
@@ -5362,7 +5355,7 @@ def run_eval(typed: dict) -> None:
     is_other = stored["sha256"] not in ("", text.sha256)
     if is_other or len(corpus.val) < 2:
         what = "whole text" + is_other * ", which the model was not trained on"
-        tokens = PieceEncoder(used.tokenizer, progress_of("encoding")).encode(text.text)
+        tokens = PieceEncoder(used.tokenizer).encode(text.text)
         corpus = Corpus(tokens, tokens, len(text.text))
     if len(corpus.val) < 2:
         raise UserError(f"--data {text.path}: name a text of at least 2 tokens; this one has "
