@@ -3077,7 +3077,6 @@ class FullJournal(Journal):
         self.out_dir = out_dir
         self.watch = watch
         self.rank = process_rank()
-        self.progress = None  # of the final evaluation
 
     def say(self, text: str) -> None:
         """Prints to stderr. A terminal that is gone must not end a run without a save."""
@@ -3101,7 +3100,7 @@ class FullJournal(Journal):
         run.step_tokens = 0
         run.step_seconds = 0.0
         lr = run.optimizer.param_groups[0]["lr"]
-        run.check_finite(loss)
+        run.check_finite(math.isfinite(loss))
         self.record(run, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate))
         steps_left = run.config.max_steps - run.step
         left = timedelta(seconds=round(run.seconds() * steps_left / run.step))
@@ -3111,8 +3110,7 @@ class FullJournal(Journal):
         super().report_step(run, loss, norm, details)
 
     def report_evaluation(self, run: FullRun, losses: dict[str, float], better: bool) -> None:
-        for loss in losses.values():
-            run.check_finite(loss)
+        run.check_finite(all(map(math.isfinite, losses.values())))
         self.record(run, train_loss=losses["train"], val_loss=losses["val"],
                     val_perplexity=perplexity(losses["val"]))
         super().report_evaluation(run, losses, better)
@@ -3134,15 +3132,6 @@ class FullJournal(Journal):
             best = (f"no evaluation was better than the one before the first step, which {path} is "
                     "from; try another --learning_rate")
         self.say(f"trained to step {run.step} in {timedelta(seconds=round(seconds))}; {best}")
-
-    def show_progress(self, share: float) -> None:
-        """For the final evaluation, which a signal ends at once: everything is saved by then."""
-        if self.watch.received:
-            self.say(f"stopped; to repeat the evaluation, {AGAIN}")
-            sys.exit(128 + self.watch.received)
-        if self.progress is None:
-            self.progress = progress_of("evaluating")
-        self.progress(share)
 
     def record(self, run: FullRun, **numbers) -> None:
         """Writes one line of metrics.jsonl, and the same to W&B. JSON has no infinity: null."""
@@ -3658,21 +3647,17 @@ class FullRun(Run):
         """The losses as the first process computed them, so that all agree on what is better."""
         return gather(super().estimate())[0]
 
-    def check_finite(self, loss: float) -> None:
-        """Raises Diverged if a loss is not a finite number."""
-        if not math.isfinite(loss):
-            raise self.diverged()
-
-    def diverged(self) -> Diverged:
-        """The error for a run whose numbers are no longer finite."""
-        return Diverged(f"the run has diverged at step {self.step}; use a smaller --learning_rate "
-                        f"than {self.config.learning_rate}, and another --out_dir")
+    def check_finite(self, finite: bool) -> None:
+        """Raises Diverged if the numbers of the run are no longer finite."""
+        if not finite:
+            raise Diverged(f"the run has diverged at step {self.step}; use a smaller "
+                           f"--learning_rate than {self.config.learning_rate}, and another "
+                           "--out_dir")
 
     def save(self, name: str) -> None:
         """Writes a checkpoint, in the first process. Raises Diverged for a model that is not
         finite, so that it never replaces a good one."""
-        if not is_finite(self.model):
-            raise self.diverged()
+        self.check_finite(is_finite(self.model))
         if self.rank == 0:
             super().save(name)
 
@@ -3701,9 +3686,18 @@ class FullRun(Run):
         else:  # the next evaluation makes one
             self.best_val, self.best_step = math.inf, self.step
 
-    def score(self, progress=None) -> float:
+    def score(self) -> float:
+        """A signal ends this evaluation at once, because everything is saved by then."""
         gather(None)  # wait until the first process has written best.pt
         read_checkpoint(self.out_dir / "best.pt")  # refuses a damaged file
+        show = progress_of("evaluating")
+
+        def progress(share: float) -> None:
+            if self.journal.watch.received:
+                self.journal.say(f"stopped; to repeat the evaluation, {AGAIN}")
+                sys.exit(128 + self.journal.watch.received)
+            show(share)
+
         return super().score(progress)
 
     def stop_if_asked(self, run: FullRun) -> None:
@@ -5201,7 +5195,7 @@ def run_train(typed: dict) -> Outcome:
             if run.wandb is not None:
                 run.wandb_id = run.wandb.id
             train(run, after_step=run.stop_if_asked)
-            nats = run.score(progress=journal.show_progress)
+            nats = run.score()
             seconds = run.seconds()  # without the time for the picture
             journal.report_score(run, nats)
             exit_code = 0
