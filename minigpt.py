@@ -3552,9 +3552,9 @@ def encode_corpus(source: SourceText, tokenizer, block_size: int) -> Corpus:
     corpus = encode_text(source, tokenizer)
     shorter = min(len(corpus.train), len(corpus.val))
     if shorter <= block_size:
-        raise UserError(f"--data {source.path}: its shorter part must have more than {block_size} "
-                        f"tokens, but has {shorter}; use a longer text, or, for a new model, a "
-                        "lower --block_size")
+        raise UserError(f"--data {source.path}: its shorter part must have more tokens than "
+                        f"--block_size {block_size}, but has {shorter}; use a longer text, or, for "
+                        "a new model, a lower --block_size")
     return corpus
 
 # ---- A run with all of it ------------------------------------------------------------------------

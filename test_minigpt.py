@@ -4087,7 +4087,7 @@ def test_a_text_must_be_longer_than_a_window():
     are for validation."""
     text = source_text("a" * 170)
     minigpt.encode_corpus(text, CharTokenizer("a"), 16)
-    with pytest.raises(UserError, match="--data a.txt: .* 17 tokens, but has 17; use a longer"):
+    with pytest.raises(UserError, match="--data a.txt: .*--block_size 17, but has 17; use a"):
         minigpt.encode_corpus(text, CharTokenizer("a"), 17)
 
 @pytest.mark.parametrize("text, doubt", [
@@ -6640,7 +6640,7 @@ train --n_layer 1 => train: type --mode train
 --mode train --data {tmp} => --data {tmp}: this is a folder & name a text & join them
 --mode train --data {tmp}/latin.txt => latin.txt & line 1 is not UTF-8 & 0xe9
 --mode train --data {tmp}/few.txt => {tmp}/few.txt & has 1; use a longer text
---mode train --data {tmp}/some.txt => some.txt & 512 tokens, but has 5 & --block_size
+--mode train --data {tmp}/some.txt => some.txt & --block_size 512, but has 5; use
 --mode train --bias=true => --bias & takes no value & --no_bias
 --mode train --learning_rate inf => --learning_rate & of at least 0, and finite
 --mode generate --temperature 1e39 => --temperature & from 0 to 1000
@@ -6704,7 +6704,7 @@ train --n_layer 1 => train: type --mode train
 --mode generate --out_dir {run} --prompt don’t => --prompt & U+2019 & closest one that it has is "'"
 --mode eval --out_dir {run} --data {tmp}/one.txt => --data {tmp}/one.txt & at least 2
 --mode train --init_from {run}/best.pt --data {tmp}/few.txt => few.txt & has 1; use a longer text
---mode train --init_from {run}/best.pt --data {tmp}/some.txt => some.txt & 16 tokens, but has 5; use
+--mode train --init_from {run}/best.pt --data {tmp}/some.txt => some.txt & size 16, but has 5;
 --mode train --init_from {run}/best.pt --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
 --mode eval --out_dir {run} --data {tmp}/greek.txt => --data {tmp}/greek.txt: & (U+03
 """.rstrip().split("\n")]
