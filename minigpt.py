@@ -2909,18 +2909,17 @@ class SignalWatch:
                             b"process at once\n")
 
 # ---- The size of a model -------------------------------------------------------------------------
+# What the name of a parameter contains, such as h.0.attn.q_norm.weight. The last entry that fits
+# decides.
 PARTS = {"wte": "token table", "wpe": "position table", "attn": "attention", "mlp": "MLP",
-         "norm": "norms", "lm_head": "output head"}
+         "ln_|_norm": "norms", "lm_head": "output head"}
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
     """How many parameters each part of a model has. A tied head has none of its own."""
     counts = dict.fromkeys(PARTS.values(), 0)
     for name, parameter in model.named_parameters():  # a tied matrix comes once, as wte
-        part = "other"
-        for word in name.split("."):  # such as h.0.attn.q_norm.weight: the last one decides
-            is_norm = word.startswith("ln_") or word.endswith("_norm")
-            part = PARTS.get("norm" if is_norm else word, part)
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        fitting = [part for words, part in PARTS.items() if re.search(words, name)] or ["other"]
+        counts[fitting[-1]] = counts.get(fitting[-1], 0) + parameter.numel()
     return counts
 
 def flops_per_token(model: GPT) -> int:
