@@ -3016,11 +3016,8 @@ def read_metrics(out_dir: Path) -> list[dict]:
 
 def read_curve(out_dir: Path, name: str) -> dict[int, float]:
     """One number of metrics.jsonl, by step."""
-    points = {}
-    for record in read_metrics(out_dir):
-        if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
-            points[record["step"]] = float(record[name])
-    return dict(sorted(points.items()))
+    return {record["step"]: record[name] for record in read_metrics(out_dir)
+            if isinstance(record.get(name), float)}
 
 def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) -> None:
     """A picture of curves, each given by a run's folder and the name of a number in its records.
@@ -3033,10 +3030,8 @@ def draw_curves(path: Path, curves: dict[str, tuple[Path, str]], ylabel: str) ->
         axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
         for label, (out_dir, name) in curves.items():
             curve = read_curve(out_dir, name)
-            alpha = 0.4 if name == "loss" else 1.0
-            axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2, alpha=alpha)
+            axes.plot(list(curve), list(curve.values()), label=label, linewidth=1.2)
         axes.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
     except Exception as problem:  # of the disk, or of the library and its settings
         if isinstance(problem, ImportError) and (problem.name or "").startswith("matplotlib"):
