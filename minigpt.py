@@ -2687,6 +2687,7 @@ class RunConfig(TrainConfig):
 # run on a real machine needs. The training loop is still the one of Part I.
 # ==================================================================================================
 
+import array
 import contextlib
 import ctypes
 import functools
@@ -3494,7 +3495,9 @@ def doubts_about(text: str) -> list[str]:
     if "\0" in text:
         doubts.append("it has NUL characters; if it is UTF-16 or a binary file, save it as UTF-8")
     cut = int(0.9 * len(text))
-    known = {"", *text[:cut].split("\n")}
+    known = set()
+    for piece in in_pieces(text[:cut]):
+        known.update(piece.split("\n"))
     lines = text[cut:].split("\n")
     new = sum(len(line) for line in lines if line.strip() and line not in known)
     if new <= 0.1 * sum(map(len, lines)):
@@ -3523,14 +3526,14 @@ class PieceEncoder:
         V = self.tokenizer.vocab_size
         small = torch.uint8 if V <= 2**8 else torch.uint16
         dtype = small if V <= 2**16 else torch.int32
+        ids = array.array({1: "B", 2: "H", 4: "i"}[dtype.itemsize])
         show = progress_of("encoding")
-        parts = [torch.zeros(0, dtype=dtype)]
         done = 0
         for piece in in_pieces(text):
-            parts.append(torch.tensor(self.tokenizer.encode(piece), dtype=dtype))
+            ids.extend(self.tokenizer.encode(piece))
             done += len(piece)
             show(done / len(text))
-        return torch.cat(parts)
+        return torch.frombuffer(ids, dtype=dtype) if ids else torch.zeros(0, dtype=dtype)
 
 def encode_text(source: SourceText, tokenizer) -> Corpus:
     """Both parts of a text as tokens. Raises UserError if it has characters that are not known."""

@@ -3170,14 +3170,11 @@ def exchange(state, bucket):
 
 def note_gradients(*_):
     gradients.extend(p.grad.clone() for p in model.parameters())
-
-def note_seed(*_):
     seeds.append(torch.initial_seed())
 
 if run.processes > 1:
     run.runner.register_comm_hook(None, exchange)
 run.optimizer.register_step_pre_hook(note_gradients)
-model.register_forward_pre_hook(note_seed)
 sign = 1 if run.rank == 0 else -1  # the first process finds each model better, the second worse
 minigpt.estimate_loss = lambda *_: {"train": 1.0, "val": 5.0 - sign * run.step}
 minigpt.train(run)
