@@ -96,16 +96,6 @@ def random_x(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-class PlainReader:
-    """Reads a text that arrives in pieces with Part I's read_window, all of it again each time."""
-    def __init__(self, model):
-        self.model = model
-        self.idx = torch.zeros(1, 0, dtype=torch.long)
-
-    def read(self, new):
-        self.idx = torch.cat([self.idx.expand(len(new), -1), new], dim=1)
-        return minigpt.read_window(self.model, self.idx)
-
 def pair(idx):
     """Inputs and targets: idx without its last column, and without its first."""
     return idx[:, :-1], idx[:, 1:]
@@ -401,34 +391,19 @@ def test_part_one_alone_encodes_trains_saves_resumes_and_writes(part_one, tmp_pa
     text = tokenizer.decode(model.generate(idx, 20, 0.8, top_k=9, top_p=0.9)[0].tolist())
     assert text.startswith("Speak") and len(text) == 25
 
-def program_at_the_end():
-    """The program that is printed at the end of Part I."""
+def test_the_program_at_the_end_of_part_one_runs_as_printed(part_one, tmp_path, monkeypatch):
+    """Only its text and its numbers are replaced here. It may use the names of Part I alone."""
     comment = PART_I.partition("\n# That is a complete GPT.")[2].partition("\n\n")[0]
     program = "\n".join(re.findall(r"(?m)^#     (.*)$", comment))
-    program, count = re.subn(r"(?m)^text = .*$", "", program)  # the tests have a text of their own
-    assert count == 1
-    return program
-
-def test_the_program_at_the_end_of_part_one_runs_as_printed(part_one, tmp_path, monkeypatch):
-    """Only its numbers are cut down here. It may use the names of Part I alone."""
-    program = program_at_the_end()
-    for name, size in (("n_embd", 8), ("batch_size", 2), ("max_steps", 2)):
-        program, count = re.subn(rf"\b{name}=\d+", f"{name}={size}", program)
-        assert count == 1, name
+    for old, new in ((r"(?m)^text = .*$", ""), (r"\bn_embd=\d+", "n_embd=8"),
+                     (r"\bbatch_size=\d+", "batch_size=2"), (r"\bmax_steps=\d+", "max_steps=2")):
+        program, count = re.subn(old, new, program)
+        assert count == 1, old
     monkeypatch.chdir(tmp_path)
     names = {**vars(part_one), "text": SAMPLE.read_text(encoding="utf-8")[:3000]}
     exec(program, names)
     assert names["run"].step == 2 and type(names["run"]) is part_one.Run
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt"]
-
-@pytest.mark.slow
-def test_the_program_at_the_end_of_part_one_learns(part_one, tmp_path, monkeypatch):
-    """With its own numbers. Character frequencies alone would give about 3.3 nats. The sample is
-    short, so the model cannot learn much more than pairs of characters."""
-    monkeypatch.chdir(tmp_path)
-    names = {**vars(part_one), "text": SAMPLE.read_text(encoding="utf-8")}
-    exec(program_at_the_end(), names)
-    assert names["run"].score() < 2.7
 
 # ---- Part I is what runs -------------------------------------------------------------------------
 def functions_of(text):
@@ -553,10 +528,6 @@ def test_nothing_of_part_one_is_replaced_or_changed(part_one):
         else:
             assert outline(whole) == outline(alone), name
     assert {"NORMS", "ATTENTION", "BLOCKS", "OPTIMIZERS"} < tables
-    for name in ("model", "block", "attention", "pos", "norm", "activation", "tie_weights"):
-        assert getattr(ModelConfig, name) == getattr(GPTConfig, name), name
-    for name in ("optimizer", "schedule", "sampling"):
-        assert getattr(RunConfig, name) == getattr(TrainConfig, name), name
 
 # ---- The sizes, and numbers in the prose ---------------------------------------------------------
 def rounded(numbers):
@@ -597,11 +568,6 @@ def test_characters_come_back_unharmed():
         assert (same.itos, same.stoi) == (tokenizer.itos, tokenizer.stoi)
     assert CharTokenizer.train("ab").encode("") == []
 
-def test_an_unknown_character_is_named():
-    """The user must learn which character it was."""
-    with pytest.raises(UserError, match=r"'ü' \(U\+00FC\) is not .* of 4\b"):
-        CharTokenizer.train("abcd").encode("abüd")
-
 # ---- Batches -------------------------------------------------------------------------------------
 def test_a_batch_holds_random_windows_and_their_successors():
     """On the tokens 0, 1, 2, ... each target is one more than its input. The first window and the
@@ -611,30 +577,6 @@ def test_a_batch_holds_random_windows_and_their_successors():
     assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(8))
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3}
     assert set(minigpt.get_batch(torch.arange(9), 8, 3)[0][:, 0].tolist()) == {0}
-
-def test_the_generator_alone_decides_which_windows_are_drawn():
-    before = torch.get_rng_state()
-    first, again, other = (
-        minigpt.get_batch(torch.arange(999), 8, 4, torch.Generator().manual_seed(seed))[0]
-        for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-def test_windows_begin_where_they_are_asked_to():
-    x, y = minigpt.cut_windows(torch.arange(20) * 10, 3, torch.tensor([16, 0, 5]))
-    assert x.tolist() == [[160, 170, 180], [0, 10, 20], [50, 60, 70]]
-    assert y.tolist() == [[170, 180, 190], [10, 20, 30], [60, 70, 80]]
-
-def test_the_corpus_is_split_by_position_and_loses_nothing():
-    """Nine tenths for training, the rest for validation. Fails if the parts are swapped, overlap or
-    leave a gap, or if val_characters counts tokens."""
-    text = SAMPLE.read_text(encoding="utf-8")
-    tokenizer = CharTokenizer.train(text)
-    corpus = Corpus.from_text(text, tokenizer)
-    assert len(corpus.train) == int(0.9 * len(text)) and corpus.val_characters == len(corpus.val)
-    assert tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == text
-    corpus = Corpus.from_text(text[:5000], BPETokenizer.train(text, 300))
-    assert corpus.val_characters == 500 > len(corpus.val)
 
 @pytest.mark.parametrize("V, size", [(2**16, 2), (2**16 + 1, 4)])
 def test_ids_are_stored_in_as_few_bytes_as_they_need(V, size):
@@ -680,26 +622,6 @@ def test_the_bigram_model_learns_the_frequencies_of_pairs():
     assert type(minigpt.MODELS["bigram"](GPTConfig(5))) is minigpt.Bigram
 
 # ---- Attention -----------------------------------------------------------------------------------
-def test_attention_weights_are_the_softmax_of_scaled_dot_products():
-    """Compared with the equation, number by number, for more keys than queries. Fails for a missing
-    root, a softmax over the wrong dimension, or a mask that is multiplied instead of added."""
-    q, k = random_x(2, 3, 4, 6), random_x(2, 3, 5, 6, seed=1)
-    mask = minigpt.causal_mask(5)[-4:]
-    weights = minigpt.attention_weights(q, k, mask)
-    assert weights.shape == (2, 3, 4, 5)
-    assert_close(weights.sum(dim=-1), torch.ones(2, 3, 4, dtype=torch.float64))
-    for b, h, t in itertools.product(range(2), range(3), range(4)):
-        seen = range(t + 2)  # query t of 4 is at position t + 1 of 5
-        scores = [math.exp((q[b, h, t] @ k[b, h, s]).item() / math.sqrt(6)) for s in seen]
-        expected = [score / sum(scores) for score in scores] + [0.0] * (3 - t)
-        assert weights[b, h, t].tolist() == pytest.approx(expected)
-
-def test_the_causal_mask_hides_what_is_later_and_nothing_else():
-    for T in (1, 2, 5):
-        mask = minigpt.causal_mask(T)
-        for t, s in itertools.product(range(T), range(T)):
-            assert mask[t, s] == (0 if s <= t else -math.inf)
-
 KINDS = [minigpt.CausalSelfAttention, Attention, minigpt.FusedAttention]
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -726,16 +648,6 @@ def test_attention_explicit_equals_extended_equals_fused_equals_torch_multihead(
         assert_close(x.grad, z.grad)
         for name, p in ours.named_parameters():
             assert_close(p.grad, theirs[name].grad)
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_future_is_invisible_to_gradients_too(kind):
-    """The derivative of output t by input s is zero exactly where s > t, so training cannot use the
-    future either."""
-    layer, x = stir(kind(small_config())), random_x(1, 6, 8).requires_grad_()
-    for t in range(6):
-        (gradient,) = torch.autograd.grad(layer(x)[0, t].sum(), x)
-        seen = gradient.abs().sum(dim=-1)[0] > 1e-12
-        assert seen.tolist() == [s <= t for s in range(6)]
 
 def check_dropped(dropped, whole, p):
     """Each number is zero or 1 / (1 - p) times what it was, and the share of zeros is about p."""
@@ -784,16 +696,6 @@ def test_dropout_drops_what_enters_the_first_block():
     assert_close(whole, model.wte.weight[idx] + model.wpe.weight)
 
 # ---- Positions -----------------------------------------------------------------------------------
-def test_only_position_vectors_tell_the_order_in_one_block():
-    """Without them, the last token collects the same from the earlier tokens in any order. This is
-    why they are needed, and the answer to a question of the book."""
-    model = small_model(n_layer=1)
-    idx = torch.tensor([[3, 1, 4, 5, 9, 2]])
-    mixed = torch.tensor([[5, 9, 1, 3, 4, 2]])
-    assert (model(idx)[0][0, -1] - model(mixed)[0][0, -1]).abs().max() > 0.01
-    nn.init.zeros_(model.wpe.weight)
-    assert_close(model(idx)[0][0, -1], model(mixed)[0][0, -1])
-
 # ---- The MLP -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("activation, function", [
     ("gelu", lambda h: 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))),
@@ -816,16 +718,6 @@ def test_each_mlp_is_its_equation(activation, function, bias):
     assert_close(mlp(x), function(h) @ mlp.c_proj.weight.T + c)
     config = small_config(activation=activation, n_embd=96, bias=False)
     assert minigpt.count_parameters(minigpt.ACTIVATIONS[activation](config)) == 8 * 96 * 96
-
-@pytest.mark.parametrize("activation", minigpt.ACTIVATIONS)
-def test_the_mlp_is_not_linear_and_acts_on_each_token_by_itself(activation):
-    """A linear function (or one with a constant added) has f(x + d) + f(x - d) = 2 f(x) everywhere.
-    Without the activation function, the MLP would be such a function."""
-    mlp = stir(minigpt.ACTIVATIONS[activation](small_config()))
-    x, d = random_x(2, 5, 8), random_x(2, 5, 8, seed=1)
-    curvature = mlp(x + d) + mlp(x - d) - 2 * mlp(x)
-    assert curvature.abs().amax(dim=-1).min() > 0.01
-    assert_close(mlp(x)[:, 3:4], mlp(x[:, 3:4]))
 
 # ---- Normalization -------------------------------------------------------------------------------
 @pytest.mark.parametrize("ours, theirs, tolerance", [
@@ -864,15 +756,6 @@ def test_a_block_has_its_norms_and_additions_in_their_places():
         nn.init.zeros_(projection.bias)
     assert torch.equal(block(x), x)
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_bias_is_everywhere_or_nowhere(bias):
-    """In all Linear layers and norms, except for the head, which never has one."""
-    for config in (small_config(bias=bias), GPTConfig(**{**SMALL, "bias": bias})):
-        model = GPT(config)
-        names = [name for name, _ in model.named_parameters() if name.endswith("bias")]
-        assert len(names) == (2 * 6 + 1 if bias else 0)
-        assert model.lm_head.bias is None
-
 # ---- The model -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes", [{}, dict(bias=False, n_head=1, mlp_ratio=2.0),
                                      dict(tie_weights=False, n_layer=3)])
@@ -903,14 +786,6 @@ def test_plain_has_818_048_parameters_in_the_parts_that_the_book_lists():
         assert f" {count:,}" in row, row
     assert f"{minigpt.count_parameters(block):,}" in table
     assert 0.65 < counts["mlp"] / minigpt.count_parameters(block) < 0.68  # two thirds of a block
-
-def test_gpt2_small_has_the_published_number_of_parameters():
-    """124,439,808, with tied weights. Tying saves 24 % of what it would have without."""
-    sizes = dict(block_size=1024, n_layer=12, n_head=12, n_embd=768)
-    with torch.device("meta"):  # sizes without memory
-        tied, untied = (minigpt.count_parameters(GPT(ModelConfig(50257, tie_weights=tie, **sizes)))
-                        for tie in (True, False))
-    assert tied == 124_439_808 and round((untied - tied) / untied, 2) == 0.24
 
 @pytest.mark.parametrize("changes", [
     {}, dict(tie_weights=False), dict(model="bigram"),
@@ -1013,22 +888,15 @@ def test_temperature_0_and_tiny_temperatures_take_the_most_likely_token():
     for temperature, size in ((0, 1), (1e-30, 1), (1e-30, 1e30)):
         assert minigpt.draw_token(logits * size, temperature).tolist() == [[1], [0]]
 
-def test_the_same_random_numbers_write_the_same_text():
-    """Dropout must be off, and random numbers must come from the generator alone."""
-    model, idx = small_model(dropout=0.5), random_ids(1, 1)
-    before = torch.get_rng_state()
-    first, again, other = (
-        model.train().generate(idx, 30, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-@pytest.mark.parametrize("name", ["gpt", "bigram"])
+@pytest.mark.parametrize("name, attention", [("gpt", "explicit"), ("bigram", "explicit"),
+                                             ("bigram", "fused")])
 @pytest.mark.parametrize("n", [1, 3, 8, 20])
-def test_writing_reads_the_newest_block_size_tokens(name, n):
+def test_writing_reads_the_newest_block_size_tokens(name, attention, n):
     """Greedy text is checked step by step, far beyond block_size, for short and long prompts.
-    Fails for a window that drops the newest tokens, or that is one token too short."""
-    model, idx = small_model(model=name, dropout=0.5), random_ids(6, n, seed=n)
+    The bigram model has no attention, so that setting does not matter. Fails for a window that
+    drops the newest tokens, or that is one token too short."""
+    model = small_model(model=name, attention=attention, dropout=0.5)
+    idx = random_ids(6, n, seed=n)
     assert not isinstance(minigpt.new_reader(model), CachedReader)
     out = model.train().generate(idx, 14, temperature=0) if name == "gpt" else torch.cat(
         [idx, *minigpt.stream_tokens(model, idx, 14, temperature=0)], dim=1)
@@ -1036,22 +904,6 @@ def test_writing_reads_the_newest_block_size_tokens(name, n):
     for t in range(n, n + 14):
         logits, _ = model.eval()(out[:, max(0, t - 8) : t])
         assert torch.equal(out[:, t], logits[:, -1].argmax(dim=-1))
-
-def test_the_window_gives_the_logits_of_the_next_token_and_a_given_reader_is_asked():
-    """No gradients are recorded, and logits come as float32."""
-    model, idx = small_model(), random_ids(2, 7)
-    logits = minigpt.read_window(model, idx)
-    assert not logits.requires_grad
-    assert_close(logits.double(), model(idx)[0][:, -1].detach(), 1e-6)
-    asked = []
-
-    def reader(text):
-        asked.append(text.shape[1])
-        return torch.eye(11)[[3, 4]]
-
-    written = model.generate(idx, 3, temperature=0, reader=reader)[:, -3:]
-    assert written.tolist() == [[3] * 3, [4] * 3]
-    assert asked == [7, 8, 9]
 
 def test_tokens_come_one_after_the_other_and_none_if_none_are_asked_for():
     """A text can be shown while it is written. Fails if all tokens are made before the first one
@@ -1102,13 +954,9 @@ def test_the_learning_rate_at_named_steps():
     line = replace(config, schedule="linear")
     assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
     assert get_lr(0, replace(config, warmup_steps=0)) == 1.0
-    assert get_lr(4, replace(config, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
+    assert get_lr(9, replace(config, min_lr=1.0)) == 1.0
 
-def test_a_learning_rate_that_would_rise_at_the_end_is_refused():
-    for config_class in (TrainConfig, RunConfig):
-        assert config_class(learning_rate=0.1, min_lr=0.1).min_lr == 0.1
-        with pytest.raises(UserError, match="--min_lr 0.2: .*--learning_rate 0.1"):
-            config_class(learning_rate=0.1, min_lr=0.2)
+    assert get_lr(4, replace(config, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
 
 # ---- Clipping ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
@@ -1144,16 +992,6 @@ def test_accumulated_micro_steps_equal_one_large_batch(accum, clip):
         if clip:
             gradient *= clip / gradient.norm()
         assert_close(vector(weights).detach(), before - 0.1 * gradient, 1e-6)
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_lowers_the_loss_and_one_batch_can_be_memorized(optimizer):
-    """Targets that are noise can only be memorized, for which every part has to work."""
-    idx, model = random_ids(4, 9), minigpt.new_model(small_config(n_embd=32), 0)
-    idx[:, 0] = torch.arange(4)  # two rows with the same beginning could not be told apart
-    before = model(*pair(idx))[1].item()
-    fit(model, pair(idx), 1, optimizer=optimizer, learning_rate=1e-3)
-    assert model(*pair(idx))[1].item() < before and all(p.grad is None for p in model.parameters())
-    assert fit(model, pair(idx), 150, optimizer=optimizer, learning_rate=1e-2) < 0.02
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 def small_corpus():
@@ -1207,26 +1045,6 @@ def test_a_loss_is_described_in_three_units():
     assert math.isfinite(minigpt.perplexity(1e6)) and minigpt.perplexity(0.0) == 1.0
 
 # ---- A checkpoint --------------------------------------------------------------------------------
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    state = {"model": small_model().state_dict(), "step": 3, "best": math.inf, "names": ["é"],
-             "tokenizer": ("bpe", [(b"a", b"\xff")])}
-    minigpt.save_checkpoint(tmp_path / "a.pt", state)
-    assert_same(load_checkpoint(tmp_path / "a.pt"), state)
-    assert os.listdir(tmp_path) == ["a.pt"]
-
-def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
-    """A write that fails in the middle leaves the old file, and no half of a new one."""
-    minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 3})
-
-    def write_half(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="No space left"):
-        minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 4})
-    assert load_checkpoint(tmp_path / "a.pt") == {"step": 3} and os.listdir(tmp_path) == ["a.pt"]
-
 def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
     """A system may rename a file before it has written what the file holds. If the power failed in
     between, the old checkpoint would be gone and the new one empty. Fails without os.fsync, and if
@@ -1242,12 +1060,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, mo
     minigpt.save_checkpoint(tmp_path / "a.pt", {"step": 3})
     size = os.path.getsize(tmp_path / "a.pt")
     assert calls == [("fsync", size), ("replace", size)]
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    """Pickle can name any function. Such a file is refused before anything is called."""
-    torch.save({"code": os.system}, tmp_path / "code.pt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        load_checkpoint(tmp_path / "code.pt")
 
 # ---- The training loop ---------------------------------------------------------------------------
 class Notes(minigpt.Journal):
@@ -1318,26 +1130,28 @@ def test_what_a_step_draws_depends_on_the_seed_and_the_step_alone(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_each_step_has_its_learning_rate_its_report_and_its_checkpoint(tmp_path, optimizer):
     """The rate is that of the step's number, in every group of weights. Losses are evaluated before
-    the first step, at intervals, and at the end. latest.pt is never behind the last report.
+    the first step, at intervals, and at the end. latest.pt comes after the other files of its step:
+    a run that was killed in between goes on from the older one, and writes what is missing.
     Fails for a step that is counted too early or too late."""
     run = small_run(tmp_path, optimizer=optimizer, max_steps=7, eval_interval=3, log_interval=2,
                     checkpoint_interval=2)
+    script_losses(run, [5, 4, 3, 2])
     rates, saved = [], []
+    run.save = lambda name: saved.append((run.step, name))
 
     def after_step(run):
         rates.append({group["lr"] for group in run.optimizer.param_groups})
-        saved.append(step_of(tmp_path / "latest.pt"))
 
     run.model.eval()
     minigpt.train(run, after_step)
     assert rates == [{get_lr(step, run.config)} for step in range(7)]
     assert run.journal.training == [True] * 7
-    assert saved == [0, 2, 3, 4, 4, 6, 7]
-    for step in (2, 4, 6):
-        assert step_of(tmp_path / f"step_{step:06d}.pt") == step
-    assert sorted(os.listdir(tmp_path)) == ["best.pt", "latest.pt", "step_000002.pt",
-                                            "step_000004.pt", "step_000006.pt"]
-    pattern = r"step (\d+)(/7 \| loss \d\.\d{4}|: training loss \d\.\d{4}, validation loss \d\.\d)"
+    assert saved == [(0, "best.pt"), (0, "latest.pt"), (2, "step_000002.pt"), (2, "latest.pt"),
+                     (3, "best.pt"), (3, "latest.pt"), (4, "step_000004.pt"), (4, "latest.pt"),
+                     (6, "best.pt"), (6, "step_000006.pt"), (6, "latest.pt"), (7, "best.pt"),
+                     (7, "latest.pt")]
+
+    pattern = r"step (\d+)(/7 \| loss \d\.\d{4}|: training loss -\d\.\d{4}, validation loss \d\.\d)"
     reports = [re.match(pattern, line) for line in run.journal.lines]
     assert [(int(r[1]), r[2][0]) for r in reports if r] == [
         (0, ":"), (2, "/"), (3, ":"), (4, "/"), (6, "/"), (6, ":"), (7, "/"), (7, ":")]
@@ -1360,22 +1174,7 @@ def test_an_evaluation_shows_a_sample_that_only_the_weights_change(tmp_path, cap
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("step 0: training loss")
 
-def test_a_finished_run_takes_no_more_steps(tmp_path):
-    """Neither when it is trained again, nor when its checkpoint is restored."""
-    run = small_run(tmp_path)
-    minigpt.train(run)
-    weights = {name: w.clone() for name, w in run.model.state_dict().items()}
-    assert run.finished() and run.step == 6
-    minigpt.train(run)
-    assert run.step == 6 and len(run.journal.training) == 6
-    restored = small_run(tmp_path)
-    restored.restore(load_checkpoint(tmp_path / "latest.pt"))
-    assert restored.finished()
-    assert (restored.step, restored.best_step) == (6, run.best_step)
-    assert restored.best_val == run.best_val < math.inf
-    assert_same(dict(run.model.state_dict()), weights)
-
-def script_losses(run, monkeypatch, losses):
+def script_losses(run, losses):
     """The evaluations of a run give these validation losses. The training losses say the opposite,
     so that a test can see which of the two counts."""
     remaining = iter(losses)
@@ -1384,15 +1183,15 @@ def script_losses(run, monkeypatch, losses):
         loss = next(remaining)
         return {"train": -loss, "val": loss}
 
-    monkeypatch.setattr(run, "estimate", estimate)
+    run.estimate = estimate
 
 @pytest.mark.parametrize("losses, best", [([5, 3, 2, 4], 4), ([1, 2, 3, 4], 0), ([5, 3, 3, 3], 2),
                                           ([5, 4, 3, 2], 6), ([9, 5, math.nan, 7], 2)])
-def test_best_is_the_model_with_the_lowest_validation_loss(tmp_path, monkeypatch, losses, best):
+def test_best_is_the_model_with_the_lowest_validation_loss(tmp_path, losses, best):
     """Not with the lowest training loss, and not the last one. Among equals it is the first. It is
     the one that is scored at the end, on the whole validation part."""
     run = small_run(tmp_path)
-    script_losses(run, monkeypatch, losses)
+    script_losses(run, losses)
     weights = {0: run.model.wte.weight.detach().clone()}
 
     def keep_weights(run):
@@ -1410,11 +1209,11 @@ def test_best_is_the_model_with_the_lowest_validation_loss(tmp_path, monkeypatch
 @pytest.mark.parametrize("patience, losses, end", [
     (1, [5, 4, 4], 4), (2, [5, 4, 6, 5], 6), (2, [1, 2, 2], 4), (2, [5, 6, 4, 5, 3.9, 5, 5], 12),
     (0, [1, 2, 3, 4, 5, 6, 7, 8], 13), (3, [1, 2, 3, 4], 6)])
-def test_patience_ends_a_run_when_it_promised(tmp_path, monkeypatch, patience, losses, end):
+def test_patience_ends_a_run_when_it_promised(tmp_path, patience, losses, end):
     """After that many evaluations without a better one, not a step earlier or later. With 0 the run
     goes on to max_steps."""
     run = small_run(tmp_path, patience=patience, max_steps=13, sample_tokens=0)
-    script_losses(run, monkeypatch, losses)
+    script_losses(run, losses)
     minigpt.train(run)
     assert run.step == end and step_of(tmp_path / "latest.pt") == end
 
@@ -1448,40 +1247,6 @@ def test_the_defaults_of_part_two_are_the_model_of_part_one():
     assert_same(dict(first.state_dict()), dict(second.state_dict()))
     idx = random_ids(2, 8)
     assert torch.equal(first(idx)[0], second(idx)[0])
-
-@pytest.mark.parametrize("changes, flag", [(dict(pos="rope"), "--pos rope"),
-                                           (dict(qk_norm=True), "--qk_norm")])
-def test_part_ones_attention_refuses_what_it_cannot_do(changes, flag, tmp_path):
-    """Part I's attention would ignore RoPE and QK-norm, and the user would not notice it. The
-    message names the flag and what to add, and the command fails before it writes anything."""
-    with pytest.raises(UserError, match=f"^{flag}: needs --attention extended or fused$"):
-        small_config(**changes)
-    for attention in ("extended", "fused"):
-        layer = GPT(small_config(attention=attention, **changes)).h[1].attn
-        kinds = [type(module) for module in layer.modules()]
-        assert (minigpt.Rotary in kinds) == ("pos" in changes)
-        assert kinds.count(minigpt.LayerNorm) == 2 * ("qk_norm" in changes)
-    out = tmp_path / "run"
-    typed = ["--attention", "explicit", *flag.split(" ")]
-    typed += ["--no_qk_norm"] if "pos" in changes else ["--pos", "learned"]
-    check_mistake(*run_main(*TRAIN, "--out_dir", out, *typed), [flag, "--attention extended"])
-    assert not out.exists()
-
-def test_variations_that_do_not_fit_the_sizes_are_refused():
-    """Heads share the channels evenly. Clock hands need two channels each: of the vector for
-    sinusoids, of one head for RoPE. Short windows are even windows."""
-    with pytest.raises(UserError, match="--n_embd 8: must be divisible by --n_head 3"):
-        small_config(n_head=3)
-    with pytest.raises(UserError, match="--pos: 3 channels cannot form pairs"):
-        GPT(small_config(pos="rope", attention="extended", n_embd=6))
-    with pytest.raises(UserError, match="--pos: 9 channels cannot form pairs"):
-        GPT(small_config(pos="sinusoidal", n_embd=9, n_head=3))
-    with pytest.raises(UserError, match="--short_share 0.5: needs --sampling even"):
-        RunConfig(short_share=0.5)
-    with pytest.raises(UserError, match="--n_kv_head 2: must divide --n_head 3"):
-        small_config(n_head=3, n_embd=12, n_kv_head=2, attention="extended")
-    with pytest.raises(UserError, match="--n_kv_head 1: needs --attention extended or fused"):
-        small_config(n_kv_head=1)
 
 @pytest.mark.parametrize("norm, kind", [
     ("layernorm", minigpt.LayerNorm), ("fused_layernorm", minigpt.FusedLayerNorm),
@@ -1525,8 +1290,8 @@ def test_the_names_of_blocks_and_of_kinds_of_attention_stand_for_their_classes()
 # ---- Normalization -------------------------------------------------------------------------------
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_norm_without_scale_is_the_same_norm_with_a_gain_of_1(bias):
-    """Its gain is not learned, and decays nowhere, but it is saved, so that the model can be
-    exported. Everything else is as before."""
+    """Its gain is no parameter, so it is not learned and does not decay. But it is saved, so that
+    the model can be exported. Everything else is as before."""
     changes = dict(norm="rmsnorm", bias=bias, pos="rope", attention="fused", qk_norm=True)
     model = GPT(small_config(norm_scale=False, **changes))
     like = GPT(small_config(**changes))
@@ -1535,13 +1300,10 @@ def test_a_norm_without_scale_is_the_same_norm_with_a_gain_of_1(bias):
     gains = {name for name, _ in like.named_parameters()} - learned
     assert gains == {name for name in like.state_dict() if "norm.weight" in name or
                      re.search(r"ln_.\.weight", name)}
+    assert all((model.state_dict()[name] == 1).all() for name in gains)
     model.load_state_dict(like.state_dict())
     idx = random_ids(2, 8)
     assert torch.equal(model(idx)[0], like(idx)[0])
-    minigpt.train_step(model, minigpt.make_adamw(model, RunConfig()), [pair(random_ids(2, 9))],
-                       RunConfig(grad_accum=1))
-    state = model.state_dict()
-    assert all((state[name] == 1).all() for name in gains)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rmsnorm_of_16_bits_squares_in_32(dtype):
@@ -1569,27 +1331,8 @@ def test_fixed_positions_are_not_learned():
     sinusoidal = GPT(small_config(pos="sinusoidal"))
     assert list(sinusoidal.state_dict()) == names
     assert "wpe.weight" not in dict(sinusoidal.named_parameters())
-    before = sinusoidal.wpe.weight.clone()
-    fit(sinusoidal, pair(random_ids(2, 9)), 2, learning_rate=0.1)
-    assert torch.equal(sinusoidal.wpe.weight, before)
     rope = GPT(small_config(pos="rope", attention="extended"))
     assert list(rope.state_dict()) == [name for name in names if "wpe" not in name]
-
-def test_rope_turns_channel_i_with_channel_i_plus_half_by_the_position():
-    """At position t, (1, 0) becomes (cos t w_i, sin t w_i), and t counts from 0 or from start.
-    Fails for another pairing of channels, another direction, or positions that are off by one."""
-    rotary = minigpt.Rotary(small_config(n_embd=8, n_head=2, block_size=20))
-    for i, w in ((0, 1.0), (1, 0.01)):
-        unit = torch.eye(4, dtype=torch.float64)[[i, i + 2]].view(1, 2, 1, 4).expand(1, 2, 9, 4)
-        for start in (0, 7):
-            turned = rotary(unit, start)[0]
-            angle = w * (start + torch.arange(9, dtype=torch.float64))
-            expected = torch.zeros(2, 9, 4, dtype=torch.float64)
-            expected[0, :, i] = angle.cos()
-            expected[0, :, i + 2] = angle.sin()
-            expected[1, :, i] = -angle.sin()
-            expected[1, :, i + 2] = angle.cos()
-            assert_close(turned, expected, 1e-5)  # the tables are float32
 
 def test_rope_scores_depend_on_distance_alone_and_do():
     """The reason for RoPE: a query and a key that are equally far apart have the same score
@@ -1602,17 +1345,6 @@ def test_rope_scores_depend_on_distance_alone_and_do():
         diagonal = scores.diagonal(-distance)
         assert_close(diagonal, diagonal[:1].expand_as(diagonal), 1e-5)
     assert abs(scores[5, 5] - scores[5, 4]) > 1e-2
-
-def test_rope_alone_tells_the_model_the_order():
-    """Without positions, the last token sees its predecessors as a heap. With RoPE their order
-    matters, although no vector is added to the tokens. Fails if the rotation is not connected."""
-    model = small_model(pos="rope", attention="extended", n_layer=1)
-    shuffled = torch.tensor([[3, 1, 2, 4]])
-    ordered = torch.tensor([[1, 2, 3, 4]])
-    assert (model(ordered)[0] - model(shuffled)[0])[:, -1].abs().max() > 1e-3
-    for block in model.h:
-        block.attn.rotates = False
-    assert_close(model(ordered)[0][:, -1], model(shuffled)[0][:, -1])
 
 # ---- The extended attention, and the fused one ---------------------------------------------------
 EXTENDED_KINDS = [Attention, minigpt.FusedAttention]  # those that know RoPE, QK-norm and a memory
@@ -1655,19 +1387,6 @@ def test_queries_and_keys_are_normalized_then_turned_and_values_are_not(kind, no
     y = shares(prepared(q, layer.q_norm), prepared(k, layer.k_norm)) @ v
     assert_close(layer(x), layer.c_proj(y.transpose(1, 2).flatten(2)), 1e-5)
 
-@pytest.mark.parametrize("kind", EXTENDED_KINDS)
-def test_qk_norm_takes_the_size_of_queries_and_keys_away(kind):
-    """This is its purpose: growing weights no longer make the softmax sharper. The values keep
-    their size."""
-    layer = stir(kind(small_config(qk_norm=True, norm="rmsnorm", bias=False,
-                                   attention="extended")))
-    x = random_x(3, 8, 8)
-    before = layer(x)
-    layer.c_attn.weight.data[:16] *= 10  # the rows that make q and k
-    assert_close(layer(x), before, 1e-3)
-    layer.c_attn.weight.data[16:] *= 10  # the rows that make v
-    assert_close(layer(x), 10 * before, 1e-2)
-
 def test_fused_attention_in_16_bits_is_attention_in_training_too():
     """On a CPU, training in bfloat16 takes another path than evaluation. Both must be the same
     function, up to the precision of the format."""
@@ -1704,16 +1423,6 @@ def test_heads_that_share_keys_and_values_are_heads_with_equal_ones(kind, n_kv_h
     assert_close(torch.cat(pieces, dim=1), whole(x))
     assert memory.keys.shape == memory.values.shape == (2, n_kv_head, 8, 4)
 
-@pytest.mark.parametrize("kind", EXTENDED_KINDS)
-def test_a_few_queries_meet_all_keys_that_came_before_them(kind):
-    """With a memory there are more keys than queries, and the queries belong to the last ones.
-    Fails if the mask is aligned with the first key, as the kernel does by itself."""
-    layer = kind(small_config(attention="extended")).eval()
-    q, k, v = (random_x(2, 2, 7, 4, seed=seed) for seed in range(3))
-    whole = layer.attend(q, k, v)
-    for T in range(1, 8):
-        assert_close(layer.attend(q[:, :, -T:], k, v), whole[:, :, -T:])
-
 # ---- Token shift ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_embd, n_head", [(8, 2), (9, 3)])
 def test_token_shift_shows_half_of_the_channels_of_the_previous_position(n_embd, n_head):
@@ -1749,17 +1458,6 @@ def test_a_previous_position_head_is_attention_with_all_weight_on_the_previous_p
     expected = torch.cat([ordinary, fixed], dim=-1) @ module.c_proj.weight.T + module.c_proj.bias
     assert_close(module(x), expected)
 
-def test_previous_position_heads_need_an_attention_that_has_them():
-    """Part I's attention has no place for them, and GPT-2's form neither. None is a number, too, so
-    that --vary prev_heads=0,1 compares."""
-    assert minigpt.parse(["--mode", "train", "--prev_heads", "0"])["prev_heads"] == 0
-    with pytest.raises(UserError, match="--prev_heads 1: needs --attention extended or fused"):
-        small_config(prev_heads=1)
-    with pytest.raises(UserError, match="prev_heads=1: GPT-2's form needs 0"):
-        minigpt.to_gpt2(small_model(prev_heads=1, attention="extended"))
-    with pytest.raises(UserError, match="heads of at least 4 channels .* n_embd / n_head is 2"):
-        minigpt.to_qwen3(small_model(n_head=4, **dict(LAPTOP, prev_heads=1)))
-
 @pytest.mark.parametrize("hs, block_size", [(12, 16), (32, 256), (64, 512), (64, 2048)])
 def test_the_fixed_gain_lets_nothing_else_through(hs, block_size):
     """By the softmax itself: what is left for all other positions together is below 1e-9. The last
@@ -1773,16 +1471,6 @@ def test_the_fixed_gain_lets_nothing_else_through(hs, block_size):
     assert 1 - scores.softmax(0)[1] < 1e-9
 
 # ---- Byte-pair encoding: the algorithm -----------------------------------------------------------
-def test_merging_goes_from_left_to_right_and_never_overlaps():
-    """Of three equal neighbours, the first two become one. Fails if the new token is merged again
-    with its neighbour in the same pass, or if an occurrence at an end is missed."""
-    assert minigpt.merge_pair([1, 1, 1], (1, 1), 9) == [9, 1]
-    assert minigpt.merge_pair([1] * 7, (1, 1), 9) == [9, 9, 9, 1]
-    assert minigpt.merge_pair([1, 2, 1, 2, 2, 1, 2], (1, 2), 9) == [9, 9, 2, 9]
-    assert minigpt.merge_pair([2, 1, 1, 3], (1, 2), 9) == [2, 1, 1, 3]
-    assert minigpt.merge_pair([], (1, 2), 9) == []
-    assert minigpt.merge_pair([5], (5, 5), 9) == [5]
-
 def test_the_example_of_the_chapter_by_the_naive_algorithm():
     """aaabdaaabac becomes XabdXabac, XYdXYac and ZdZac, and then no pair occurs twice, so that
     learning ends although more merges were allowed."""
@@ -1842,33 +1530,24 @@ def test_fast_training_equals_the_naive_trainer_on_the_sample():
     assert tokenizer.merges == expected
     assert len(expected) == 400 - 257 and tokenizer.vocab_size == 400
 
-@pytest.mark.slow
-def test_fast_training_equals_the_naive_trainer_until_no_pair_occurs_twice():
-    """The same until nothing is left to merge. Near the end, nearly all pairs occur equally often,
-    so that ties decide."""
-    text = SAMPLE.read_text(encoding="utf-8")[8_000:14_000]
-    expected = merges_by_the_naive_trainer(text, 9999)
-    assert BPETokenizer.train(text, 9999).merges == expected
-    assert len(expected) > 400
-
-def test_each_merge_of_the_example_shortens_its_encoding():
-    """Eleven tokens become five, as the chapter says, and encoding applies the merges in the order
-    in which they were learned."""
-    merges = BPETokenizer.train("aaabdaaabac", 999).merges
-    assert merges == [(b"a", b"a"), (b"a", b"b"), (b"aa", b"ab")]
-    tokenizers = [BPETokenizer(merges[:n]) for n in range(4)]
-    assert [len(t.encode("aaabdaaabac")) for t in tokenizers] == [11, 9, 7, 5]
-
 def test_encoding_repeats_the_merges_of_training(bpe):
     """Encoding a word gives what merging the pairs one after another gives, for every word of the
-    sample. Fails if merge_word prefers another pair than the one that was learned first."""
-    number_of = {token: i for i, token in enumerate(bpe.tokens)}
-    for word in set(minigpt.word_pattern().findall(SAMPLE.read_text(encoding="utf-8")[:30_000])):
-        ids = [number_of[bytes([byte])] for byte in word.encode()]
-        for number, (a, b) in enumerate(bpe.merges, start=256):
-            if len(ids) > 1:
-                ids = minigpt.merge_pair(ids, (number_of[a], number_of[b]), number)
-        assert bpe.encode(word) == ids, word
+    sample. A page without a space is one long word, which takes another way through the merges.
+    Fails if merge_word prefers another pair than the one that was learned first."""
+    letters = "".join(random.Random(4).choices("ACGT", k=3000))
+    of_letters = BPETokenizer.train(letters, 320)
+    assert len(of_letters.merges) == 320 - 257
+    words = set(minigpt.word_pattern().findall(
+        SAMPLE.read_text(encoding="utf-8")[:30_000]))
+    long_words = [letters[i : i + n] for i in range(0, 1000, 100) for n in (900, 1800)]
+    for tokenizer, some in ((bpe, words), (of_letters, long_words)):
+        number_of = {token: i for i, token in enumerate(tokenizer.tokens)}
+        for word in some:
+            ids = [number_of[bytes([byte])] for byte in word.encode()]
+            for number, (a, b) in enumerate(tokenizer.merges, start=256):
+                if len(ids) > 1:
+                    ids = minigpt.merge_pair(ids, (number_of[a], number_of[b]), number)
+            assert tokenizer.encode(word) == ids, word
 
 def test_bpe_loses_nothing_and_survives_everything(bpe):
     """Every text comes back, and one word of 100,000 characters does not take for ever. Samples
@@ -1939,25 +1618,6 @@ def test_a_tokenizer_with_other_ids_is_refused(bpe, tmp_path):
     with pytest.raises(UserError, match="does not number its tokens as GPT-2 does"):
         BPETokenizer.load(tmp_path)
 
-def test_the_counts_of_the_trainer_are_those_of_its_words_after_each_merge():
-    """The trainer only looks at pairs that touch a new token. Words of two letters have long runs,
-    at their ends and next to each other, which is where such a short cut goes wrong."""
-    rng = random.Random(3)
-    for _ in range(60):
-        words = {"".join(rng.choices("ab", k=rng.randrange(1, 20))): rng.randrange(1, 4)
-                 for _ in range(5)}
-        learner = minigpt.MergeLearner(words)
-        for token in map(chr, range(256, 262)):
-            pair = learner.most_frequent()
-            if pair is None:
-                break
-            learner.merge(pair, token)
-            expected = collections.Counter()
-            for word, frequency in zip(learner.words, words.values()):
-                for found in minigpt.pairs_of(word):
-                    expected[found] += frequency
-            assert {p: n for p, n in learner.counts.items() if n} == expected
-
 @pytest.mark.parametrize("text", [
     SHORT.read_text(encoding="utf-8"), "a" * 99, " \n" * 40, "ab  cd\n\n ef!?\x1c \u2028x 'll" * 9,
     "<|endoftext|> a<|endoftext|>" * 9])
@@ -1971,21 +1631,6 @@ def test_a_text_in_pieces_has_the_same_words(text, size):
     assert sum(words, []) == minigpt.word_pattern().findall(text)
     if size == 1 and " a" in text[1:]:
         assert len(pieces) > 5
-
-def test_a_long_word_is_merged_as_short_ones_are():
-    """A page without a space is one word. It takes another way through the merges, which must give
-    the same ids."""
-    rng = random.Random(4)
-    tokenizer = BPETokenizer.train("".join(rng.choices("ACGT", k=3000)), 320)
-    assert len(tokenizer.merges) == 320 - 257
-    for _ in range(20):
-        word = "".join(rng.choices("ACGT", k=900))
-        for text in (word, word + word):
-            ids = [tokenizer.tokens.index(bytes([byte])) for byte in text.encode()]
-            for rank, (a, b) in enumerate(tokenizer.merges, start=256):
-                pair = (tokenizer.tokens.index(a), tokenizer.tokens.index(b))
-                ids = minigpt.merge_pair(ids, pair, rank)
-            assert tokenizer.merge_word(text) == ids
 
 def test_learning_byte_pairs_reports_its_progress(monkeypatch):
     """Otherwise a large text shows nothing for minutes."""
@@ -2023,9 +1668,6 @@ def test_gpt2s_tokenizer_is_taken_from_tiktoken(bpe, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"gpt2": encoding}[name])
     tokenizer = minigpt.fetch_gpt2_tokens()
     assert tokenizer.merges == bpe.merges and tokenizer.vocab_size == bpe.vocab_size
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(UserError, match="--tokenizer gpt2: .*--tokenizer bpe"):
-        minigpt.fetch_gpt2_tokens()
 
 def test_tiktoken_gives_the_same_ids(bpe):
     """For words, numbers, all kinds of white space, control characters, other scripts and the token
@@ -2094,9 +1736,9 @@ def test_the_rust_trainer_learns_the_same_merges(bpe, tmp_path):
 
 # ---- Muon ----------------------------------------------------------------------------------------
 def test_orthogonalize_levels_the_singular_values_and_keeps_the_directions():
-    """The singular values follow the polynomial of the book and end between 0.68 and 1.14, for
-    each matrix of a stack and whatever its size. Fails for a wrong constant, number of rounds or
-    division, or if the matrices of a stack are divided by one common norm."""
+    """The singular values follow the polynomial of the book, for each matrix of a stack and
+    whatever its size. Fails for a wrong constant, number of rounds or division, or if the matrices
+    of a stack are divided by one common norm."""
     for shape in ((2, 6, 20), (2, 8, 8)):
         U, _, V = torch.linalg.svd(random_x(*shape), full_matrices=False)
         S = torch.logspace(-2, 0, U.shape[-1], dtype=torch.float64)
@@ -2106,11 +1748,6 @@ def test_orthogonalize_levels_the_singular_values_and_keeps_the_directions():
         for _ in range(5):
             S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
         assert_close(minigpt.orthogonalize(G), U @ torch.diag(S) @ V, 1e-3)
-    U, _, V = torch.linalg.svd(random_x(1, 8, 8), full_matrices=False)
-    S = torch.logspace(-2, 0, 8, dtype=torch.float64) / 1.001
-    S[-1] = (1 - S[:-1].square().sum()).clamp(min=0.01).sqrt()  # so that the norm is 1
-    leveled = torch.linalg.svdvals(minigpt.orthogonalize(U @ torch.diag(S) @ V))
-    assert leveled.min() > 0.67 and leveled.max() < 1.15
 
 def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
     """q, k and v are three matrices, which c_attn stacks. Fails for a wrong factor, momentum or
@@ -2139,31 +1776,6 @@ def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
         for p, parts in peers:
             assert_close(p.detach(), torch.cat(parts).detach(), 0.02)
 
-def test_one_step_of_muon_is_its_equation():
-    """In float64 and by hand, without torch's Muon: the mean, the look ahead, and the factor with
-    the larger side, for a wide and a tall matrix."""
-    config = RunConfig(optimizer="muon", learning_rate=0.5, momentum=0.8, weight_decay=0.1)
-    model = small_model(mlp_ratio=2.0)
-    optimizer = minigpt.make_muon(model, config)
-    optimizer.dtype = torch.float64
-    weights = [model.h[0].mlp.c_fc.weight, model.h[0].mlp.c_proj.weight]
-    means = [torch.zeros_like(w) for w in weights]
-    for step in range(3):
-        expected = []
-        for i, w in enumerate(weights):
-            w.grad = random_x(*w.shape, seed=10 * step + i)
-            means[i] = 0.8 * means[i] + 0.2 * w.grad
-            ahead = 0.2 * w.grad + 0.8 * means[i]
-            U, S, V = torch.linalg.svd(ahead, full_matrices=False)
-            S = S / S.norm()
-            for _ in range(5):
-                S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
-            direction = U @ torch.diag(S) @ V
-            expected.append(w - 0.5 * (0.2 * 4.0 * direction + 0.1 * w))  # 4: the root of 16
-        optimizer.step()
-        for w, e in zip(weights, expected):
-            assert_close(w.detach(), e.detach(), 1e-5)
-
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
     """Each weight belongs to one of them, at the one learning rate. Tables, the head, gains and
     biases take exactly AdamW's step."""
@@ -2172,7 +1784,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
     model, twin = small_model(**changes), small_model(**changes)
     muon, adamw = minigpt.make_muon(model, config), minigpt.make_adamw(twin, config)
     group = muon.param_groups[-1]
-    assert group["parts"] == [[8, 8, 8], [8], [32], [8]] * 2
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.25, 0.7, 0.3)
     assert muon.dtype == torch.float32
     everything = [id(p) for g in muon.param_groups for p in g["params"]]
@@ -2185,12 +1796,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_has_the_rest():
         assert torch.equal(p, q) == is_adamws, name
         assert p.grad is None
 
-def test_part_two_works_with_the_settings_that_it_declares():
-    """A reader who calls a function of Part II finds in its first line which settings it needs."""
-    assert inspect.get_annotations(minigpt.make_muon)["config"] == "RunConfig"
-    assert isinstance(minigpt.make_muon(small_model(), RunConfig()), torch.optim.Optimizer)
-    assert len(minigpt.even_windows(run_at(0, torch.arange(500), 8, RunConfig()))) == 4
-
 def test_muon_takes_the_two_matrices_of_swiglu_apart():
     """c_fc of SwiGLU stacks two matrices, as c_attn stacks three. Others are one matrix each."""
     for changes, parts in ((dict(activation="swiglu"), [[8, 8, 8], [8], [21, 21], [8]]),
@@ -2199,23 +1804,6 @@ def test_muon_takes_the_two_matrices_of_swiglu_apart():
         model = GPT(small_config(**changes))
         optimizer = minigpt.make_muon(model, RunConfig(optimizer="muon"))
         assert optimizer.param_groups[-1]["parts"] == parts * 2
-
-def test_muon_continues_from_its_state_as_if_nothing_had_happened():
-    """The state holds its running means, so a resumed run takes the same steps. Fails if a mean is
-    not saved or is given to another weight."""
-    config = RunConfig(optimizer="muon", learning_rate=0.05, min_lr=0.0, grad_accum=1)
-    batch = pair(random_ids(2, 9))
-    model, other = small_model(), small_model(seed=1)
-    optimizer, again = minigpt.make_muon(model, config), minigpt.make_muon(other, config)
-    for _ in range(3):
-        train_step(model, optimizer, [batch], config)
-    state = pickle.loads(pickle.dumps([model.state_dict(), optimizer.state_dict()]))
-    other.load_state_dict(state[0])
-    again.load_state_dict(state[1])
-    for m, o in ((model, optimizer), (other, again)):
-        for _ in range(2):
-            train_step(m, o, [batch], config)
-    assert_same(dict(model.state_dict()), dict(other.state_dict()))
 
 def test_muon_trains_a_model_without_blocks():
     """The bigram model has no matrix for Muon, so all of it is AdamW's."""
@@ -2239,21 +1827,6 @@ def even_starts(steps, tokens=500, block_size=8, **settings):
                for batch in minigpt.SAMPLING["even"](run_at(step, text, block_size, config))]
     return [start for _, starts in batches for start in starts.tolist()]
 
-@pytest.mark.parametrize("first", [0, 40])
-def test_even_windows_leave_no_gap(first):
-    """In every stretch of steps, no gap between neighbouring windows is wider than twice the mean,
-    and none lies outside of the text. Fails if a step repeats or skips numbers of another."""
-    starts = sorted(even_starts(range(first, first + 20)))
-    gaps = [b - a for a, b in itertools.pairwise([*starts, 492 + starts[0]])]
-    assert len(starts) == 120 and max(gaps) <= 2 * 492 / 120 + 1
-    assert 0 <= starts[0] and starts[-1] < 492
-
-def test_even_windows_advance_by_the_golden_ratio():
-    """From each window to the next, within a batch, from batch to batch and from step to step."""
-    starts = even_starts(range(5, 8))
-    steps = [(b - a) % 492 / 492 for a, b in itertools.pairwise(starts)]
-    assert steps == pytest.approx([0.618] * 17, abs=0.005)
-
 def test_even_windows_reach_both_ends_of_the_text():
     """A window needs one token more than it has, for its last target. In a text of that length
     there is one place, in a text of one more there are two. Fails for an end that is off by one."""
@@ -2261,29 +1834,6 @@ def test_even_windows_reach_both_ends_of_the_text():
     assert set(even_starts(range(9), tokens=10)) == {0, 1}
     starts = even_starts(range(200))
     assert min(starts) == 0 and max(starts) == 491
-
-def test_even_windows_follow_from_the_seed_and_the_step_alone():
-    """So a resumed run sees what it would have seen. Other random numbers do not matter."""
-    first = even_starts([7])
-    torch.manual_seed(5)
-    random.seed(5)
-    assert even_starts([7]) == first
-    assert even_starts([7], seed=2) != first and even_starts([8]) != first
-
-def test_even_windows_of_neighbouring_seeds_are_independent():
-    """The offsets of seeds s and s + 1 are unrelated: their differences, as points on a circle, lie
-    all around it. Otherwise a mean over several seeds would be a mean over nearly one text. And no
-    seed draws, a few windows earlier or later, what its neighbour draws."""
-    n = 1_000_000
-    offsets = [even_starts([0], tokens=n, batch_size=1, grad_accum=1, seed=s)[0] / n
-               for s in range(400)]
-    differences = [b - a for a, b in itertools.pairwise(offsets)]
-    for points in (offsets, differences):
-        angles = 2 * math.pi * torch.tensor(points, dtype=torch.float64)
-        center = torch.stack([angles.cos().mean(), angles.sin().mean()])
-        assert center.norm() < 0.15  # 400 independent points: about 0.05
-    draws = [set(even_starts(range(20), tokens=n, seed=s)) for s in range(5)]
-    assert len(set.union(*draws)) == 5 * 120
 
 def test_windows_are_short_at_first():
     """For that share of the steps, and so many more of them that a step has as many tokens. Then
@@ -2345,22 +1895,6 @@ def test_a_run_trains_at_the_temperature_and_is_evaluated_at_one(tmp_path, dtype
     assert run.estimate() == minigpt.estimate_loss(run.model, run.corpus, run.config)
     assert type(tiny_full_run(tmp_path / "other").runner) is GPT
 
-def test_a_model_trained_at_a_temperature_has_flatter_probabilities():
-    """Token 1 follows in three of four cases. A table learns 3/4 at the temperature of training, so
-    its two logits differ by T ln 3, and at temperature 1 it gives 1 / (1 + 3^-T). Fails if the
-    temperature acts in the other direction."""
-    x = torch.zeros(1, 4, dtype=torch.long)
-    y = torch.tensor([[1, 1, 1, 0]])
-    for temperature in (0.5, 1.0, 1.5):
-        model = minigpt.new_model(small_config(model="bigram", vocab_size=2), 0)
-        runner = minigpt.Tempered(model, temperature)
-        config = TrainConfig(grad_accum=1, grad_clip=0.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        for _ in range(300):
-            train_step(runner, optimizer, [(x, y)], config)
-        p = torch.softmax(model(x)[0][0, 0], dim=-1)[1].item()
-        assert p == pytest.approx(1 / (1 + 3**-temperature), abs=1e-4)
-
 # ---- The key/value cache -------------------------------------------------------------------------
 def read_in_chunks(reader, idx, sizes):
     """Reads idx (B, N) in pieces of these sizes; yields how much is read and the logits."""
@@ -2387,73 +1921,29 @@ def count_tokens_of(model):
 @pytest.mark.parametrize("attention", ["extended", "fused"])
 @pytest.mark.parametrize("block", minigpt.BLOCKS)
 @pytest.mark.parametrize("pos", minigpt.POSITIONS)
-def test_a_text_read_in_any_chunks_gives_the_logits_of_the_whole(attention, block, pos):
-    """All 32 ways to cut six tokens, and two texts side by side. After each piece, the logits are
-    those of PlainReader, which reads everything again. Fails for a key turned for the wrong place,
-    a mask aligned with the first key, or a shift that forgets the position before a piece."""
-    model = small_model(attention=attention, block=block, pos=pos, qk_norm=pos != "learned",
-                        dropout=0.5)
-    idx = random_ids(2, 6)
-    expected = {n: PlainReader(model).read(idx[:, :n]) for n in range(1, 7)}
-    for cuts in itertools.product((False, True), repeat=5):
-        ends = [n for n, cut in enumerate(cuts, start=1) if cut] + [6]
-        sizes = [end - start for start, end in zip([0, *ends], ends)]
-        for done, logits in read_in_chunks(CachedReader(model), idx, sizes):
-            assert_close(logits, expected[done], 1e-5)
-            assert logits.shape == (2, 11) and not logits.requires_grad
-
-@pytest.mark.parametrize("attention", ["extended", "fused"])
-@pytest.mark.parametrize("block", minigpt.BLOCKS)
-@pytest.mark.parametrize("pos", minigpt.POSITIONS)
 def test_texts_longer_than_several_windows_are_read_by_the_rule(attention, block, pos):
-    """At each of 18 tokens, the logits are those of the model for the window of the rule, whether
-    the reader remembers or not. Fails if the memory survives a move of the window, if positions do
-    not begin at 0 again, or if a short, an odd or an overlong window is treated differently."""
-    for block_size, prompt in ((8, 5), (5, 20), (1, 3), (2, 1)):
+    """After each piece, the logits are those of the model for the window of the rule, whether the
+    reader remembers or not. Pieces of several tokens may come when the window is nearly full, and
+    one may be longer than it. Fails for a key turned for the wrong place, a mask aligned with the
+    first key, or a shift that forgets the position before a piece; if the memory survives a move of
+    the window, or if positions do not begin at 0 again."""
+    for block_size, sizes in (
+            (8, [5] + [1] * 18), (5, [20] + [1] * 18), (1, [3] + [1] * 18), (2, [1] * 19),
+            (8, [2, 3, 2, 1]), (8, [6, 4, 3, 7, 2]), (8, [1, 20, 1, 8, 5]), (8, [8, 8, 8, 9])):
         model = small_model(attention=attention, block=block, pos=pos, block_size=block_size,
-                            qk_norm=pos == "rope", dropout=0.5)
-        idx = random_ids(2, prompt + 18)
-        sizes = [prompt] + [1] * 18
+                            qk_norm=pos != "learned", dropout=0.5, prev_heads=len(sizes) % 2 * 2)
+        idx = random_ids(2, sum(sizes))
         window = idx[:, :0]
-        remembered = read_in_chunks(CachedReader(model), idx, sizes)
+        reader = CachedReader(model)
+        remembered = read_in_chunks(reader, idx, sizes)
         repeated = read_in_chunks(CachedReader(model, remember=False), idx, sizes)
         for size, (done, logits), (_, same) in zip(sizes, remembered, repeated):
             window = window_after(window, idx[:, done - size : done], block_size)
+            assert torch.equal(reader.window, window) and not logits.requires_grad
             with torch.no_grad():
                 expected = model(window)[0][:, -1].float()
             assert_close(logits, expected, 1e-5)
             assert_close(same, expected, 1e-5)
-
-@pytest.mark.parametrize("attention", ["extended", "fused"])
-def test_a_later_chunk_may_outgrow_the_window(attention):
-    """Pieces of several tokens may arrive when the window is nearly full, and a single piece may
-    be longer than it. Then the newest half is kept."""
-    for sizes in ((6, 4, 3, 7, 2), (1, 20, 1, 8, 5), (8, 8, 8, 9)):
-        model = small_model(attention=attention, pos="rope", block="shift", prev_heads=2)
-        idx = random_ids(2, sum(sizes))
-        window = idx[:, :0]
-        readers = [CachedReader(model), CachedReader(model, remember=False)]
-        kept, again = (read_in_chunks(reader, idx, sizes) for reader in readers)
-        for size, (done, logits), (_, same) in zip(sizes, kept, again):
-            window = window_after(window, idx[:, done - size : done], 8)
-            assert torch.equal(readers[0].window, window)
-            with torch.no_grad():
-                expected = model(window)[0][:, -1].float()
-            assert_close(logits, expected, 1e-5)
-            assert_close(same, expected, 1e-5)
-
-@pytest.mark.parametrize("attention", ["extended", "fused"])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_remembering_changes_nothing_but_the_time(attention, temperature):
-    """The user may switch the cache off to compare, and gets the same text, also far past the
-    window."""
-    model = small_model(attention=attention, pos="rope", block="shift", qk_norm=True, prev_heads=1)
-    texts = [model.generate(random_ids(2, 3), 60, temperature=temperature,
-                            generator=torch.Generator().manual_seed(4),
-                            reader=CachedReader(model, remember))
-             for remember in (True, False)]
-    assert texts[0].shape == (2, 63)
-    assert torch.equal(*texts)
 
 def test_the_reader_suits_the_attention(monkeypatch):
     """A model whose attention has a memory is read with it, and Part I's model without. Both write
@@ -2488,127 +1978,27 @@ def test_each_token_is_read_once_unless_the_window_moves(attention):
         assert memory.length == 7
         assert memory.keys.shape == memory.values.shape == (2, 2, 8, 4)
     counts.clear()
-    model.generate(random_ids(2, 5), 13)  # the default is a reader that remembers
-    assert counts == [5, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
-    counts.clear()
     model.generate(random_ids(2, 5), 6, reader=CachedReader(model, remember=False))
     assert counts == [5, 6, 7, 8, 4, 5]
     counts.clear()
     model.generate(random_ids(1, 30), 2)
     assert counts == [8, 4]  # an overlong prompt fills the window, so the next token moves it
 
-def test_the_bigram_model_writes_with_every_attention():
-    """It has no attention, so the setting must not matter. Presets for GPUs set it."""
-    idx = random_ids(2, 3)
-    for attention in minigpt.ATTENTION:
-        model = small_model(model="bigram", attention=attention)
-        expected = idx[:, -1:]
-        for token in minigpt.stream_tokens(model, idx, 12, temperature=0):
-            expected = model.wte.weight[expected[:, 0]].argmax(dim=-1, keepdim=True)
-            assert torch.equal(token, expected)
-
-def solo(model, seed, n=40):
-    """What one stream writes when nobody else uses the model."""
-    idx = random_ids(1, 3 + seed, seed=seed)
-    tokens = minigpt.stream_tokens(model, idx, n, generator=torch.Generator().manual_seed(seed))
-    return [token.item() for token in tokens]
-
 @pytest.mark.parametrize("attention", minigpt.ATTENTION)
 def test_two_interleaved_streams_of_one_model_do_not_disturb_each_other(attention):
     """What is remembered belongs to the reader. Fails if it is kept in the model, where a second
     stream would find the keys of the first."""
     model = small_model(attention=attention, block="shift")
-    streams = [minigpt.stream_tokens(model, random_ids(1, 3 + seed, seed=seed), 40,
+
+    def stream(seed):
+        return minigpt.stream_tokens(model, random_ids(1, 3 + seed, seed=seed), 40,
                                      generator=torch.Generator().manual_seed(seed))
-               for seed in range(2)]
-    written = [[], []]
-    for tokens in zip(*streams):
-        for text, token in zip(written, tokens):
-            text.append(token.item())
-    assert written == [solo(model, 0), solo(model, 1)]
-    assert written[0] != written[1]
 
-@pytest.mark.parametrize("attention", minigpt.ATTENTION)
-def test_two_threads_write_with_one_model_at_the_same_time(attention):
-    """A server does this. Each writes what it would write alone."""
-    model = small_model(attention=attention, block="shift")
-    expected = [solo(model, seed) for seed in range(2)]
-    barrier = threading.Barrier(2)
-    written = {}
-
-    def write(seed):
-        barrier.wait()
-        written[seed] = solo(model, seed)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # so that the threads take turns within a step
-    try:
-        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert [written[0], written[1]] == expected
-
-@pytest.mark.parametrize("attention", ["extended", "fused"])
-def test_an_error_while_writing_leaves_the_model_as_it_was(attention):
-    """An id that does not exist, or a failure in the middle of the second block, ends one stream.
-    A later evaluation and a later stream must not notice it."""
-    model = small_model(attention=attention, block="shift")
-    text = torch.arange(60) % 11
-    loss, written = minigpt.evaluate(model, text), solo(model, 0)
-    weights = {name: p.clone() for name, p in model.state_dict().items()}
-
-    def fail(layer, args):
-        raise RuntimeError("as if the memory were full")
-
-    reader = minigpt.new_reader(model)
-    reader.read(random_ids(1, 3))
-    with pytest.raises(IndexError):
-        reader.read(torch.tensor([[99]]))
-    with pytest.raises(IndexError):
-        model.generate(torch.tensor([[1, 99]]), 3)
-    reader = minigpt.new_reader(model)
-    reader.read(random_ids(1, 3))
-    hook = reader.model.h[1].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="as if"):
-        reader.read(random_ids(1, 1))
-    hook.remove()
-    assert minigpt.evaluate(model, text) == loss
-    assert solo(model, 0) == written
-    assert_same(dict(model.state_dict()), weights)
-
-def test_writing_between_two_steps_does_not_change_the_training():
-    """A run shows samples while it trains. Fails if writing leaves a memory, a gradient or the mode
-    of evaluation behind."""
-    config = RunConfig(grad_accum=1, learning_rate=0.05, min_lr=0.0)
-    trained = []
-    for writes in (False, True):
-        model = small_model(attention="fused", pos="rope", dropout=0.3)
-        optimizer = minigpt.make_adamw(model, config)
-        for step in range(3):
-            torch.manual_seed(step)
-            train_step(model, optimizer, [pair(random_ids(2, 9))], config)
-            if writes:
-                model.generate(random_ids(1, 3), 12, generator=torch.Generator().manual_seed(0))
-        trained.append(dict(model.state_dict()))
-    assert_same(*trained)
+    together = torch.tensor([*zip(stream(0), stream(1))])
+    alone = torch.tensor([[*stream(0)], [*stream(1)]]).T
+    assert torch.equal(together, alone) and not torch.equal(*alone.T)
 
 # ---- All combinations ----------------------------------------------------------------------------
-def valid_attention(pos, qk_norm):
-    """The kinds of attention that can do this."""
-    needs_more = pos in minigpt.ROTATIONS or qk_norm
-    return [key for key, kind in minigpt.ATTENTION.items()
-            if not needs_more or issubclass(kind, Attention)]
-
-def variants_of_the_tables():
-    """Every combination of a block, norm, position, activation and QK-norm."""
-    names = ("block", "norm", "pos", "activation", "qk_norm")
-    tables = (minigpt.BLOCKS, minigpt.NORMS, minigpt.POSITIONS, minigpt.ACTIVATIONS, (False, True))
-    return [dict(zip(names, values)) for values in itertools.product(*tables)]
-
 def check_causal(variant):
     """A change at position 5 moves the logits from position 5 on, and none before. Each weight has
     a gradient, so that no part is built without being used."""
@@ -2630,39 +2020,18 @@ def test_the_future_cannot_be_seen_in_any_combination():
     """All combinations, and for each one of the kinds of attention that can do it, one kind of
     head, a number of heads, and biases or none, in turn. Fails if two variations that work alone
     do not work together."""
-    variants = variants_of_the_tables()
+    names = ("block", "norm", "pos", "activation", "qk_norm")
+    tables = (minigpt.BLOCKS, minigpt.NORMS, minigpt.POSITIONS, minigpt.ACTIVATIONS, (False, True))
+    variants = [dict(zip(names, values)) for values in itertools.product(*tables)]
     assert len(variants) >= 3 * 4 * 3 * 4 * 2
     for i, variant in enumerate(variants):
-        kinds = valid_attention(variant["pos"], variant["qk_norm"])
+        needs_more = variant["pos"] in minigpt.ROTATIONS or variant["qk_norm"]
+        kinds = [key for key in minigpt.ATTENTION if not (needs_more and key == "explicit")]
         attention = kinds[(i + i // 4) % len(kinds)]
         prev_heads = 0 if attention == "explicit" else i % 3
         check_causal({**variant, "attention": attention, "prev_heads": prev_heads,
                       "tie_weights": i % 3 > 0, "n_head": (2, 1, 4)[i % 5 % 3],
                       "mlp_ratio": (4.0, 2.0)[i % 7 % 2], "bias": i % 11 % 2 == 0, "n_layer": 1})
-
-@pytest.mark.slow
-def test_the_future_cannot_be_seen_in_any_combination_of_all_tables():
-    """The same, with every valid attention and both heads for every combination."""
-    for variant in variants_of_the_tables():
-        for attention in valid_attention(variant["pos"], variant["qk_norm"]):
-            for tie_weights, bias in itertools.product((True, False), repeat=2):
-                check_causal({**variant, "attention": attention, "tie_weights": tie_weights,
-                              "bias": bias})
-
-@pytest.mark.parametrize("changes", [
-    dict(attention="explicit"), dict(attention="extended", pos="rope", qk_norm=True),
-    dict(attention="fused", pos="sinusoidal", block="shift", activation="swiglu")])
-def test_fused_kernels_give_the_model_the_same_logits_and_gradients(changes):
-    """A checkpoint of the one form works in the other, in value and in gradient."""
-    plain = small_model(**{**changes, "attention": "extended"})
-    fused = small_model(**{**changes, "attention": "fused", "norm": "fused_layernorm"})
-    fused.load_state_dict(plain.state_dict())
-    batch = pair(random_ids(3, 9))
-    for model in (plain, fused):
-        model(*batch)[1].backward()
-    assert_close(plain(batch[0])[0], fused(batch[0])[0])
-    for p, q in zip(plain.parameters(), fused.parameters()):
-        assert_close(p.grad, q.grad, 1e-6)
 
 # ---- A new variation -----------------------------------------------------------------------------
 class SineMLP(minigpt.MLP):
@@ -3140,78 +2509,11 @@ def workers_of(torchrun):
                 workers.append(int(path.parent.name))
     return sorted(workers)
 
-TWO_STEPS = """
-import os
-import sys
-from pathlib import Path
-
-import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-import minigpt
-
-folder = Path(sys.argv[1])
-folder.mkdir(exist_ok=True)
-sizes = minigpt.ModelConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.0)
-model = minigpt.new_model(sizes, 0).double()
-tokens = torch.arange(500) % 11
-corpus = minigpt.Corpus(tokens, tokens, 500)
-config = minigpt.RunConfig(batch_size=4, grad_accum=3, grad_clip=0.0, dtype="float32", max_steps=2,
-                           learning_rate=1e-2, warmup_steps=0, eval_interval=1, log_interval=1,
-                           sample_tokens=0, wandb=False)
-journal = minigpt.FullJournal(folder, minigpt.SignalWatch())
-tokenizer = minigpt.CharTokenizer([*"abcdefghijk"])
-run = minigpt.FullRun(model, tokenizer, corpus, config, folder, torch.device("cpu"), {}, journal)
-exchanges, gradients, seeds = [], [], []
-
-def exchange(state, bucket):
-    exchanges.append(1)
-    return allreduce_hook(torch.distributed.group.WORLD, bucket)
-
-def note_gradients(*_):
-    gradients.extend(p.grad.clone() for p in model.parameters())
-    seeds.append(torch.initial_seed())
-
-if run.processes > 1:
-    run.runner.register_comm_hook(None, exchange)
-run.optimizer.register_step_pre_hook(note_gradients)
-sign = 1 if run.rank == 0 else -1  # the first process finds each model better, the second worse
-minigpt.estimate_loss = lambda *_: {"train": 1.0, "val": 5.0 - sign * run.step}
-minigpt.train(run)
-torch.save({"gradients": gradients, "exchanges": len(exchanges), "seeds": seeds,
-            "best": (run.best_step, run.best_val), "weights": model.state_dict()},
-           folder / f"rank{run.rank}")
-os._exit(0)  # PyTorch's own threads may abort a plain exit
-"""
-
-@pytest.mark.slow
-def test_two_processes_compute_the_gradients_of_one(tmp_path):
-    """In float64, over two steps of three micro-steps. The second step shows that the weights
-    stayed equal. Gradients are exchanged once in a step, not once in each micro-step. The random
-    numbers of dropout are others in each process and step, and the first process decides which
-    model is the best. Fails if rows are shared wrongly, or sums are taken for means."""
-    script = tmp_path / "two_steps.py"
-    script.write_text(TWO_STEPS, encoding="utf-8")
-    done = run_command(tmp_path / "one", script=script, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    code, _, err = run_torchrun(2, tmp_path / "two", script=script)
-    assert code == 0, err
-    one = torch.load(tmp_path / "one" / "rank0")
-    both = [torch.load(tmp_path / "two" / f"rank{rank}") for rank in (0, 1)]
-    for of_rank in both:
-        for name in ("gradients", "weights"):
-            torch.testing.assert_close(of_rank[name], one[name], rtol=1e-7, atol=1e-7)
-        assert of_rank["exchanges"] == 2
-        assert of_rank["best"] == (2, 3.0)
-    assert both[0]["seeds"] == one["seeds"]
-    assert len({*both[0]["seeds"], *both[1]["seeds"]}) == 4
-    for a, b in zip(step_losses(tmp_path / "one"), step_losses(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
-
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one(tmp_path, no_wandb_account, monkeypatch):
-    """The losses are the same, up to rounding, and only one process prints and writes. W&B's file
-    is complete, although torchrun's processes do not exit as others do."""
+    """The losses and gradients are the same, up to rounding, which grows from step to step. Only
+    one process prints and writes. W&B's file is complete, although torchrun's processes do not exit
+    as others do. Fails if rows are shared wrongly, or if sums are taken for means."""
     monkeypatch.setenv("WANDB_MODE", "offline" if importable("wandb") else "disabled")
     exact = [*TRAIN, "--dropout", "0", "--max_steps", "40"]
     code, out, err = run_torchrun(2, *exact, "--out_dir", tmp_path / "two")
@@ -3225,7 +2527,8 @@ def test_a_run_of_two_processes_is_the_run_of_one(tmp_path, no_wandb_account, mo
     assert one == two - {"loss.png", "wandb"}
     for a, b in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         for name in {"step", "loss", "grad_norm", "lr", "val_loss", "full_val_loss"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-2)
+            near = 1e-4 if a["step"] <= 3 else 1e-2
+            assert a[name] == pytest.approx(b[name], rel=near)
 
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_shows_a_message(tmp_path):
@@ -3325,16 +2628,6 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, tiny_run, monkeypatch, g
     resume_tiny(tmp_path)
     assert_same_run(tmp_path / "latest.pt", tiny_run[0] / "latest.pt")
     assert step_losses(tmp_path) == step_losses(tiny_run[0])
-
-def test_a_signal_in_the_last_step_leaves_only_the_score_to_do(tmp_path, monkeypatch, guarded):
-    """The weights of the last step are saved, and --resume trains no further."""
-    before_step(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-    assert run_main(*TRAIN, "--out_dir", tmp_path)[0] == 143
-    weights = load_checkpoint(tmp_path / "latest.pt")
-    assert weights["step"] == 6
-    err = resume_tiny(tmp_path)
-    assert score(err) and "step 7" not in err
-    assert [step for step, *_ in step_losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 @pytest.mark.parametrize("name, expected", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_during_the_final_evaluation_stops_it(tmp_path, tiny_run, monkeypatch, guarded,
@@ -3503,20 +2796,6 @@ def test_a_run_whose_reader_has_left_saves_and_ends(tmp_path, monkeypatch):
     resume_tiny(tmp_path)
     assert step_of(tmp_path / "latest.pt") == 6
 
-@pytest.mark.slow
-@POSIX
-def test_a_process_whose_reader_has_left_saves_and_ends(tmp_path):
-    """The same for the real command. Its exit code is 141 and not that of a crash at its end."""
-    process = subprocess.Popen([sys.executable, "minigpt.py", *TRAIN, "--max_steps", "100000",
-                                "--eval_interval", "100000", "--out_dir", tmp_path], cwd=HERE,
-                               stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    for line in process.stderr:
-        if line.startswith("step 9/"):
-            break
-    process.stderr.close()
-    assert process.wait(60) == 141
-    assert step_of(tmp_path / "latest.pt") >= 9
-
 class FullLog(io.StringIO):
     """A log on a disk that fills up when the second step is reported."""
     full = False
@@ -3567,11 +2846,10 @@ def test_a_process_with_closed_streams_works(tiny_run):
 def test_a_result_that_cannot_be_written_is_an_error_that_names_stdout(tiny_run, monkeypatch):
     """A full disk behind `generate > file`. The message must not send the user to --out_dir."""
     class Full(io.StringIO):
-        def write(self, text):
+        def write(self, text=""):
             raise OSError(28, "No space left on device")
 
-        def flush(self):
-            raise OSError(28, "No space left on device")
+        flush = write
 
     for mode in ("generate", "eval"):
         with monkeypatch.context() as patch:
@@ -3601,24 +2879,16 @@ def test_a_full_disk_behind_a_stream_is_told_once(tiny_run, tmp_path):
 
 def test_a_stream_that_knows_no_terminal_is_none(tiny_run, tmp_path, monkeypatch):
     """Some notebooks and services put objects with `write` alone in the place of a stream."""
-    class Simple:
-        def __init__(self):
-            self.text = ""
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self):
-            pass
-
     for mode in ("eval", "inspect"):
+        out, err = [], []
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", out := Simple())
-            patch.setattr(sys, "stderr", Simple())
+            for name, written in (("stdout", out), ("stderr", err)):
+                stream = types.SimpleNamespace(write=written.append, flush=lambda: None)
+                patch.setattr(sys, name, stream)
             prompt = ["--prompt", "THE"] if mode == "inspect" else []
             code = minigpt.main(["--mode", mode, "--checkpoint", str(tiny_run[0] / "best.pt"),
                                  "--out_dir", str(tmp_path), "--device", "cpu", *prompt])
-        assert code == 0 and out.text and "\033" not in out.text
+        assert code == 0 and out and "\033" not in "".join(out + err)
 
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
 def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
@@ -3645,22 +2915,25 @@ def test_a_flipped_bit_in_the_content_is_found_wherever_it_is(tmp_path):
     # Most of so small a file is padding, which nothing reads; the numbers of w are 80 bytes.
     assert refused > 60
 
+class Evil:
+    """Creates a file when it is unpickled."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
 def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
     """Cut short at any length, or written by another program or version: an error that names the
     file, never a crash. A pickle may hold calls, and weights_only=True refuses to make them."""
     path = tmp_path / "a.pt"
-    marker = tmp_path / "was_here"
-
-    class Malice:
-        def __reduce__(self):
-            return os.mkdir, (str(marker),)
-
+    evil = Evil(tmp_path / "was_here")
     minigpt.save_checkpoint(path, {"format": minigpt.FORMAT, "w": random_x(100).float()})
     whole = path.read_bytes()
     files = [whole[:length] for length in (*range(0, len(whole), 97), len(whole) - 1)]
     files += [b"not a checkpoint", b"\x80\x04.", pickle.dumps({"format": minigpt.FORMAT}),
-              b"PK\x03\x04", b"\0" * 1000, pickle.dumps(Malice())]
-    for state in ({"format": "minigpt-1"}, [1, 2], {}, {"format": Malice()}, Malice()):
+              b"PK\x03\x04", b"\0" * 1000, pickle.dumps(evil)]
+    for state in ({"format": "minigpt-1"}, [1, 2], {}, {"format": evil}, evil):
         file = io.BytesIO()
         torch.save(state, file)
         files.append(file.getvalue())
@@ -3668,39 +2941,29 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pt: "):
             minigpt.read_checkpoint(path)
-    assert not marker.exists()
+    assert not evil.path.exists()
 
 def test_a_damaged_checkpoint_is_one_error_that_names_the_cure(tmp_path):
-    """Nothing is changed, and the cure works: copy another checkpoint of the run over it."""
+    """Nothing is changed, and the cure works: copy another checkpoint of the run over it. --resume
+    also reads what best.pt holds. If it cannot, the records of later steps, which a run that
+    continues would take again, are still there."""
     train_tiny(tmp_path, "--checkpoint_interval", "2")
-    latest = tmp_path / "latest.pt"
+    latest, best = tmp_path / "latest.pt", tmp_path / "best.pt"
     end = load_checkpoint(latest)
-    whole = latest.read_bytes()
-    middle = len(whole) // 2
-    flipped = bytes([whole[middle] ^ 4])
-    for damaged in (whole[:-1000], whole[:middle] + flipped + whole[middle + 1 :]):
-        latest.write_bytes(damaged)
-        before = contents(tmp_path)
-        code, _, err = run_main(*RESUME, tmp_path)
-        assert code == 2 and err.count("\n") == 1
-        assert f"{latest}: this file is damaged" in err
-        assert "best.pt" in err and "step_*.pt" in err
-        assert contents(tmp_path) == before
-    shutil.copy(tmp_path / "step_000002.pt", latest)
+    for path in (latest, best):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = bytes([whole[middle] ^ 4])
+        for damaged in (whole[:-1000], whole[:middle] + flipped + whole[middle + 1 :]):
+            path.write_bytes(damaged)
+            before = contents(tmp_path)
+            code, out, err = run_main(*RESUME, tmp_path)
+            check_mistake(code, out, err, [f"{path}: this file is damaged", "best.pt", "step_*.pt"])
+            assert err.count("\n") == 1 or path == best
+            assert contents(tmp_path) == before
+        shutil.copy(tmp_path / "step_000002.pt", path)
     resume_tiny(tmp_path)
     assert_same(load_checkpoint(latest)["model"], end["model"])
-
-def test_a_damaged_best_model_is_refused_before_anything_is_written(tmp_path):
-    """--resume reads what best.pt holds. If it cannot be read, the run does not begin, and the
-    records of later steps, which a run that continues would take again, are still there."""
-    train_tiny(tmp_path, "--checkpoint_interval", "2")
-    best = tmp_path / "best.pt"
-    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
-    best.write_bytes(best.read_bytes()[:-1000])
-    before = contents(tmp_path)
-    code, _, err = run_main(*RESUME, tmp_path)
-    assert code == 2 and f"{best}: this file is damaged" in last_line(err)
-    assert contents(tmp_path) == before
 
 @pytest.mark.parametrize("damage", ["half a file", "a flipped bit"])
 def test_a_best_model_that_was_damaged_during_the_run_gets_no_score(tmp_path, monkeypatch, damage):
@@ -3750,13 +3013,17 @@ def test_a_disk_that_fills_up_ends_a_run_and_leaves_what_was_saved(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 @POSIX
-def test_a_disk_that_is_full_costs_no_records(tmp_path):
-    """--resume writes metrics.jsonl again, without the steps that it will repeat. If that cannot be
-    written, the old file must still be there. Fails if it is written in place."""
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_disk_that_is_full_costs_no_records_and_no_settings(tmp_path, name):
+    """--resume writes metrics.jsonl again, without the steps that it will repeat, and then
+    config.json. If one cannot be written, the old file must still be there. Fails if it is written
+    in place."""
     import resource
 
     train_tiny(tmp_path)
-    before = metrics_of(tmp_path)
+    if name == "config.json":
+        (tmp_path / "metrics.jsonl").unlink()
+    before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -3764,20 +3031,6 @@ def test_a_disk_that_is_full_costs_no_records(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and "too large" in last_line(err), err
-    assert metrics_of(tmp_path) == before
-
-def test_the_settings_are_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
-    """A full disk must not leave half of config.json."""
-    run = tiny_full_run(tmp_path)
-    minigpt.write_config(run)
-    before = contents(tmp_path)
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError):
-        minigpt.write_config(tiny_full_run(tmp_path, seed=7))
     assert contents(tmp_path) == before
 
 # ---- What is recorded of a run -------------------------------------------------------------------
@@ -3950,11 +3203,16 @@ def test_wandb_gets_the_records_of_a_run_where_it_is_wanted(tmp_path, no_wandb_a
     assert [name for name, _ in fake.calls].count("finish") == 1
     assert fake.calls[-1] == ("finish", 0)
 
-def test_wandb_is_told_how_a_run_was_stopped(tmp_path, no_wandb_account, monkeypatch, guarded):
-    """By the exit code, so that it is not taken for a complete run."""
+def test_wandb_is_told_how_a_run_was_stopped_or_failed(tmp_path, no_wandb_account, monkeypatch,
+                                                       guarded):
+    """By the exit code, so that it is not taken for a complete run. Otherwise its process would
+    stay, and its log would be incomplete."""
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(account=True))
+    diverging = ["--grad_clip", "0", "--learning_rate", "1e30"]
+    assert run_main(*TRAIN, "--out_dir", tmp_path / "failed", *diverging)[0] == 2
+    assert fake.calls[-1] == ("finish", 1)
     before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert run_main(*TRAIN, "--out_dir", tmp_path)[0] == 143
+    assert run_main(*TRAIN, "--out_dir", tmp_path / "stopped")[0] == 143
     assert fake.calls[-1] == ("finish", 143)
 
 def test_a_resumed_run_goes_on_with_its_run_at_wandb(tmp_path, no_wandb_account, monkeypatch):
@@ -3987,15 +3245,6 @@ def test_a_failure_of_wandb_costs_no_training(tmp_path, tiny_run, no_wandb_accou
     assert failing in [name for name, _ in fake.calls]
     assert ("no Weights & Biases (RuntimeError)" in said) == (failing == "init")
     assert_same_run(tmp_path / "out" / "latest.pt", tiny_run[0] / "latest.pt")
-
-def test_wandb_is_closed_when_a_run_fails(tmp_path, no_wandb_account, monkeypatch):
-    """Otherwise its process stays, and its log is incomplete."""
-    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    code, _, _ = run_main(*TRAIN, "--out_dir", tmp_path / "out", "--grad_clip", "0",
-                          "--learning_rate", "1e30")
-    assert code == 2
-    assert fake.calls[-1] == ("finish", 1)
 
 def wandb_records(folder):
     """The records of the one file that the package has written: LevelDB's format of logs, in blocks
@@ -4384,9 +3633,8 @@ def test_a_warm_up_that_is_longer_than_a_small_text_allows_is_shortened():
     assert limited(typed={}, max_steps=74, warmup_steps=60).warmup_steps == 60
 
 def test_bpe_run_evaluates_and_writes(tmp_path):
-    """The tokenizer travels in the checkpoint, and was learned from the training part alone. Bits
-    per character count characters, not tokens, and the prompt may hold characters that the corpus
-    does not have."""
+    """The tokenizer travels in the checkpoint. Bits per character count characters, not tokens, and
+    the prompt may hold characters that the corpus does not have."""
     train_tiny(tmp_path, "--tokenizer", "bpe", "--bpe_size", "300")
     _, out, _ = run_main("--mode", "eval", "--out_dir", tmp_path)
     tokens, nats, bits = (float(re.search(rf"([\d.,]+) {unit}", out)[1].replace(",", ""))
@@ -4397,8 +3645,6 @@ def test_bpe_run_evaluates_and_writes(tmp_path):
     assert bits == pytest.approx(nats / math.log(2) * (tokens + 1) / (len(text) - cut), rel=1e-3)
     code, out, _ = run_main("--mode", "generate", "--out_dir", tmp_path, "--prompt", "Ünïcødé")
     assert code == 0 and out.startswith("Ünïcødé")
-    _, tokenizer = model_of(tmp_path / "best.pt")
-    assert tokenizer.state == BPETokenizer.train(text[:cut], 300).state
 
 def test_a_run_writes_what_it_promises(tiny_run):
     """Checkpoints that are named after completed steps, metrics, and the settings. Nothing else."""
@@ -4651,13 +3897,8 @@ def test_shorter_windows_can_be_evaluated_and_longer_ones_are_refused(tiny_run):
     compared with that of a model that has shorter windows. Would fail if the flag were ignored."""
     model, tokenizer = model_of(tiny_run[0] / "best.pt")
     corpus = Corpus.from_text(SHORT.read_text(encoding="utf-8"), tokenizer)
-    windows = corpus.val[: (len(corpus.val) - 1) // 5 * 5 + 1].long()
-    x, y = windows[:-1].view(-1, 5), windows[1:].view(-1, 5)
-    with torch.no_grad():
-        sum_of_whole = model.eval()(x, y)[1].item() * x.numel()
-        rest = corpus.val[x.numel() :].long()[None]
-        sum_of_rest = model(*pair(rest))[1].item() * (rest.numel() - 1) if rest.numel() > 1 else 0
-    expected = (sum_of_whole + sum_of_rest) / (len(corpus.val) - 1)
+    model.config = replace(model.config, block_size=5)
+    expected = minigpt.evaluate(model, corpus.val)
     command = ["--mode", "eval", "--out_dir", tiny_run[0], "--block_size"]
     code, out, err = run_main(*command, "5")
     assert code == 0 and f" {expected:.4f} nats" in out, err
@@ -4834,14 +4075,6 @@ def test_the_real_corpus_has_the_figures_of_the_book():
     assert (len(corpus.train), len(corpus.val)) == (1_003_854, 111_540)
     assert minigpt.doubts_about(text.text) == []
 
-def test_the_command_of_the_readme_writes(tiny_run, monkeypatch):
-    """--mode generate --prompt "ROMEO:" --max_tokens 200, as it is typed most often."""
-    monkeypatch.chdir(tiny_run[0].parent)
-    code, out, err = run_main("--mode", "generate", "--out_dir", tiny_run[0], "--prompt", "ROMEO:",
-                              "--max_tokens", "200")
-    assert code == 0 and out.startswith("ROMEO:"), err
-    assert len(out) == len("ROMEO:") + 200 + 1
-
 @pytest.mark.parametrize("optimizer, tokenizer", [("adamw", "char"), ("muon", "bpe")])
 def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokenizer):
     """k steps, --resume and the rest give bit-identical weights, optimizer and losses, with dropout
@@ -4877,22 +4110,6 @@ def best_of_start(folder, optimizer, tokenizer, size, target):
     assert code == 2 and "diverged" in err  # no later evaluation could replace it
     shutil.copy(start / "best.pt", target)
 
-def test_a_resumed_run_with_a_later_best_model_is_the_run_it_would_have_been(tmp_path):
-    """An older snapshot is copied to latest.pt, and best.pt is of a later step. The run comes to
-    that step again, and what it says of its best model is what best.pt holds."""
-    train_tiny(tmp_path, "--checkpoint_interval", "2")
-    end = load_checkpoint(tmp_path / "latest.pt")
-    best = (tmp_path / "best.pt").read_bytes()
-    assert end["best_step"] == 6
-    shutil.copy(tmp_path / "step_000002.pt", tmp_path / "latest.pt")
-    err = resume_tiny(tmp_path)
-    again = load_checkpoint(tmp_path / "latest.pt")
-    assert_same(again["model"], end["model"])
-    assert (tmp_path / "best.pt").read_bytes() == best
-    assert again["best_val"] == end["best_val"]
-    assert "the best model (step 6): " in last_line(err)
-    assert again["best_step"] == metrics_of(tmp_path)[-1]["best_step"] == 6
-
 def test_best_is_only_replaced_by_a_better_model(tmp_path):
     """An older snapshot is copied to latest.pt, whose best model so far is that of step 0. Step 3
     is better than that, but worse than what best.pt holds, so best.pt stays as it is, and the final
@@ -4919,18 +4136,6 @@ def test_a_copy_in_place_of_best_is_replaced_by_the_next_model(tmp_path):
         minigpt.save_checkpoint(tmp_path / name, state)
     err = resume_tiny(tmp_path, "--max_steps", "7")
     assert "the best model (step 7): " in last_line(err) and step_of(tmp_path / "best.pt") == 7
-
-def test_latest_is_written_after_the_other_files_of_a_step(tmp_path, monkeypatch):
-    """A run that was killed in between goes on from the older latest.pt, and writes the files that
-    are missing. Fails if latest.pt comes before the numbered file, which would then be skipped."""
-    saved = []
-    run = small_run(tmp_path, checkpoint_interval=3)
-    monkeypatch.setattr(run, "save", lambda name: saved.append((run.step, name)))
-    script_losses(run, monkeypatch, [5, 4, 3, 2])
-    minigpt.train(run)
-    assert saved == [(0, "best.pt"), (0, "latest.pt"), (2, "best.pt"), (2, "latest.pt"),
-                     (3, "step_000003.pt"), (3, "latest.pt"), (4, "best.pt"), (4, "latest.pt"),
-                     (6, "best.pt"), (6, "step_000006.pt"), (6, "latest.pt")]
 
 @pytest.mark.parametrize("step", [0, 3, 6])
 def test_a_crash_between_best_and_latest_costs_nothing(tmp_path, tiny_run, monkeypatch, step):
@@ -5036,7 +4241,8 @@ def test_resume_can_lengthen_a_run_but_not_reshape_it(tmp_path):
     assert "full_val_loss" in metrics_of(tmp_path)[-1]
 
 def test_another_corpus_is_refused_on_resume(tmp_path):
-    """Typed, or changed in its place: the same characters in another order are another text."""
+    """Typed, or changed in its place: the same characters in another order are another text. If the
+    text is not there any more, --data names its new place, and the run goes on."""
     mine = tmp_path / "mine.txt"
     text = SHORT.read_text(encoding="utf-8")
     mine.write_text(text, encoding="utf-8")
@@ -5048,8 +4254,11 @@ def test_another_corpus_is_refused_on_resume(tmp_path):
         assert code == 2 and re.match("error: --data .*: this is not the text", last_line(err))
     assert contents(tmp_path) == before
     mine.rename(tmp_path / "moved.txt").write_text(text, encoding="utf-8")
+    for argv in ([*RESUME, tmp_path / "out"], ["--mode", "eval", "--out_dir", tmp_path / "out"]):
+        check_mistake(*run_main(*argv), [f"--data {mine}", "not there any more", "--data FILE"])
     resume_tiny(tmp_path / "out", "--data", tmp_path / "moved.txt", "--max_steps", "2")
-    assert step_of(tmp_path / "out" / "latest.pt") == 2
+    resume_tiny(tmp_path / "out", "--max_steps", "3")  # the new place is remembered
+    assert step_of(tmp_path / "out" / "latest.pt") == 3
 
 def test_what_may_change_on_resume_does(tmp_path):
     """The format, the reports and the patience are those that were typed last. The README lists
@@ -5150,18 +4359,6 @@ def test_a_checkpoint_of_an_edited_program_is_one_line(tmp_path, change, named):
         change(state)
         minigpt.save_checkpoint(tmp_path / name, state)
         check_mistake(*run_main(*argv), [name, named, "that it was trained with"])
-
-def test_a_corpus_that_was_moved_is_named_by_data(tmp_path):
-    """The checkpoint knows where the text was. If it is not there any more, --data names its new
-    place, and the run goes on."""
-    text = tmp_path / "text.txt"
-    shutil.copy(SHORT, text)
-    train_tiny(tmp_path / "out", "--data", text, "--max_steps", "2")
-    text.rename(tmp_path / "moved.txt")
-    for argv in ([*RESUME, tmp_path / "out"], ["--mode", "eval", "--out_dir", tmp_path / "out"]):
-        check_mistake(*run_main(*argv), [f"--data {text}", "not there any more", "--data FILE"])
-    resume_tiny(tmp_path / "out", "--data", tmp_path / "moved.txt", "--max_steps", "3")
-    resume_tiny(tmp_path / "out", "--max_steps", "4")  # the new place is remembered
 
 @pytest.mark.parametrize("changes", [["--n_embd", "32"], ["--data", str(SAMPLE)]])
 def test_the_best_model_of_another_run_is_refused_at_once(tmp_path, changes):
@@ -5265,35 +4462,21 @@ def test_an_interrupted_ablation_continues_where_it_stopped(tmp_path):
     check_mistake(*other, ["--batch_size 4", "needs 2", "--out_dir"])
 
 def test_an_ablation_never_reports_the_run_of_another_command(tmp_path):
-    """A folder that holds a run with another max_steps, learning rate or size is refused, in both
-    directions, and nothing in it changes. Otherwise its loss would stand in the table as the result
-    of this command."""
-    command = ["--vary", "activation=gelu", "--seeds", "1"]
-    ablate_tiny(tmp_path, *command)
-    before = contents(tmp_path)
-    for flag, value in (("--max_steps", "3"), ("--max_steps", "9"), ("--learning_rate", "0.01"),
-                        ("--tokenizer", "bpe"),
-                        ("--n_embd", "32"), ("--preset", "plain")):
-        argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, flag, value]
-        check_mistake(*run_main(*argv), ["--out_dir", "this command needs"])
-    assert contents(tmp_path) == before
-
-def test_an_ablation_never_reports_the_run_of_another_vocabulary(tmp_path):
-    """Also if the size is that of the defaults and was not typed."""
-    command = ["--vary", "activation=gelu", "--seeds", "1", "--tokenizer", "bpe"]
-    ablate_tiny(tmp_path, *command, "--bpe_size", "300")
-    for flags in ([], ["--bpe_size", "320"]):
-        argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *command, *flags]
-        check_mistake(*run_main(*argv), ["--bpe_size 300", "this command needs", "--out_dir"])
-
-def test_an_ablation_on_another_text_is_refused_before_anything_is_trained(tmp_path):
-    """Also if only the last variant has a folder already."""
+    """A folder that holds a run with another max_steps, learning rate, size, vocabulary or text is
+    refused, in both directions, and nothing in it changes. Otherwise its loss would stand in the
+    table as the result of this command. It is refused before anything is trained, also if only the
+    last variant has a folder already."""
     other = tmp_path / "other.txt"
     other.write_text(SHORT.read_text(encoding="utf-8")[::-1], encoding="utf-8")
-    ablate_tiny(tmp_path, "--vary", "activation=gelu", "--seeds", "1")
+    same = ["--seeds", "1", "--tokenizer", "bpe", "--bpe_size", "300"]
+    ablate_tiny(tmp_path, "--vary", "activation=gelu", *same)
     before = contents(tmp_path)
-    argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, "--data", other, "--seeds", "1"]
-    check_mistake(*run_main(*argv, "--vary", "activation=relu,gelu"), ["another text", "--out_dir"])
+    for typed in ([*same, "--max_steps", "3"], [*same, "--max_steps", "9"], [*same, "--n_embd", 32],
+                  [*same, "--learning_rate", "0.01"], [*same, "--preset", "plain"],
+                  [*same, "--bpe_size", "320"], same[:4], same[:2], [*same, "--data", other]):
+        argv = ["--mode", "ablate", *TRAIN[2:], "--out_dir", tmp_path, *typed]
+        needed = "this command needs" if other not in typed else "a run with another text"
+        check_mistake(*run_main(*argv, "--vary", "activation=relu,gelu"), ["--out_dir", needed])
     assert contents(tmp_path) == before
 
 @pytest.mark.parametrize("vary, named", [
@@ -5425,23 +4608,16 @@ def test_bench_prints_every_figure_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_a_rate_of_the_benchmark_is_work_per_second(monkeypatch):
     """If each call took half a second, 2 windows of 16 tokens would be 64 tokens per second, and 5
-    written tokens would be 10 per second. Would fail for a time that is not divided by."""
-    timer = types.SimpleNamespace(blocked_autorange=lambda **_: types.SimpleNamespace(median=0.5))
-    monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
-    rows = bench_rows(run_main(*BENCH)[1])
-    assert rows["training, tokens/s"] == 64
-    assert rows["writing, tokens/s"] == rows["writing, without the cache"] == 10
-
-def test_the_utilization_is_the_work_of_training_by_that_of_matrix_products(monkeypatch):
-    """An entry of a product of two matrices of 2048 rows takes 2048 multiplications and as many
-    additions. With calls of half a second, that is 2 * 2048^3 * 2 operations per second. Fails if
+    written tokens would be 10 per second. An entry of a product of two matrices of 2048 rows takes
+    2048 multiplications and as many additions. Would fail for a time that is not divided by, or if
     only the multiplications count, which would double the utilization."""
     timer = types.SimpleNamespace(blocked_autorange=lambda **_: types.SimpleNamespace(median=0.5))
     monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
     rows = bench_rows(run_main(*BENCH, "--n_layer", "4", "--n_embd", "512", "--bpe_size", "1024",
                                "--tokenizer", "bpe")[1])
-    used = 64 * rows["training, FLOPs per token"]  # 64 tokens per second
-    possible = 2 * 2048**3 * 2
+    assert rows["training, tokens/s"] == 64
+    assert rows["writing, tokens/s"] == rows["writing, without the cache"] == 10
+    used, possible = 64 * rows["training, FLOPs per token"], 2 * 2048**3 * 2
     assert rows["training, million FLOPs/s"] == pytest.approx(used / 1e6, abs=1)
     assert rows["matrix products alone, million FLOPs/s"] == pytest.approx(possible / 1e6, abs=1)
     assert rows["utilization, percent"] == pytest.approx(100 * used / possible, abs=1) != 0
@@ -5574,10 +4750,7 @@ def test_a_setting_that_a_form_does_not_know_is_refused(tmp_path, monkeypatch):
     have it, so a model with it must not be exported as if it were a GPT-2. The same holds for a
     setting that is added to ModelConfig, unless it has its default."""
     class ALiBi(Attention):
-        def mask(self, T, S, device):
-            places = torch.arange(S, device=device)
-            distances = places - places[S - T :, None]
-            return super().mask(T, S, device) + 0.5 * distances
+        pass
 
     monkeypatch.setitem(minigpt.ATTENTION, "alibi", ALiBi)
     save_model(tmp_path, CharTokenizer.train("abc"), attention="alibi")
@@ -5669,7 +4842,9 @@ def test_every_preset_but_the_bigram_has_a_form(tmp_path, name):
     ("activation=relu2", dict(activation="relu2")),
     ("activation=swiglu", dict(activation="swiglu", bias=False)),
     ("activation=gelu", dict(QWEN3, activation="gelu")), ("bias=True", dict(QWEN3, bias=True)),
-    ("qk_norm=False", dict(QWEN3, qk_norm=False))])
+    ("qk_norm=False", dict(QWEN3, qk_norm=False)),
+    ("prev_heads=1", dict(prev_heads=1, attention="extended")),
+    ("n_embd / n_head is 2", dict(LAPTOP, prev_heads=1, n_head=12))])
 def test_a_setting_that_no_form_holds_is_refused(tmp_path, named, changes):
     """Otherwise another program would compute something else without a word. The line names the
     setting that stands in the way, and nothing is written."""
@@ -5755,8 +4930,7 @@ def test_byte_pairs_have_the_same_ids_in_transformers(transformers, tmp_path, bp
     folder = export(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     rng = random.Random(0)
-    characters = [c for c in map(chr, range(sys.maxunicode + 1))
-                  if minigpt.unicodedata.category(c) not in ("Cn", "Cs")]
+    characters = assigned_characters()
     mixtures = ["".join(rng.choices("ab \n\t'sdtelv3é,.", k=20)) +
                 "".join(rng.choices(characters, k=10)) for _ in range(500)]
     texts = [*AWKWARD, "I'll  go<|endoftext|> now \n", "'tis we'RE\r\n 's", *mixtures,
@@ -5827,16 +5001,6 @@ def test_an_export_never_overwrites(tmp_path):
     assert code == 0 and str(tmp_path / "a" / "b") in out, err
     assert "config.json" in os.listdir(tmp_path / "a" / "b")
 
-def test_the_current_folder_can_be_exported_to(tmp_path, monkeypatch):
-    """`--export_dir .` in an empty folder has no name of its own to add .partial to. It may be
-    refused, but in one line."""
-    pytest.importorskip("safetensors")
-    save_model(tmp_path, CharTokenizer.train("abc"))
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", ".")
-    assert code == 0 or last_line(err).startswith("error: ")
-
 @POSIX
 def test_exported_files_follow_the_umask(tmp_path):
     """A group that may read the user's files may read these, too. Would fail for a folder made by
@@ -5850,32 +5014,20 @@ def test_exported_files_follow_the_umask(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
-class WithoutSafetensors:
-    """Stands before Python's own finders of modules and hides one package."""
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "safetensors":
-            raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
-
-@POSIX
-def test_a_link_to_an_empty_folder_can_be_exported_to(tmp_path):
-    """The folder behind it is filled, and the link stays."""
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names or links")
+@pytest.mark.parametrize("name", [".", "../link", os.fsdecode(b"h\xe9")])
+def test_folders_of_all_kinds_can_be_exported_to(tmp_path, monkeypatch, name):
+    """`.` has no name of its own to add .partial to. Behind a link, the folder is filled, and the
+    link stays. Linux allows any bytes in a name; the library that writes the weights does not."""
     pytest.importorskip("safetensors")
     save_model(tmp_path, CharTokenizer.train("abc"))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    assert run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir",
-                    tmp_path / "link")[0] == 0
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "empty" / "model.safetensors").exists()
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_folder_whose_name_is_not_utf8_can_be_exported_to(tmp_path):
-    """Linux allows any bytes in a name. The library that writes the weights does not."""
-    pytest.importorskip("safetensors")
-    save_model(tmp_path, CharTokenizer.train("abc"))
-    name = os.fsdecode(os.fsencode(tmp_path) + b"/h\xe9")
-    assert run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", name)[0] == 0
-    assert os.path.getsize(os.path.join(name, "model.safetensors")) > 0
+    (tmp_path / "here").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = run_main("--mode", "export", "--out_dir", tmp_path, "--export_dir", name)
+    assert code == 0 and (tmp_path / "link").is_symlink(), err
+    assert (tmp_path / "here" / name / "model.safetensors").stat().st_size > 0
 
 @pytest.mark.parametrize("mode", ["export", "eval"])
 def test_without_safetensors_there_is_one_line(tmp_path, monkeypatch, mode):
@@ -5884,9 +5036,14 @@ def test_without_safetensors_there_is_one_line(tmp_path, monkeypatch, mode):
     argv = ["--mode", mode, "--out_dir", tmp_path]
     if mode == "eval":
         argv += ["--checkpoint", export(tmp_path), "--data", SHORT]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [WithoutSafetensors(), *sys.meta_path])
+    def find_spec(name, path=None, target=None):
+        if name == "safetensors":
+            raise ModuleNotFoundError("No module named 'safetensors'", name=name)
+
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    finder = types.SimpleNamespace(find_spec=find_spec)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     line = "safetensors is not installed, but it is needed: pip install safetensors"
     check_mistake(*run_main(*argv), [line])
     assert mode == "eval" or not (tmp_path / "hf").exists()
@@ -6086,9 +5243,6 @@ def test_a_failed_gguf_export_leaves_nothing_behind(tmp_path, monkeypatch):
         check_mistake(*run_main(*command), ["No space left on device"])
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "mine"]
     export_gguf(tmp_path)  # and the next try succeeds
-    check_mistake(*run_main(*command, "--gguf_type", "q4"), ["--gguf_type", "q4", "q8_0"])
-    check_mistake(*run_main("--mode", "export", "--out_dir", tmp_path, "--gguf_type", "f16"),
-                  ["--gguf_type f16", "--format gguf"])
 
 # ---- Exchange: reading a GPT-2 -------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -6234,20 +5388,69 @@ def gpt2_folder(tmp_path, bpe):
     save_model(tmp_path, bpe, block_size=32)
     return export(tmp_path)
 
-def change_config(folder, **changes):
+def change_config(folder, changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
 
-@pytest.mark.parametrize("named, changes", [
-    ("activation_function is relu,", dict(activation_function="relu")),
-    ("layer_norm_epsilon is 0.001", dict(layer_norm_epsilon=1e-3)),
-    ("scale_attn_by_inverse_layer_idx", dict(scale_attn_by_inverse_layer_idx=True)),
-    ("scale_attn_weights", dict(scale_attn_weights=False)),
-    ("add_cross_attention", dict(add_cross_attention=True)),
-    ("model_type is llama", dict(model_type="llama")), ("model_type", dict(model_type=None))])
-def test_a_gpt2_that_computes_something_else_is_refused(gpt2_folder, named, changes):
-    """It would run here, with the same tensors and wrong results. The line says which setting."""
-    change_config(gpt2_folder, **changes)
+def change_tensors(folder, changes):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors") | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+def change_files(folder, changes):
+    """Writes files, cuts off their ends, or deletes them."""
+    for name, content in changes.items():
+        if content is None:
+            (folder / name).unlink()
+        elif isinstance(content, int):
+            (folder / name).write_bytes((folder / name).read_bytes()[:content])
+        else:
+            (folder / name).write_text(content)
+
+# What is wrong with a folder: what the line must name, and how the folder becomes like that.
+WRONG_FOLDERS = [
+    ("activation_function is relu,", change_config, dict(activation_function="relu")),
+    ("layer_norm_epsilon is 0.001", change_config, dict(layer_norm_epsilon=1e-3)),
+    ("scale_attn_by_inverse_layer_idx", change_config, dict(scale_attn_by_inverse_layer_idx=True)),
+    ("scale_attn_weights", change_config, dict(scale_attn_weights=False)),
+    ("add_cross_attention", change_config, dict(add_cross_attention=True)),
+    ("model_type is llama", change_config, dict(model_type="llama")),
+    ("model_type", change_config, dict(model_type=None)),
+    ("config.json", change_config, dict(n_head=0)),
+    ("config.json", change_config, dict(n_head=5)),
+    ("config.json", change_config, dict(n_embd=0)),
+    ("config.json", change_config, dict(n_embd=-4)),
+    ("config.json", change_config, dict(n_layer=1.5)),
+    ("config.json", change_config, dict(vocab_size=None)),
+    ("config.json", change_config, dict(resid_pdrop=5)),
+    ("ln_f.weight", change_tensors, {"ln_f.weight": None}),
+    ("ln_f.weight", change_tensors, {"ln_f.weight": torch.ones(5)}),
+    ("h.9.ln_1.weight", change_tensors, {"h.9.ln_1.weight": torch.ones(24)}),
+    ("wte.weight", change_tensors, {"wte.weight": torch.ones(599, 24)}),
+    ("damaged", change_files, {"model.safetensors": -100}),
+    ("safetensors", change_files, {"model.safetensors": None, "pytorch_model.bin": "weights"}),
+    ("model-00001-of-00002.safetensors", change_files, {
+        "model.safetensors.index.json":
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'}),
+    ("adapter", change_files, {"adapter_config.json": "{}"}),
+    ("config.json", change_files, {"config.json": None}),
+    ("config.json", change_files, {"config.json": '{"model_type":'}),
+    ("config.json", change_files, {"config.json": '{"model_type": "gpt2"}'}),
+    ("config.json", change_files, {"config.json": "[]"}),
+    ("tokenizer.json", change_files, {"merges.txt": None, "tokenizer.json": None}),
+    ("", change_files, {"merges.txt": None, "tokenizer.json": "{}"}),
+    ("", change_files, {"merges.txt": "#version: 0.2\na b c\n"}),
+    ("", change_files, {"vocab.json": '{"a":'})]
+
+@pytest.mark.parametrize("named, change, changes", WRONG_FOLDERS)
+def test_a_folder_that_is_damaged_or_computes_something_else_is_refused(gpt2_folder, named, change,
+                                                                        changes):
+    """Folders come from elsewhere and may be anything. A model with another setting would run here,
+    with the same tensors and wrong results. The line names the folder and what is wrong with
+    it."""
+    change(gpt2_folder, changes)
     refused = run_main("--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT)
     check_mistake(*refused, [str(gpt2_folder), named])
 
@@ -6256,80 +5459,6 @@ def test_our_own_qwen3_is_refused_in_words(tmp_path):
     save_model(tmp_path, CharTokenizer.train("abc"), **QWEN3)
     check_mistake(*run_main("--mode", "eval", "--checkpoint", export(tmp_path)), ["qwen3", "gpt2"])
 
-BAD_SIZES = {"no heads": dict(n_head=0), "no channels": dict(n_embd=0), "negative": dict(n_embd=-4),
-             "a fraction": dict(n_layer=1.5), "no vocabulary": dict(vocab_size=None),
-             "all dropped": dict(resid_pdrop=5), "odd heads": dict(n_head=5)}
-
-def damage_folder(folder, damage):
-    """Damages a folder with a GPT-2 in one of several ways."""
-    from safetensors.torch import load_file, save_file
-
-    weights = folder / "model.safetensors"
-    tensors = load_file(weights)
-    if damage == "missing tensor":
-        del tensors["ln_f.weight"]
-    elif damage == "misshapen tensor":
-        tensors["ln_f.weight"] = torch.ones(5)
-    elif damage == "unknown tensor":
-        tensors["h.9.ln_1.weight"] = torch.ones(24)
-    elif damage == "too few rows":
-        tensors["wte.weight"] = tensors["wte.weight"][:-1].clone()
-    save_file(tensors, weights, metadata={"format": "pt"})
-    if damage == "half a file":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif damage == "no weights":
-        weights.unlink()
-        (folder / "pytorch_model.bin").write_bytes(b"weights")
-    elif damage == "no config":
-        (folder / "config.json").unlink()
-    elif damage == "half a config":
-        (folder / "config.json").write_text('{"model_type":')
-    elif damage in BAD_SIZES:
-        change_config(folder, **BAD_SIZES[damage])
-    elif damage == "empty config":
-        (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    elif damage == "config of another kind":
-        (folder / "config.json").write_text("[]")
-    elif damage == "no tokenizer":
-        (folder / "merges.txt").unlink()
-        (folder / "tokenizer.json").unlink()
-    elif damage == "empty tokenizer":
-        (folder / "merges.txt").unlink()
-        (folder / "tokenizer.json").write_text("{}")
-    elif damage == "half a vocabulary":
-        (folder / "vocab.json").write_text('{"a":')
-    elif damage == "strange merges":
-        (folder / "merges.txt").write_text("#version: 0.2\na b c\n")
-    elif damage == "missing shard":
-        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif damage == "adapter":
-        (folder / "adapter_config.json").write_text("{}")
-
-@pytest.mark.parametrize("damage, named", [
-    ("missing tensor", "ln_f.weight"), ("misshapen tensor", "ln_f.weight"),
-    ("unknown tensor", "h.9.ln_1.weight"), ("too few rows", "wte.weight"),
-    ("half a file", "damaged"), ("no weights", "safetensors"), ("no config", "config.json"),
-    ("half a config", "config.json"), ("no tokenizer", "tokenizer.json"),
-    ("missing shard", "model-00001-of-00002.safetensors"), ("adapter", "adapter"),
-    ("empty config", "config.json"), ("config of another kind", "config.json"),
-    ("empty tokenizer", ""), ("half a vocabulary", ""), ("strange merges", ""),
-    *[(name, "config.json") for name in BAD_SIZES]])
-def test_a_damaged_folder_is_one_line(gpt2_folder, damage, named):
-    """Folders come from elsewhere and may be anything. The line names the folder and what is wrong
-    with it."""
-    damage_folder(gpt2_folder, damage)
-    refused = run_main("--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT)
-    check_mistake(*refused, [str(gpt2_folder), named])
-
-class Evil:
-    """Creates a file when it is unpickled."""
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
 def test_nothing_in_a_folder_is_executed(gpt2_folder, tmp_path, monkeypatch):
     """Neither code that config.json names nor a pickle, and not even if someone who is asked would
     say yes. The rest of the folder is used as ever."""
@@ -6337,8 +5466,8 @@ def test_nothing_in_a_folder_is_executed(gpt2_folder, tmp_path, monkeypatch):
     (gpt2_folder / "evil.py").write_text(f"open({str(was_here)!r}, 'w')")
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (gpt2_folder / name).write_bytes(pickle.dumps(Evil(was_here)))
-    change_config(gpt2_folder, auto_map={"AutoConfig": "evil.Evil",
-                                         "AutoModelForCausalLM": "evil.Evil"})
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    change_config(gpt2_folder, {"auto_map": classes})
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     evaluate = ["--mode", "eval", "--checkpoint", gpt2_folder, "--data", SHORT]
     assert run_main(*evaluate)[0] == 0
@@ -6619,6 +5748,8 @@ train --n_layer 1 => train: type --mode train
 --mode bench --prompt x => --prompt & --mode bench & generate
 --mode inspect --temperature 1 => --temperature & --mode inspect & generate
 --mode export --seed 1 => --seed & --mode export & train
+--mode export --out_dir {run} --format gguf --gguf_type q4 => --gguf_type & q4 & q8_0
+--mode export --out_dir {run} --gguf_type f16 => --gguf_type f16 & --format gguf
 --mode bench --preset bigram => --preset bigram & GPT
 --mode ablate => --vary is missing & norm=none,rmsnorm
 --mode ablate --vary norm=none,rmsnorm --norm=none => --norm none & --vary norm=none,rmsnorm chooses
@@ -6628,7 +5759,7 @@ train --n_layer 1 => train: type --mode train
 --mode ablate --vary prompt=a,b => --vary prompt=a,b
 --mode ablate --vary n_layer => --vary n_layer & FIELD
 --mode ablate --vary n_layer=1,,2 => --n_layer & ''
---mode ablate --vary n_layer=a,b => --n_layer & 'a'
+--mode ablate --vary n-layer=a,b => --n_layer & 'a'
 --mode ablate --vary bias=maybe => --vary bias=maybe & true or false
 --mode ablate --vary norm=layernorm,rmsnrm => --norm & rmsnrm
 --mode train --n_embd 2000000000 => memory & --n_embd
@@ -6661,6 +5792,10 @@ train --n_layer 1 => train: type --mode train
 --mode train --preset plain --qk_norm => --qk_norm & --attention & extended & fused
 --mode train --attention explicit => --pos rope & --attention
 --mode train --preset plain --short_share 0.5 => --short_share 0.5 & --sampling even
+--mode train --preset plain --n_kv_head 1 => --n_kv_head 1: needs --attention extended or fused
+--mode train --n_kv_head 3 => --n_kv_head 3: must divide --n_head 2
+--mode train --preset plain --prev_heads 1 => --prev_heads 1: needs --attention extended or fused
+--mode train --preset plain --pos sinusoidal --n_embd 9 --n_head 3 => --pos: 9 channels
 --mode train --train_temperature 0 => --train_temperature & '0' & 0.01
 --mode train --device tpu => --device tpu & cpu
 --mode train --tokenizer bpe --bpe_size 100 => --bpe_size & '100'
@@ -6693,7 +5828,10 @@ train --n_layer 1 => train: type --mode train
 --mode train --out_dir {run} => --out_dir {run} & has a & --resume
 --mode generate --out_dir {run} --top_p 1.1 => --top_p & 1.1
 --mode generate --out_dir {run} --top_k 0 => --top_k & '0'
---mode generate --out_dir {run} --prompt naïve => --prompt 'naïve' & 'ï' (U+00EF)
+--mode generate --out_dir {run} --prompt naïve => 'naïve' & 'ï' (U+00EF) & that it has is 'i'
+--mode generate --out_dir {run} --prompt “a => (U+201C) & leave it out
+--mode generate --out_dir {run} --prompt cafe\u0301 => (U+00E9) & that it has is 'e'
+--mode generate --out_dir {run} --prompt a漢 => --prompt 'a漢' & (U+6F22) & leave it out
 --mode inspect --out_dir {run} => --prompt '' & to look at, of 2 to 16 tokens; this one has 1
 --mode generate --out_dir {run} --prompt a\\nb => --prompt & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop \\n => --stop & $'\\n' in bash & PowerShell
@@ -6925,12 +6063,6 @@ def test_help_lists_every_flag_in_80_columns():
             # A word with a dash or a slash may be broken at the end of a line.
             assert beside[name].replace(" ", "") in text.replace(" ", ""), name
 
-def test_vary_takes_dashes_as_all_flags_do(tmp_path):
-    """n-layer is n_layer."""
-    request = minigpt.parse(["--mode", "ablate", "--vary", "n-layer=1,2"])
-    variants = minigpt.variants_of(request)
-    assert [variant["n_layer"] for variant in variants.values()] == [1, 2]
-
 @pytest.mark.slow
 def test_the_program_helps_when_its_source_cannot_be_read():
     """`python - --help < minigpt.py`: the comments are then out of reach, but the flags are not."""
@@ -6944,66 +6076,48 @@ def test_the_program_helps_when_its_source_cannot_be_read():
 def test_random_command_lines_end_in_success_or_in_one_line(tiny_run, tmp_path, monkeypatch):
     """Flags of every kind, mostly those of the mode, with values of every kind: the exit code is 0,
     or 2 with a single line that begins with `error:`, the last one. There is never a traceback."""
-    hypothesis = pytest.importorskip("hypothesis")
-    from hypothesis import strategies as st
-
-    run, seen = tiny_run[0], collections.Counter()
+    run = tiny_run[0]
+    rng = random.Random(0)
+    seen = collections.Counter()
     monkeypatch.chdir(tmp_path)  # some values name new folders
     odd = ["", " ", "-", "--", "é", "nan", "inf", "1e400", "1e300", "None", "1_0", "2.0", "-1",
            "9" * 30, "\udcff", ".", "a b"]
     files = [str(path) for path in (run / "best.pt", run / "latest.pt", SHORT, tmp_path / "new")]
-    values = {int: ["0", "1", "2", "3", "4", "8", "100"], str: ["a", "ROMEO:", *files],
-              list: ["a", "\n", "\\n"],
-              float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
+    sound = {int: ["0", "1", "2", "3", "4", "8", "100"], str: ["a", "ROMEO:", *files],
+             list: ["a", "\n", "\\n"], float: ["0", "1e-300", "1e-4", "0.5", "1", "2", "100"]}
     special = {"device": ["cpu", "cpu:9", "tpu", "meta"], "seeds": ["0", "1", "2"],
-               "bench_seconds": ["0", "0.01"], "vary": ["pos=rope", "bias=true,false", "x=1", "="],
-               "num_samples": ["1", "2"]}
+               "vary": ["pos=rope", "bias=true,false", "x=1", "="], "num_samples": ["1", "2"]}
     kinds = {name: kind for name, kind in all_flags().items()
-             if name not in ("mode", "compile", "wandb")}
-    flags = {"nonsense": st.just(["--nonsense"])}
-    for name, kind in kinds.items():
-        if kind is bool:
-            flags[name] = st.sampled_from([[f"--{name}"], [f"--no_{name}"],
-                                           [f"--no-{name.replace('_', '-')}"]])
-            continue
-        sound = st.sampled_from(special.get(name) or [*minigpt.CHOICES.get(name, values[kind])])
-        strange = sound if name == "bench_seconds" else st.sampled_from(odd)
-        value = st.one_of(*[sound] * 9, strange)
-        flags[name] = value.map(lambda value, name=name: [f"--{name}", value])
-    base = {"train": [*TRAIN[2:], "--max_steps", "2", "--sample_tokens", "3", "--no_wandb"],
-            "ablate": [*TRAIN[2:], "--max_steps", "2", "--no_wandb", "--seeds", "1", "--vary",
-                       "tie_weights=true"],
-            "bench": [*BENCH[2:], "--bench_seconds", "0.01"], "generate": ["--max_tokens", "4"],
-            "eval": [], "inspect": ["--prompt", "ROMEO:"], "export": []}
-
-    @st.composite
-    def command(draw):
-        mode = draw(st.sampled_from(["train", *minigpt.MODES]))
-        own = sorted(name for name in flags if name in minigpt.MODES[mode].takes)
-        name = st.one_of(*[st.sampled_from(own)] * 19, st.sampled_from(sorted(flags)))
-        typed = draw(st.lists(name.flatmap(flags.get), max_size=4))
-        return mode, [word for words in typed for word in words]
-
-    @hypothesis.settings(max_examples=600, deadline=None, database=None, derandomize=True,
-                         suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(command())
-    def law(drawn):
-        mode, typed = drawn
+             if name not in ("mode", "compile", "wandb", "bench_seconds")}
+    kinds["nonsense"] = bool
+    short = [*TRAIN[2:], "--max_steps", "2", "--no_wandb", "--out_dir", "out"]
+    base = {"train": [*short, "--sample_tokens", "3"],
+            "ablate": [*short, "--seeds", "1", "--vary", "tie_weights=true"],
+            "bench": [*BENCH[2:], "--bench_seconds", "0"],
+            "generate": ["--out_dir", run, "--max_tokens", "4"], "eval": ["--out_dir", run],
+            "inspect": ["--out_dir", run, "--prompt", "ROMEO:"],
+            "export": ["--out_dir", run, "--export_dir", "hf"]}
+    before = contents(run)
+    for _ in range(600):
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        mode = rng.choice(["train", *minigpt.MODES])
         argv = ["--mode", mode, *base[mode]]
-        if mode == "export":
-            argv += ["--export_dir", str(tmp_path / "hf")]
-        if mode != "bench":
-            argv += ["--out_dir", str(tmp_path / "out" if mode in ("train", "ablate") else run)]
-        code, _, err = run_main(*argv, *typed)
+        for _ in range(rng.randrange(5)):
+            of_any_mode = rng.random() < 0.05
+            name = rng.choice([name for name in kinds
+                               if of_any_mode or name in minigpt.MODES[mode].takes])
+            if kinds[name] is bool:
+                argv.append(rng.choice([f"--{name}", f"--no_{name}",
+                                        f"--no-{name.replace('_', '-')}"]))
+                continue
+            values = special.get(name) or [*minigpt.CHOICES.get(name, sound[kinds[name]])]
+            argv += [f"--{name}", rng.choice(values if rng.random() < 0.9 else odd)]
+        code, _, err = run_main(*argv)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert code in (0, 2) and len(lines) == (code == 2) and "Traceback" not in err, err
-        assert code == 0 or err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, err
+        assert code in (0, 2) and len(lines) == (code == 2) and "Traceback" not in err, (argv, err)
+        assert code == 0 or err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, (argv, err)
         seen[mode, code] += 1
-
-    before = contents(run)
-    law()
     assert {path: data for path, data in contents(run).items() if path.suffix == ".pt"} == {
         path: data for path, data in before.items() if path.suffix == ".pt"}
     assert all(seen[mode, code] for mode in minigpt.MODES for code in (0, 2)), seen
@@ -7051,17 +6165,6 @@ def test_typed_settings_reach_the_writing(tiny_run, options):
         assert code == 0 and out == tokenizer.decode(ids[0].tolist()) + "\n"
         assert re.fullmatch(r".*best.pt: step \d+, [\d,]+ parameters\n", err)
 
-def test_each_setting_of_the_writing_matters(tiny_run):
-    """Would fail if one were read and forgotten."""
-    generate = ["--mode", "generate", "--out_dir", tiny_run[0], "--max_tokens", "30"]
-    changes = ([], ["--temperature", "0"], ["--temperature", "2.5"], ["--top_k", "3"],
-               ["--top_p", "0.2"], ["--seed", "2"], ["--prompt", "THE"], ["--max_tokens", "9"])
-    texts = [run_main(*generate, *typed)[1] for typed in changes]
-    assert len(set(texts)) == len(texts)
-    assert texts[0] == run_main(*generate)[1]  # and without a change, the text is the same
-    assert texts[0][0] == "\n"  # without a prompt, it continues a line break
-    assert run_main(*generate, "--prompt", "THE", "--max_tokens", "0")[1] == "THE\n"
-
 def test_without_the_cache_nothing_is_remembered(tiny_run, monkeypatch):
     """Would fail if --no_cache were ignored, since both give the same text."""
     seen = []
@@ -7092,27 +6195,6 @@ def test_a_prompt_takes_the_form_that_corpora_have(bpe):
     apart = CharTokenizer.train(decomposed)
     assert minigpt.adapt_text(apart, "--prompt", composed) == decomposed
     assert minigpt.adapt_text(bpe, "--prompt", decomposed + "\r") == decomposed + "\n"
-
-def test_an_unknown_character_is_told_with_the_closest_one():
-    """Would fail if a curly quote or an accent had no plain form, or a typed \\n no hint."""
-    for known, typed, hint in (('No "', "\u201cNo", "U.201C.* closest one that it has is '\"'"),
-                               ("cafe", "cafe\u0301", "U.00E9.* closest one that it has is 'e'"),
-                               ("cafe", "a\u4e2d", "U.4E2D.* leave it out"),
-                               ("AO ", "\u00d6\u00c4", "closest one that it has is 'O'"),
-                               ("an", "a\\n", "for a line break, type")):
-        with pytest.raises(UserError, match=f"--prompt .*{hint}"):
-            minigpt.adapt_text(CharTokenizer.train(known), "--prompt", typed)
-
-def test_the_first_of_several_stop_texts_ends_a_text(tiny_run):
-    """--stop can be typed again. Would fail if the last one replaced the others."""
-    argv = ["--mode", "generate", "--out_dir", tiny_run[0], "--max_tokens", "200", "--prompt", "T",
-            "--temperature", "1"]
-    text = run_main(*argv)[1]
-    first, second = text[5:7], text[20:22]
-    for stops in ((first, second), (second, first)):
-        flags = [word for stop in stops for word in ("--stop", stop)]
-        end = min(text.index(stop, 1) for stop in stops)
-        assert run_main(*argv, *flags)[1] == text[:end] + "\n"
 
 def test_several_samples_are_several_texts(tiny_run):
     """They are separated by a line, each continues the prompt, and --stop ends each at its own
