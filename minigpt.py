@@ -50,6 +50,7 @@ which takes two to three hours. Its chapters:
         Muon                                       a step for each matrix
         Better batches                             cover the text evenly; short windows first
         Training at a lower temperature            a model that is less sure
+        Learning from other models                 teachers and a student
         Fused kernels                              the same function, faster
         The key/value cache                        write without reading everything again
         The settings of the variations             names that become flags
@@ -2252,6 +2253,97 @@ class Tempered(nn.Module):
     def forward(self, x, y):
         logits, _ = self.model(x)
         return logits, cross_entropy(logits.float() / self.temperature, y)
+
+# ---- Learning from other models ------------------------------------------------------------------
+# Problem   The text shows one next token at each place, although others could have stood there.
+#           After `the k`, the text goes on with `i` once and with `n` another time. A model that
+#           reads the same text several times learns by heart which one came where.
+# Answer    First train some models in the ordinary way. They are the teachers. Applied to the
+#           training text, they give every token a probability at every position. Then train a new
+#           model, the student, from random weights. Half of its loss is that of the token that
+#           came. The other half is the mean loss if the next token were drawn from the teachers'
+#           probabilities [Hinton et al. 2015, section 2]. A student of the same size becomes better
+#           than its teachers [Furlanello et al. 2018].
+# Equation  loss = (1 - a) (-ln q[target]) + a (-sum_i p_i ln q_i)      a = 0.5
+#           q: the student's probabilities (V,). p: the mean of the teachers' probabilities (V,).
+# Why       The probabilities of the tokens that did not come are knowledge, too: that after `the k`
+#           an `n` is possible and a `t` is not. Hinton called it dark knowledge, because a model
+#           that only names its first choice does not show it. In one reading of the text, the
+#           student gets V numbers at each position instead of one token. And what the teachers
+#           expect is the same at each reading, so there is less to learn by heart.
+# Example   The tokens are a, b and c, and an a came. The student gives them 0.5, 0.25 and 0.25, and
+#           the teachers 0.6, 0.3 and 0.1. The loss of the token that came is -ln 0.5 = 0.693. The
+#           other half is -(0.6 ln 0.5 + 0.3 ln 0.25 + 0.1 ln 0.25) = 0.970. Their mean is 0.832:
+#
+# >>> z = torch.tensor([[0.5, 0.25, 0.25]]).log()
+# >>> round(taught_loss(z, torch.tensor([0]), torch.tensor([[0.6, 0.3, 0.1]])).item(), 3)
+# 0.832
+#
+# Table     The teachers do not change. So they are applied to the text only once, and the student's
+#           steps look their probabilities up by position: a table (N, V) of 16-bit numbers, which
+#           has 130 MB for Tiny Shakespeare. The windows of the teachers overlap by half, so that
+#           every position has at least half a window before it (but those of the first window). A
+#           table of more than TABLE_BYTES is not made. Then each step applies the teachers to its
+#           own windows, which takes longer.
+TEACHING_SHARE = 0.5  # a
+TABLE_BYTES = 2e9
+
+def taught_loss(logits, targets, p):
+    """The loss of the targets and that of the teachers' probabilities, mixed: logits (..., V),
+    targets (...), p (..., V) -> ()."""
+    expected = -(p * logits.log_softmax(dim=-1)).sum(dim=-1)  # (...)
+    a = TEACHING_SHARE
+    return (1 - a) * cross_entropy(logits, targets) + a * expected.mean()
+
+class Teachers:
+    """What finished models expect at each position of a text."""
+    def __init__(self, models: list, tokens):
+        self.models = models
+        self.tokens = tokens  # (N,)
+        self.table = None  # (N, V)
+
+    @torch.no_grad()
+    def read(self, progress) -> None:
+        """Makes the table, if it is small enough. progress is called with the share that is done.
+
+        Row i holds the probabilities of the token at position i. Row 0 is never used."""
+        N, V = len(self.tokens), self.models[0].config.vocab_size
+        if 2 * N * V > TABLE_BYTES:
+            return
+        self.table = torch.zeros(N, V, dtype=torch.float16)
+        for number, model in enumerate(self.models):
+            T = min(model.config.block_size, N - 1)
+            starts = torch.tensor([*range(0, N - 1 - T, max(T // 2, 1)), N - 1 - T])
+            done = 1  # rows
+            for some in starts.split(16):
+                x, _ = cut_windows(self.tokens, T, some)
+                p = model(x)[0].float().softmax(dim=-1).cpu() / len(self.models)  # (B, T, V)
+                for start, rows in zip(some.tolist(), p):  # rows start + 1 to start + T of the table
+                    self.table[done : start + 1 + T] += rows[done - start - 1 :]
+                    done = start + 1 + T
+                progress((number + done / N) / len(self.models))
+
+    @torch.no_grad()
+    def probabilities(self, x, positions):
+        """Of the tokens at these positions (B, T), which follow x (B, T): (B, T, V)."""
+        if self.table is not None:
+            return self.table[positions].float()
+        found = [model(x)[0].float().softmax(dim=-1) for model in self.models]
+        return torch.stack(found).mean(dim=0)
+
+class Taught(nn.Module):
+    """A model that learns from teachers, too. In place of the targets, it gets their positions."""
+    def __init__(self, model, teachers: Teachers, temperature: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.teachers = teachers
+        self.temperature = temperature
+
+    def forward(self, x, positions):
+        logits, _ = self.model(x)
+        p = self.teachers.probabilities(x, positions).to(logits.device)
+        targets = self.teachers.tokens[positions].long()
+        return logits, taught_loss(logits.float() / self.temperature, targets, p)
 
 # ---- Fused kernels -------------------------------------------------------------------------------
 # Problem   Written out, each operation reads its operands from memory and writes its result back,

@@ -1895,6 +1895,55 @@ def test_a_run_trains_at_the_temperature_and_is_evaluated_at_one(tmp_path, dtype
     assert run.estimate() == minigpt.estimate_loss(run.model, run.corpus, run.config)
     assert type(tiny_full_run(tmp_path / "other").runner) is GPT
 
+# ---- Learning from other models ------------------------------------------------------------------
+def test_the_taught_loss_pulls_halfway_to_what_the_teachers_expect():
+    """The gradient with respect to the logits is q minus the mean of the target, as 0 and 1, and of
+    the teachers' probabilities. In float64. Fails if the two halves are weighted differently."""
+    z = random_x(2, 5, 11).requires_grad_()
+    p = random_x(2, 5, 11, seed=1).softmax(dim=-1)
+    y = random_ids(2, 5)
+    gradient, = torch.autograd.grad(minigpt.taught_loss(z, y, p), z)
+    expected = z.softmax(dim=-1) - (F.one_hot(y, 11) + p) / 2
+    assert_close(10 * gradient, expected, 1e-6)  # the loss is a mean over 10 positions
+
+@pytest.mark.parametrize("n", [5, 9, 40, 51])
+def test_the_table_holds_what_the_teachers_expect(n):
+    """Row i is the mean of the teachers' probabilities for token i, each with the first of its
+    windows, which overlap by half, that reaches so far. Would fail if a row were moved, taken from
+    a window that shows too little, or counted twice."""
+    models = [small_model().eval(), small_model(seed=1, block_size=5).eval()]
+    tokens = random_ids(n, seed=3)
+    teachers, shares = minigpt.Teachers(models, tokens), []
+    teachers.read(shares.append)
+    for i in range(1, n):
+        expected = torch.zeros(11)
+        for model in models:
+            T = min(model.config.block_size, n - 1)
+            start = min(T // 2 * max(0, math.ceil((i - T) / (T // 2))), n - 1 - T)
+            assert start == 0 or i - start > T // 2
+            expected += model(tokens[None, start:i])[0][0, -1].softmax(dim=-1).float() / 2
+        assert_close(teachers.table[i].float(), expected, 1e-3)
+    assert shares == sorted(shares) and shares[-1] == 1
+
+@pytest.mark.parametrize("table_bytes", [0, 1e9])
+def test_a_student_is_taught_by_position_with_and_without_the_table(monkeypatch, table_bytes):
+    """Each position has its own row. A table of bigrams does not depend on the context, so both
+    ways give the same. Fails if the rows are those of the inputs, or of other windows."""
+    monkeypatch.setattr(minigpt, "TABLE_BYTES", table_bytes)
+    tokens = random_ids(60, seed=3)
+    teacher, student = stir(minigpt.Bigram(small_config())), small_model()
+    teachers = minigpt.Teachers([teacher], tokens)
+    teachers.read(lambda share: None)
+    assert (teachers.table is None) == (table_bytes == 0)
+    starts = torch.tensor([0, 17, 51])
+    x, y = minigpt.cut_windows(tokens, 8, starts)
+    _, positions = minigpt.cut_windows(torch.arange(60), 8, starts)
+    logits, loss = minigpt.Taught(student, teachers, temperature=0.5)(x, positions)
+    assert_close(logits, student(x)[0])
+    expected = minigpt.taught_loss(2 * logits.float(), y, teacher(x)[0].softmax(dim=-1))
+    assert_close(loss.double(), expected, 1e-3)
+    assert not any(name.startswith("teachers") for name, _ in student.named_parameters())
+
 # ---- The key/value cache -------------------------------------------------------------------------
 def read_in_chunks(reader, idx, sizes):
     """Reads idx (B, N) in pieces of these sizes; yields how much is read and the logits."""
