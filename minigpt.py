@@ -2296,10 +2296,12 @@ def taught_loss(logits, targets, p):
     return (1 - a) * cross_entropy(logits, targets) + a * expected.mean()
 
 class Teachers:
-    """What finished models expect at each position of a text."""
-    def __init__(self, models: list, tokens):
+    """What finished models expect at each position of a text. taught_by says where they are from;
+    it goes into the student's checkpoints."""
+    def __init__(self, models: list, tokens, taught_by=()):
         self.models = models
         self.tokens = tokens  # (N,)
+        self.taught_by = taught_by
         self.table = None  # (N, V)
 
     @torch.no_grad()
@@ -2318,32 +2320,37 @@ class Teachers:
             for some in starts.split(16):
                 x, _ = cut_windows(self.tokens, T, some)
                 p = model(x)[0].float().softmax(dim=-1).cpu() / len(self.models)  # (B, T, V)
-                for start, rows in zip(some.tolist(), p):  # rows start + 1 to start + T of the table
+                for start, rows in zip(some.tolist(), p):  # rows start + 1 to start + T
                     self.table[done : start + 1 + T] += rows[done - start - 1 :]
                     done = start + 1 + T
                 progress((number + done / N) / len(self.models))
 
     @torch.no_grad()
-    def probabilities(self, x, positions):
-        """Of the tokens at these positions (B, T), which follow x (B, T): (B, T, V)."""
+    def probabilities(self, x, target_places):
+        """Of the targets of x (B, T), which are at these positions (B, T): (B, T, V)."""
         if self.table is not None:
-            return self.table[positions].float()
-        found = [model(x)[0].float().softmax(dim=-1) for model in self.models]
+            return self.table[target_places].float()
+        found = []
+        for model in self.models:
+            parts = x.split(model.config.block_size, dim=1)  # its window may be shorter
+            logits = torch.cat([model(part)[0] for part in parts], dim=1)  # (B, T, V)
+            found.append(logits.float().softmax(dim=-1))
         return torch.stack(found).mean(dim=0)
 
 class Taught(nn.Module):
-    """A model that learns from teachers, too. In place of the targets, it gets their positions."""
+    """A model that learns from teachers, too. In place of x and y, it gets their positions."""
     def __init__(self, model, teachers: Teachers, temperature: float = 1.0):
         super().__init__()
         self.model = model
         self.teachers = teachers
         self.temperature = temperature
 
-    def forward(self, x, positions):
+    def forward(self, places, target_places):
+        x = self.teachers.tokens[places].long()  # (B, T)
+        y = self.teachers.tokens[target_places].long()
         logits, _ = self.model(x)
-        p = self.teachers.probabilities(x, positions).to(logits.device)
-        targets = self.teachers.tokens[positions].long()
-        return logits, taught_loss(logits.float() / self.temperature, targets, p)
+        p = self.teachers.probabilities(x, target_places).to(logits.device)  # (B, T, V)
+        return logits, taught_loss(logits.float() / self.temperature, y, p)
 
 # ---- Fused kernels -------------------------------------------------------------------------------
 # Problem   Written out, each operation reads its operands from memory and writes its result back,
@@ -2519,6 +2526,7 @@ class ModelConfig(GPTConfig):
 class RunConfig(TrainConfig):
     """TrainConfig, with the settings of Parts II and III. Raises UserError if two do not fit."""
     preset: str = "auto"  # the named set of settings that the run starts from
+    teachers: int = 0  # models to train first, from which this one learns, too
     init_from: str = ""  # train: begin with the weights of this .pt file or folder
     tokenizer: str = "char"  # what a token is
     bpe_size: int = 1024  # size of the vocabulary with --tokenizer bpe; smaller for a small text
@@ -2855,9 +2863,12 @@ class MixedPrecision(nn.Module):
         with torch.autocast(device.type, dtype=self.dtype):
             return self.model(x, y)
 
-def wrap(model: nn.Module, config: RunConfig) -> nn.Module:
-    """What a step calls: the model at the temperature of training, in 16 bits, and compiled."""
-    if config.train_temperature != 1:
+def wrap(model: nn.Module, config: RunConfig, teachers: Teachers | None = None) -> nn.Module:
+    """What a step calls: the model with its teachers or at the temperature of training, in 16 bits,
+    and compiled."""
+    if teachers is not None:
+        model = Taught(model, teachers, config.train_temperature)
+    elif config.train_temperature != 1:
         model = Tempered(model, config.train_temperature)
     if config.dtype != "float32":
         model = MixedPrecision(model, getattr(torch, config.dtype))
@@ -3028,7 +3039,7 @@ def flops_per_token(model: GPT) -> int:
     return 6 * (products + 2 * c.n_layer * c.block_size * c.n_embd)
 
 # ---- Checkpoints that may be damaged -------------------------------------------------------------
-RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png"
+RUN_FILES = r"(best|latest|step_\d{6,})\.pt|metrics\.jsonl|config\.json|loss\.png|teacher_\d+"
 
 def files_of_run(out_dir: Path, ending: str = "") -> list[Path]:
     """The files in a folder that a run has written, or those whose names have an ending more."""
@@ -3159,10 +3170,14 @@ class Diverged(UserError):
     """The loss or the weights are no longer finite numbers."""
 
 class FullJournal(Journal):
-    """A journal that also measures time, and writes metrics.jsonl, loss.png and W&B's log."""
-    def __init__(self, out_dir: Path, watch: SignalWatch):
+    """A journal that also measures time, and writes metrics.jsonl, loss.png and W&B's log.
+
+    label begins each line, and steps_after is how many steps the runs after this one take."""
+    def __init__(self, out_dir: Path, watch: SignalWatch, label: str = "", steps_after: int = 0):
         self.out_dir = out_dir
         self.watch = watch
+        self.label = label
+        self.steps_after = steps_after
         self.rank = process_rank()
 
     def say(self, text: str) -> None:
@@ -3170,7 +3185,7 @@ class FullJournal(Journal):
         if self.rank > 0:
             return
         try:
-            super().say(text)
+            super().say(self.label + text)
         except BrokenPipeError:  # the reader of a pipe has left: stop after this step
             self.watch.received = self.watch.received or 13  # SIGPIPE
         except OSError:
@@ -3189,7 +3204,7 @@ class FullJournal(Journal):
         lr = run.optimizer.param_groups[0]["lr"]
         run.check_finite(math.isfinite(loss))
         self.record(run, loss=loss, lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate))
-        steps_left = run.config.max_steps - run.step
+        steps_left = run.config.max_steps - run.step + self.steps_after
         left = timedelta(seconds=round(run.seconds() * steps_left / run.step))
         details = f" | epoch {run.epochs():.2f} | lr {lr:.2e} | {rate:,.0f} tokens/s | {left} left"
         if run.skipped:
@@ -3658,7 +3673,7 @@ class FullRun(Run):
 
     source holds where the corpus is from and its checksum; it goes into the checkpoints."""
     def __init__(self, model, tokenizer, corpus: Corpus, config: RunConfig, out_dir, device,
-                 source: dict, journal: FullJournal):
+                 source: dict, journal: FullJournal, teachers: Teachers | None = None):
         self.processes = join_processes()
         self.rank = process_rank()
         self.device = device
@@ -3669,7 +3684,8 @@ class FullRun(Run):
         super().__init__(model.to(device), tokenizer, corpus, found, out_dir, journal)
         self.wanted_dtype = config.dtype  # "auto" is stored, and found again on another machine
         self.source = source
-        self.runner = wrap(model, found)
+        self.teachers = teachers
+        self.runner = wrap(model, found, teachers)
         if torch.distributed.is_initialized():
             self.runner = nn.parallel.DistributedDataParallel(self.runner)
         self.scaler = torch.amp.GradScaler(device.type, enabled=found.dtype == "float16")
@@ -3688,8 +3704,13 @@ class FullRun(Run):
         return time.perf_counter() - self.began
 
     def batches(self) -> list:
-        """This process's rows of each batch of the step."""
-        batches = super().batches()
+        """This process's rows of each batch of the step. A student's batches are positions."""
+        if self.teachers is None:
+            batches = super().batches()
+        else:
+            places = torch.arange(len(self.corpus.train))
+            batches = [cut_windows(places, T, starts)
+                       for T, starts in SAMPLING[self.config.sampling](self)]
         self.step_tokens += sum(x.numel() for x, _ in batches)
         return [(x[self.rank :: self.processes], y[self.rank :: self.processes])
                 for x, y in batches]
@@ -3754,6 +3775,7 @@ class FullRun(Run):
         state = super().state()
         state["train_config"]["dtype"] = self.wanted_dtype
         return {**state, "seconds": self.seconds(), "corpus": self.source,
+                "teachers": self.teachers.taught_by if self.teachers else [],
                 "scaler": self.scaler.state_dict(), "wandb": self.wandb_id,
                 "torch": str(torch.__version__)}
 
@@ -3775,19 +3797,23 @@ class FullRun(Run):
         else:  # the next evaluation makes one
             self.best_val, self.best_step = math.inf, self.step
 
-    def score(self) -> float:
-        """A signal ends this evaluation at once, because everything is saved by then."""
-        gather(None)  # wait until the first process has written best.pt
-        read_checkpoint(self.out_dir / "best.pt")  # refuses a damaged file
-        show = progress_of("evaluating")
+    def progress_of(self, what: str):
+        """As progress_of, for work before the first step or after the last save: a signal ends it
+        at once."""
+        show = progress_of(self.journal.label + what)
 
         def progress(share: float) -> None:
             if self.journal.watch.received:
-                self.journal.say(f"stopped; to repeat the evaluation, {AGAIN}")
+                self.journal.say(f"stopped {what}; to repeat that, {AGAIN}")
                 sys.exit(128 + self.journal.watch.received)
             show(share)
 
-        return super().score(progress)
+        return progress
+
+    def score(self) -> float:
+        gather(None)  # wait until the first process has written best.pt
+        read_checkpoint(self.out_dir / "best.pt")  # refuses a damaged file
+        return super().score(self.progress_of("evaluating"))
 
     def stop_if_asked(self, run: FullRun) -> None:
         """After each step. If any process has received a signal, all save and stop."""
@@ -4868,6 +4894,7 @@ class Options:
     out_dir: str = "out"  # the folder of the run
     checkpoint: str = ""  # the model to use: a .pt file or a folder; by default out_dir/best.pt
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    teacher: list[str] = field(default_factory=list)  # train: a finished model to learn from, too
     resume: bool = False  # train: continue from latest.pt of out_dir
     export_dir: str = ""  # export: the folder to write; by default out_dir/hf, or out_dir for gguf
     format: str = "hf"  # export: hf, a folder for transformers; or gguf, a file for llama.cpp
@@ -4895,11 +4922,13 @@ CHOICES = {"model": MODELS, "norm": NORMS, "block": BLOCKS, "pos": POSITIONS,
            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "sampling": SAMPLING,
            "format": ["hf", "gguf"], "gguf_type": GGUF_TYPES,
            "preset": ["auto", *PRESETS], "dtype": ["auto", "float32", "bfloat16", "float16"]}
-PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir"}
-ONCE = PATHS | {"prompt", "vary"}  # if one of these is typed twice, its first value would be lost
+PATHS = {"data", "out_dir", "checkpoint", "init_from", "export_dir", "teacher"}
+# If one of these were typed twice, its first value would be lost.
+ONCE = PATHS - {"teacher"} | {"prompt", "vary"}
 RANGES = {"bpe_size": (257, 2**16), "mlp_ratio": (0.01, 100), "dropout": (0, 0.9),
           "temperature": (0, 1000), "train_temperature": (0.01, 100), "top_p": (0, 1),
           "short_share": (0, 1), "seed": (0, 2**63 - 1), "prev_heads": (0, 1000),
+          "teachers": (0, 1000),
           **dict.fromkeys(["beta1", "beta2", "momentum"], (0, 0.99999)),
           **dict.fromkeys(["warmup_steps", "sample_tokens", "checkpoint_interval", "patience",
                            "max_tokens"], (0, 2**31 - 1))}
@@ -5101,6 +5130,8 @@ def training_settings(preset: str, typed: dict) -> RunConfig:
     If only the learning rate was typed, min_lr stays the same share of it."""
     config = RunConfig(**PRESETS[preset].training)
     changes = {**pick(typed, RunConfig), "preset": preset}
+    if typed.get("teachers") or typed.get("teacher"):  # a student
+        changes = {"max_steps": 2 * config.max_steps, "train_temperature": 1.0, **changes}
     if "learning_rate" in typed and "min_lr" not in typed:
         changes["min_lr"] = config.min_lr / config.learning_rate * typed["learning_rate"]
     config = replace(config, **changes)
@@ -5121,18 +5152,19 @@ def refuse_changes(typed: dict, stored: dict, who: str) -> None:
             raise UserError(f"--{name} {value}: {who} has {has}; leave the flag out")
 
 def limit_steps(config: RunConfig, sizes: ModelConfig, corpus: Corpus, typed: dict) -> RunConfig:
-    """Lowers max_steps for a small text to six passes over it, so that a model without dropout does
-    not memorize it (which was seen on texts of 64 and 254 KB).
+    """Lowers max_steps for a small text to 6 passes over it, or 12 for a student, so that a model
+    without dropout does not memorize it (which was seen on texts of 64 and 254 KB).
 
     The schedule of the learning rate stays complete. What was typed is left as it is."""
     if "max_steps" in typed or sizes.dropout:
         return config
     tokens_per_step = config.batch_size * config.grad_accum * sizes.block_size
-    steps = max(6 * len(corpus.train) // tokens_per_step, 1)
+    passes = 12 if typed.get("teachers") or typed.get("teacher") else 6
+    steps = max(passes * len(corpus.train) // tokens_per_step, 1)
     if steps >= config.max_steps:
         return config
-    say(f"{steps} steps, which are six passes over this text; after more, the model would memorize "
-        "it. --max_steps overrules this")
+    say(f"{steps} steps, which are {passes} passes over this text; after more, the model would "
+        "memorize it. --max_steps overrules this")
     warmup_steps = config.warmup_steps
     if "warmup_steps" not in typed:
         warmup_steps = min(warmup_steps, steps // 4)
@@ -5149,9 +5181,10 @@ class RunStart:
     config: RunConfig
     state: dict | None = None  # the checkpoint to continue from, if any
 
-def find_latest(options: Options) -> dict | None:
+def find_latest(typed: dict) -> dict | None:
     """The checkpoint to continue from, or None for a new run. Raises UserError where a new run
     would overwrite an old one, or files of somebody else."""
+    options = settings_of(typed, Options)
     out_dir = Path(options.out_dir)
     latest = out_dir / "latest.pt"
     if options.resume and latest.exists():
@@ -5160,6 +5193,11 @@ def find_latest(options: Options) -> dict | None:
         return state
     kept = [path.name for path in files_of_run(out_dir) if not left_by_failed_start(path)]
     kept.sort(key=lambda name: not name.endswith(".pt"))
+    if options.resume and typed.get("teachers"):
+        kept = [name for name in kept if not name.startswith("teacher_")]
+    if kept and kept[0].startswith("teacher_"):
+        raise UserError(f"--out_dir {out_dir}: has a {kept[0]} already; to continue, type the same "
+                        "command again, with --teachers and --resume; or name another folder")
     if kept:
         hint = "add --resume to continue that run, or name another folder"
         if not latest.exists():
@@ -5236,7 +5274,7 @@ def begin(typed: dict, device: torch.device) -> RunStart:
     if options.checkpoint:
         raise UserError(f"--checkpoint {options.checkpoint}: to train from it, use --init_from, or "
                         f"copy it to {Path(options.out_dir, 'latest.pt')} and use --resume")
-    state = find_latest(options)
+    state = find_latest(typed)
     if state is not None:
         start = resume_run(typed, state)
     else:
@@ -5251,16 +5289,71 @@ def begin(typed: dict, device: torch.device) -> RunStart:
     return start
 
 def run_train(typed: dict) -> Outcome:
-    """--mode train."""
+    """--mode train: the teachers, if there are any, and then the run itself."""
     options = settings_of(typed, Options)
     device = find_device(options.device)
     start = begin(typed, device)
     out_dir = Path(options.out_dir)
+    files = [os.path.abspath(path) for path in options.teacher]
+    if start.state is None:
+        read_teachers(files, start, out_dir, device)  # finds mistakes before anything is trained
+        files += train_teachers(typed, start, out_dir, device)
+    else:
+        begun_with = [teacher["path"] for teacher in start.state.get("teachers", [])]
+        for path in set(files) - set(begun_with):
+            raise UserError(f"--teacher {path}: the run has not learned from it so far; leave the "
+                            "flag out")
+        files = begun_with
+    teachers = read_teachers(files, start, out_dir, device)
+    outcome = run_to_the_end(start, out_dir, device, teachers, label="student: " * bool(files))
+    own = [out_dir / path for path in files if not os.path.isabs(path)]
+    spent = sum(read_metrics(path.parent)[-1]["seconds"] for path in own)
+    return replace(outcome, seconds=outcome.seconds + spent)
+
+def train_teachers(typed: dict, start: RunStart, out_dir: Path, device) -> list[str]:
+    """Trains --teachers ordinary models, each in a folder of its own. Those that are finished
+    already are left as they are. Returns their files, relative to out_dir."""
+    count = start.config.teachers
+    own = {name: value for name, value in typed.items()
+           if name not in ("teachers", "teacher", "max_steps")}
+    files = []
+    for number in range(1, count + 1):
+        folder = out_dir / f"teacher_{number}"
+        files.append(f"{folder.name}/best.pt")
+        if any("full_val_loss" in record for record in read_metrics(folder)):
+            continue
+        seed = derived_seed(start.config.seed, -2, number)
+        teacher = begin({**own, "seed": seed, "out_dir": str(folder),
+                         "resume": bool(files_of_run(folder))}, device)
+        steps_after = (count - number) * teacher.config.max_steps + start.config.max_steps
+        run_to_the_end(teacher, folder, device, label=f"teacher {number} of {count}: ",
+                       steps_after=steps_after)
+    return files
+
+def read_teachers(files: list[str], start: RunStart, out_dir: Path, device) -> Teachers | None:
+    """The models of these files. Raises UserError for one with another vocabulary, or for one that
+    is not what the run has learned from so far."""
+    models, taught_by = [], []
+    for file in files:
+        used = read_model(out_dir / file)
+        if used.tokenizer.state != start.tokenizer.state:
+            raise UserError(f"--teacher {file}: has another vocabulary than the student; name a "
+                            "model of the same text and --tokenizer")
+        models.append(used.model.to(device).eval())
+        taught_by.append({"path": file, "sha256": checksum(out_dir / file)})
+    if start.state is not None and taught_by != start.state.get("teachers", []):
+        raise UserError(f"--out_dir {out_dir}: its teachers are not those that the run has learned "
+                        "from so far; put them back")
+    return Teachers(models, start.corpus.train, taught_by) if files else None
+
+def run_to_the_end(start: RunStart, out_dir: Path, device, teachers: Teachers | None = None,
+                   label: str = "", steps_after: int = 0) -> Outcome:
+    """One run, from where it starts to its score."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with SignalWatch() as watch:
-        journal = FullJournal(out_dir, watch)
+        journal = FullJournal(out_dir, watch, label, steps_after)
         run = FullRun(start.model, start.tokenizer, start.corpus, start.config, out_dir, device,
-                      source_of(start.text), journal)
+                      source_of(start.text), journal, teachers)
         if start.state is not None:
             run.restore(start.state)
         journal.forget_after(run.step if start.state is not None else -1)
@@ -5277,6 +5370,8 @@ def run_train(typed: dict) -> Outcome:
                     and run.step != start.state["train_config"]["max_steps"]):
                 evaluate_and_save(run)  # it was stopped between two evaluations
                 run.save("latest.pt")
+        elif teachers is not None:
+            teachers.read(run.progress_of("applying the teachers"))
         exit_code = 1
         try:
             if run.rank == 0:
@@ -5313,6 +5408,11 @@ class LoadedModel:
     corpus: dict  # the path and the checksum of the text that it was trained on, if they are known
     made_by: str  # the value of --tokenizer
     bpe_size: int  # the value of --bpe_size
+
+def checksum(path: Path) -> str:
+    """The checksum of a checkpoint, or of the weights in a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join([file.read_bytes() for file in files])).hexdigest()
 
 def read_model(path: Path) -> LoadedModel:
     """The model of a checkpoint, or of a folder with a GPT-2."""
@@ -5462,10 +5562,11 @@ TIMED = {*field_names(ModelConfig), "preset", "tokenizer", "bpe_size", "batch_si
          "train_temperature", "dtype", "compile"}
 MODES = {
     "train": Mode(run_train, EVERY_MODE | SETTINGS | {"out_dir", "data", "resume", "init_from",
-                                                      "checkpoint"}),
+                                                      "checkpoint", "teacher"}),
     "generate": Mode(run_generate, USES_MODEL | {"seed", *field_names(WritingConfig)}),
     "eval": Mode(run_eval, USES_MODEL | {"data", "block_size"}),
-    "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds"}),
+    "ablate": Mode(run_ablate, EVERY_MODE | SETTINGS | {"out_dir", "data", "vary", "seeds",
+                                                        "teacher"}),
     "bench": Mode(run_bench, EVERY_MODE | TIMED | {"bench_seconds", "max_tokens"}),
     "inspect": Mode(run_inspect, USES_MODEL | {"prompt"}),
     "export": Mode(run_export, USES_MODEL | {"export_dir", "format", "gguf_type"}),

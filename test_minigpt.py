@@ -1937,12 +1937,19 @@ def test_a_student_is_taught_by_position_with_and_without_the_table(monkeypatch,
     assert (teachers.table is None) == (table_bytes == 0)
     starts = torch.tensor([0, 17, 51])
     x, y = minigpt.cut_windows(tokens, 8, starts)
-    _, positions = minigpt.cut_windows(torch.arange(60), 8, starts)
-    logits, loss = minigpt.Taught(student, teachers, temperature=0.5)(x, positions)
+    places = minigpt.cut_windows(torch.arange(60), 8, starts)
+    logits, loss = minigpt.Taught(student, teachers, temperature=0.5)(*places)
     assert_close(logits, student(x)[0])
     expected = minigpt.taught_loss(2 * logits.float(), y, teacher(x)[0].softmax(dim=-1))
     assert_close(loss.double(), expected, 1e-3)
     assert not any(name.startswith("teachers") for name, _ in student.named_parameters())
+
+def test_a_teacher_with_a_shorter_window_reads_in_parts():
+    """Without a table, a window of 8 is more than this teacher can read at once."""
+    teacher, x = small_model(block_size=5).eval(), random_ids(2, 8)
+    p = minigpt.Teachers([teacher], x[0]).probabilities(x, None)
+    expected = torch.cat([teacher(x[:, :5])[0], teacher(x[:, 5:])[0]], dim=1).softmax(dim=-1)
+    assert_close(p.double(), expected, 1e-6)
 
 # ---- The key/value cache -------------------------------------------------------------------------
 def read_in_chunks(reader, idx, sizes):
@@ -2693,7 +2700,7 @@ def test_a_signal_during_the_final_evaluation_stops_it(tmp_path, tiny_run, monke
         patch.setattr(minigpt, "evaluate", disturbed)
         code, _, err = run_main(*TRAIN, "--out_dir", tmp_path)
     assert code == expected
-    assert "full validation split" not in err and "repeat the evaluation" in last_line(err)
+    assert "full validation split" not in err and "stopped evaluating; to repeat" in last_line(err)
     assert step_of(tmp_path / "latest.pt") == 6
     assert score(resume_tiny(tmp_path)) == score(tiny_run[1])
     assert_same_run(tmp_path / "best.pt", tiny_run[0] / "best.pt")
@@ -3711,7 +3718,8 @@ def test_a_run_writes_what_it_promises(tiny_run):
     assert err.count("    | ") >= 3  # a sample at each evaluation
     assert set(load_checkpoint(folder / "best.pt")) == {
         "format", "model", "optimizer", "step", "best_val", "best_step", "tokenizer",
-        "model_config", "train_config", "seconds", "corpus", "scaler", "wandb", "torch"}
+        "model_config", "train_config", "seconds", "corpus", "teachers", "scaler", "wandb",
+        "torch"}
 
 def test_what_a_run_says_of_itself_is_right(tiny_run):
     """The number of tokens and of parameters, the best step, and the units of the score."""
@@ -4150,6 +4158,70 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokeni
         assert_same_run(whole / "best.pt", parts / "best.pt")
         assert evaluated(parts) == [0, 3, 6]
         assert kinds_and_steps(parts) == kinds_and_steps(whole)
+
+def kill_in(name):
+    """What a student's run calls once in each of its phases, to be killed there."""
+    return {"teacher 1": (minigpt.FullRun, "take_step"), "the table": (minigpt.Teachers, "read"),
+            "the student": (minigpt.Taught, "forward")}[name]
+
+@pytest.mark.parametrize("table_bytes", [0, 2e9])
+def test_a_student_ends_the_same_wherever_it_was_killed(tmp_path, monkeypatch, table_bytes):
+    """In a teacher, while the table is made, and in the student. The same command with --resume
+    goes on. Two ordinary teachers are trained with other seeds and the preset's steps, and the
+    third is the file that --teacher names. The student takes the steps that were typed. Fails if
+    the student learns from anything else after a resume, or if a teacher is trained again."""
+    monkeypatch.setattr(minigpt, "TABLE_BYTES", table_bytes)
+    monkeypatch.setitem(minigpt.PRESETS["laptop"].training, "max_steps", 4)
+    train_tiny(tmp_path / "given", "--block", "shift", "--seed", "5", "--max_steps", "3")
+    given = tmp_path / "given" / "best.pt"
+    student = ["--teachers", "2", "--teacher", str(given), "--checkpoint_interval", "1"]
+    err = train_tiny(tmp_path / "whole", *student)
+    assert re.findall(r"^(.*): trained to step (\d+)", err, re.M) == [
+        ("teacher 1 of 2", "4"), ("teacher 2 of 2", "4"), ("student", "6")]
+    whole = tmp_path / "whole"
+    seeds = [load_checkpoint(path)["train_config"]["seed"]
+             for path in sorted(whole.rglob("latest.pt"))]
+    assert seeds == [1337, *(minigpt.derived_seed(1337, -2, i) for i in (1, 2))]
+    for phase in ("teacher 1", "the table", "the student"):
+        folder = tmp_path / phase
+        with monkeypatch.context() as patch:
+            owner, name = kill_in(phase)
+            calls, original = itertools.count(1), getattr(owner, name)
+            at = 1 if phase == "the table" else 3
+            patch.setattr(owner, name, lambda *arguments, **options: (
+                kill() if next(calls) == at else original(*arguments, **options)))
+            with pytest.raises(Killed):
+                run_main(*TRAIN, "--out_dir", folder, *student)
+        kept = contents(folder / "teacher_1") if phase != "teacher 1" else {}
+        train_tiny(folder, *student, "--resume")
+        assert kept.items() <= contents(folder).items()
+        assert_same_run(folder / "latest.pt", whole / "latest.pt",
+                        "model", "optimizer", "step", "best_val", "best_step")
+        assert step_losses(folder) == step_losses(whole)
+    shutil.rmtree(folder / "teacher_2")
+    check_mistake(*run_main(*RESUME, folder, "--max_steps", "8"), ["teacher_2", "no such file"])
+
+def test_a_student_refuses_other_teachers(tmp_path):
+    """Another vocabulary, a file that is not the one it began with, and a run whose teachers were
+    begun but not the student, which needs the whole command again."""
+    train_tiny(tmp_path / "given")
+    given = tmp_path / "given" / "best.pt"
+    other = tmp_path / "other.txt"
+    other.write_text("abc\n" * 3000)
+    refused = run_main(*TRAIN, "--data", other, "--teacher", given, "--out_dir", tmp_path / "a")
+    check_mistake(*refused, [f"--teacher {given}", "another vocabulary"])
+    assert not (tmp_path / "a").exists()
+    train_tiny(tmp_path / "b", "--teacher", given, "--max_steps", "2")
+    shutil.copy(tmp_path / "given" / "latest.pt", given)
+    state = load_checkpoint(given)
+    state["step"] += 1
+    minigpt.save_checkpoint(given, state)
+    check_mistake(*run_main(*RESUME, tmp_path / "b", "--max_steps", "3"), ["put them back"])
+    check_mistake(*run_main(*RESUME, tmp_path / "b", "--teacher", SHORT), ["leave the flag out"])
+    (tmp_path / "c" / "teacher_1").mkdir(parents=True)
+    for flags in ([], ["--resume"], ["--teachers", "1"]):
+        check_mistake(*run_main(*TRAIN, "--out_dir", tmp_path / "c", *flags),
+                      ["has a teacher_1 already", "--teachers and --resume"])
 
 def best_of_start(folder, optimizer, tokenizer, size, target):
     """Writes the best.pt that a run has after its evaluation of step 0."""
@@ -5822,6 +5894,9 @@ train --n_layer 1 => train: type --mode train
 --mode train --learning_rate inf => --learning_rate & of at least 0, and finite
 --mode generate --temperature 1e39 => --temperature & from 0 to 1000
 --mode train --init_from nowhere.pt => nowhere.pt: no such file & train first
+--mode train --teacher nowhere.pt => nowhere.pt: no such file & train first
+--mode train --teachers -1 => --teachers & -1
+--mode bench --teachers 1 => --teachers & --mode bench & train
 --mode train --init_from gpt2 => gpt2: no such file & hf download openai-community/gpt2 --local-dir
 --mode generate --checkpoint openai-community/gpt2 => no such file & hf download
 --mode train -d x => -d: unknown; see --help
@@ -6002,8 +6077,9 @@ def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("USERPROFILE", "/home/me")
     for name in minigpt.PATHS:
         value = minigpt.parse(["--mode", mode_of(name), f"--{name}=~/a"])[name]
-        assert value.replace("\\", "/") == "/home/me/a"
-    texts = {f.name for f in fields(minigpt.Options) if f.type == "str"}
+        path, = value if name == "teacher" else [value]
+        assert path.replace("\\", "/") == "/home/me/a"
+    texts = {f.name for f in fields(minigpt.Options) if "str" in f.type}
     no_paths = {"mode", "device", "vary", "format", "gguf_type"}
     assert texts - no_paths | {"init_from"} == minigpt.PATHS
 
