@@ -952,10 +952,9 @@ def test_the_learning_rate_at_named_steps():
     assert [get_lr(s, config) for s in (9, 14, 24, 1000)] == pytest.approx(
         [0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2, 0.6, 0.2, 0.2])
     line = replace(config, schedule="linear")
-    assert [get_lr(s, line) for s in (0, 4, 9, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.2])
+    assert [get_lr(s, line) for s in (0, 4, 9, 23, 24)] == pytest.approx([0.2, 1.0, 0.8, 0.24, 0.2])
     assert get_lr(0, replace(config, warmup_steps=0)) == 1.0
     assert get_lr(9, replace(config, min_lr=1.0)) == 1.0
-
     assert get_lr(4, replace(config, warmup_steps=10, max_steps=5)) == pytest.approx(5 / 11)
 
 # ---- Clipping ------------------------------------------------------------------------------------
@@ -1156,12 +1155,23 @@ def test_each_step_has_its_learning_rate_its_report_and_its_checkpoint(tmp_path,
     assert [(int(r[1]), r[2][0]) for r in reports if r] == [
         (0, ":"), (2, "/"), (3, ":"), (4, "/"), (6, "/"), (6, ":"), (7, "/"), (7, ":")]
 
+def test_a_run_beyond_its_last_step_is_finished(tmp_path):
+    """--resume may have lowered max_steps. Otherwise the run would never end."""
+    run = small_run(tmp_path)
+    run.step = 7
+    assert run.finished()
+
 def test_an_evaluation_shows_a_sample_that_only_the_weights_change(tmp_path, capsys):
     """The sample is drawn with the same random numbers each time, so that two samples can be
     compared. sample_tokens 0 shows none. Without a journal of its own, a run prints to stderr."""
     run = small_run(tmp_path, sample_tokens=30)
     assert run.sample() == run.sample() != ""
     assert len(run.sample()) <= 30
+    run.tokenizer.first_id, read = 3, []  # it need not be 0
+    hook = run.model.wte.register_forward_hook(lambda _, args, out: read.append(args[0].tolist()))
+    run.sample()
+    hook.remove()
+    assert read[0] == [[3]]
     minigpt.evaluate_and_save(run)
     shown = [line for line in run.journal.lines if line.startswith("    | ")]
     assert shown == [f"    | {line}" for line in run.sample().split("\n")]
@@ -1394,6 +1404,7 @@ def test_fused_attention_in_16_bits_is_attention_in_training_too():
     q, k, v = (random_x(2, 2, 8, 4, seed=seed) for seed in range(3))
     expected = minigpt.attention_weights(q, k, minigpt.causal_mask(8)) @ v
     coarse = [t.bfloat16() for t in (q, k, v)]
+    assert minigpt.Rotary(small_config())(coarse[0], 0).dtype == torch.bfloat16
     for mode in (True, False):
         y = layer.train(mode).attend(*coarse)
         assert y.dtype == torch.bfloat16
@@ -1748,6 +1759,7 @@ def test_orthogonalize_levels_the_singular_values_and_keeps_the_directions():
         for _ in range(5):
             S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
         assert_close(minigpt.orthogonalize(G), U @ torch.diag(S) @ V, 1e-3)
+    assert torch.all(minigpt.orthogonalize(torch.zeros(1, 2, 3)) == 0)  # and not 0 / 0
 
 def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
     """q, k and v are three matrices, which c_attn stacks. Fails for a wrong factor, momentum or
@@ -1766,6 +1778,8 @@ def test_muon_equals_torchs_with_the_parts_of_c_attn_apart():
                               weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     ours = minigpt.make_muon(model, config)
     assert ours.dtype == torch.bfloat16
+    of_torch = inspect.signature(torch.optim.Muon).parameters
+    assert RunConfig().momentum == of_torch["momentum"].default
     for step in range(4):
         for number, (p, parts) in enumerate(peers):
             p.grad = random_x(*p.shape, seed=100 * (step + 1) + number).float()
@@ -1826,6 +1840,19 @@ def even_starts(steps, tokens=500, block_size=8, **settings):
     batches = [batch for step in steps
                for batch in minigpt.SAMPLING["even"](run_at(step, text, block_size, config))]
     return [start for _, starts in batches for start in starts.tolist()]
+
+def test_even_windows_advance_by_the_golden_ratio():
+    """From each window to the next, within a batch, from batch to batch and from step to step, also
+    after millions of windows, whose numbers times the ratio have no exact fraction in 32 bits. The
+    whole windows begin at an offset of their own."""
+    for first in (5, 1_000_000):
+        starts = even_starts(range(first, first + 3))
+        steps = [(b - a) % 492 / 492 for a, b in itertools.pairwise(starts)]
+        assert steps == pytest.approx([0.618] * 17, abs=0.005)
+    n, half = 1_000_000, dict(short_share=0.5, short_block=4, batch_size=1, grad_accum=1)
+    offsets = [even_starts([step], tokens=n, max_steps=8, **half)[0] / n - step * 0.6180339887
+               for step in (0, 4)]
+    assert abs(offsets[0] - offsets[1] % 1) > 0.001
 
 def test_even_windows_reach_both_ends_of_the_text():
     """A window needs one token more than it has, for its last target. In a text of that length
@@ -2242,6 +2269,8 @@ def test_a_model_makes_all_that_it_needs_on_its_own_device(changes):
             for block, remembered in zip(model.h, memory):
                 x = block(x, remembered)
             assert x.device.type == "meta" and memory[1].length == start + 3
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # tokens are drawn on the CPU
+        minigpt.new_reader(model)(random_ids(1, 3))
 
 def test_mixed_precision_computes_the_matrix_products_in_16_bits_and_nothing_else():
     """Weights, gradients, the residual stream and the loss stay in float32: bfloat16 has 8 bits of
@@ -2978,6 +3007,13 @@ class Evil:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    """The file notes for each tensor on which device it was, here on a GPU that no machine has."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+        minigpt.save_checkpoint(tmp_path / "a.pt", {"w": torch.ones(2)})
+    assert_same(load_checkpoint(tmp_path / "a.pt"), {"w": torch.ones(2)})
 
 def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path):
     """Cut short at any length, or written by another program or version: an error that names the
@@ -4159,10 +4195,14 @@ def test_a_resumed_run_is_the_run_it_would_have_been(tmp_path, optimizer, tokeni
         assert evaluated(parts) == [0, 3, 6]
         assert kinds_and_steps(parts) == kinds_and_steps(whole)
 
-def kill_in(name):
-    """What a student's run calls once in each of its phases, to be killed there."""
-    return {"teacher 1": (minigpt.FullRun, "take_step"), "the table": (minigpt.Teachers, "read"),
-            "the student": (minigpt.Taught, "forward")}[name]
+def kill_in(phase, patch):
+    """Kills a student's run in one of its phases, at the third call of what they call."""
+    owner, name, first = {"teacher 1": (minigpt.FullRun, "take_step", 1),
+                          "the table": (minigpt.Teachers, "read", 3),
+                          "the student": (minigpt.Taught, "forward", 1)}[phase]
+    calls, original = itertools.count(first), getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments, **options: (
+        kill() if next(calls) == 3 else original(*arguments, **options)))
 
 @pytest.mark.parametrize("table_bytes", [0, 2e9])
 def test_a_student_ends_the_same_wherever_it_was_killed(tmp_path, monkeypatch, table_bytes):
@@ -4185,11 +4225,7 @@ def test_a_student_ends_the_same_wherever_it_was_killed(tmp_path, monkeypatch, t
     for phase in ("teacher 1", "the table", "the student"):
         folder = tmp_path / phase
         with monkeypatch.context() as patch:
-            owner, name = kill_in(phase)
-            calls, original = itertools.count(1), getattr(owner, name)
-            at = 1 if phase == "the table" else 3
-            patch.setattr(owner, name, lambda *arguments, **options: (
-                kill() if next(calls) == at else original(*arguments, **options)))
+            kill_in(phase, patch)
             with pytest.raises(Killed):
                 run_main(*TRAIN, "--out_dir", folder, *student)
         kept = contents(folder / "teacher_1") if phase != "teacher 1" else {}
