@@ -4237,6 +4237,20 @@ def test_a_student_ends_the_same_wherever_it_was_killed(tmp_path, monkeypatch, t
     shutil.rmtree(folder / "teacher_2")
     check_mistake(*run_main(*RESUME, folder, "--max_steps", "8"), ["teacher_2", "no such file"])
 
+def test_a_student_takes_twice_the_steps_at_temperature_one():
+    """Unless something else was typed. On 1,000 tokens, a step has 80, so 12 passes are 150."""
+    for flags in ({"teachers": 1}, {"teacher": ["a.pt"]}):
+        config = minigpt.training_settings("laptop", flags)
+        assert config.max_steps == 4000 and config.train_temperature == 1
+        small = replace(config, batch_size=5, grad_accum=2)
+        corpus = Corpus(torch.zeros(1000), torch.zeros(100), 100)
+        with contextlib.redirect_stderr(io.StringIO()):
+            assert minigpt.limit_steps(small, small_config(), corpus, flags).max_steps == 150
+        typed = minigpt.training_settings("laptop", {**flags, "max_steps": 7,
+                                                     "train_temperature": 0.9})
+        assert typed.max_steps == 7 and typed.train_temperature == 0.9
+    assert minigpt.training_settings("laptop", {"teachers": 0}).max_steps == 2000
+
 def test_a_student_refuses_other_teachers(tmp_path):
     """Another vocabulary, a file that is not the one it began with, and a run whose teachers were
     begun but not the student, which needs the whole command again."""
