@@ -4251,6 +4251,14 @@ def test_a_student_takes_twice_the_steps_at_temperature_one():
         assert typed.max_steps == 7 and typed.train_temperature == 0.9
     assert minigpt.training_settings("laptop", {"teachers": 0}).max_steps == 2000
 
+def test_a_student_reads_the_windows_of_an_ordinary_run(tmp_path):
+    """It gets their positions in the text. Fails if these are of other windows."""
+    run = tiny_full_run(tmp_path)
+    batches, tokens = run.batches(), run.corpus.train
+    run.teachers = minigpt.Teachers([run.model], tokens)
+    for (x, y), (places, target_places) in zip(batches, run.batches(), strict=True):
+        assert torch.equal(tokens[places], x) and torch.equal(tokens[target_places], y)
+
 def test_a_student_refuses_other_teachers(tmp_path):
     """Another vocabulary, a file that is not the one it began with, and a run whose teachers were
     begun but not the student, which needs the whole command again."""
