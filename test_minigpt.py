@@ -1155,11 +1155,11 @@ def test_each_step_has_its_learning_rate_its_report_and_its_checkpoint(tmp_path,
     assert [(int(r[1]), r[2][0]) for r in reports if r] == [
         (0, ":"), (2, "/"), (3, ":"), (4, "/"), (6, "/"), (6, ":"), (7, "/"), (7, ":")]
 
-def test_a_run_beyond_its_last_step_is_finished(tmp_path):
+def test_a_restored_run_has_its_steps_and_a_run_beyond_its_last_step_is_finished(tmp_path):
     """--resume may have lowered max_steps. Otherwise the run would never end."""
     run = small_run(tmp_path)
-    run.step = 7
-    assert run.finished()
+    run.restore({**run.state(), "step": 7, "best_val": 2.5, "best_step": 4})
+    assert (run.step, run.best_val, run.best_step) == (7, 2.5, 4) and run.finished()
 
 def test_an_evaluation_shows_a_sample_that_only_the_weights_change(tmp_path, capsys):
     """The sample is drawn with the same random numbers each time, so that two samples can be
