@@ -2288,8 +2288,8 @@ class Tempered(nn.Module):
 #           own windows, which takes longer.
 # Here      --preset laptop --teachers 3 --seed 91: the teachers end at 1.4275, 1.4264 and 1.4210,
 #           and the student, after 4,000 steps, at 1.3753 (1.3833 with windows of 256). This took
-#           1,103 s in all, 9 minutes of it for the student. It is one run. How much of the gain
-#           comes from the longer training alone was not measured.
+#           1,103 s in all, 9 minutes of it for the student. Without teachers, `laptop` with the
+#           same 4,000 steps and the same seed ends at 1.4011 in 452 s. (One run each.)
 TEACHING_SHARE = 0.5  # a
 TABLE_BYTES = 2e9
 
