@@ -5336,9 +5336,12 @@ def run_train(typed: dict) -> Outcome:
         files = begun_with
     teachers = read_teachers(files, start, out_dir, device)
     outcome = run_to_the_end(start, out_dir, device, teachers, label="student: " * bool(files))
-    own = [out_dir / path for path in files if not os.path.isabs(path)]
-    spent = sum(read_metrics(path.parent)[-1]["seconds"] for path in own)
-    return replace(outcome, seconds=outcome.seconds + spent)
+    seconds = outcome.seconds
+    for path in files:
+        if not os.path.isabs(path):  # trained here: its last record says how long that took
+            records = read_metrics((out_dir / path).parent)
+            seconds += sum(record.get("seconds", 0) for record in records)
+    return replace(outcome, seconds=seconds)
 
 def train_teachers(typed: dict, start: RunStart, out_dir: Path, device) -> list[str]:
     """Trains --teachers ordinary models, each in a folder of its own. Those that are finished
