@@ -4253,6 +4253,16 @@ def test_a_student_takes_twice_the_steps_at_temperature_one():
         assert typed.max_steps == 7 and typed.train_temperature == 0.9
     assert minigpt.training_settings("laptop", {"teachers": 0}).max_steps == 2000
 
+def test_the_time_of_a_student_includes_that_of_its_teachers(tmp_path, monkeypatch):
+    """In the table of an ablation, a taught model would otherwise look as cheap as any other."""
+    clock_of_steps(monkeypatch)
+    monkeypatch.setitem(minigpt.PRESETS["laptop"].training, "max_steps", 2)
+    with contextlib.redirect_stderr(io.StringIO()):
+        outcome = minigpt.run_train(minigpt.parse(replaced([*TRAIN, "--out_dir", tmp_path,
+                                                            "--teachers", "1"])))
+    own = [metrics_of(folder)[-1]["seconds"] for folder in (tmp_path, tmp_path / "teacher_1")]
+    assert outcome.seconds == sum(own) > own[0] > 300
+
 def test_a_student_reads_the_windows_of_an_ordinary_run(tmp_path):
     """It gets their positions in the text. Fails if these are of other windows."""
     run = tiny_full_run(tmp_path)
