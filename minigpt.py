@@ -5452,12 +5452,17 @@ def checksum(path: Path) -> str:
 def read_model(path: Path) -> LoadedModel:
     """The model of a checkpoint, or of a folder with a GPT-2."""
     if path.is_dir():
-        return read_folder(path)
-    state = read_checkpoint(path)
-    model, tokenizer = rebuild(path, state)
-    made = state["train_config"]
-    return LoadedModel(model, tokenizer, state["step"], state["corpus"], made["tokenizer"],
-                       made["bpe_size"])
+        used = read_folder(path)
+    else:
+        state = read_checkpoint(path)
+        model, tokenizer = rebuild(path, state)
+        made = state["train_config"]
+        used = LoadedModel(model, tokenizer, state["step"], state["corpus"], made["tokenizer"],
+                           made["bpe_size"])
+    if not is_finite(used.model):
+        raise UserError(f"{path}: this model computes numbers that are not finite, because its run "
+                        "has diverged; use another one")
+    return used
 
 def load_for_use(options: Options) -> LoadedModel:
     """The model of --checkpoint, or best.pt of --out_dir."""
@@ -5466,9 +5471,6 @@ def load_for_use(options: Options) -> LoadedModel:
     used = read_model(path)
     say(f"{path}: step {used.step}, {count_parameters(used.model):,} parameters")
     used.model.to(device).eval()
-    if not is_finite(used.model):
-        raise UserError(f"{path}: this model computes numbers that are not finite, because its run "
-                        "has diverged; use another one")
     return used
 
 # Characters that many programs insert automatically (quotes, dashes, an ellipsis and a space that

@@ -3929,6 +3929,9 @@ def test_a_model_whose_logits_are_not_finite_is_neither_saved_nor_used(tmp_path,
     for mode in ("generate", "eval", "inspect", "export"):
         argv = ["--mode", mode, "--checkpoint", tmp_path / "huge.pt"]
         check_mistake(*run_main(*argv), ["huge.pt", "not finite"])
+    for flag in ("--init_from", "--teacher"):
+        argv = ["--mode", "train", "--data", SHORT, "--out_dir", tmp_path / "new", flag]
+        check_mistake(*run_main(*argv, tmp_path / "huge.pt"), ["huge.pt", "not finite"])
 
 def test_the_final_evaluation_shows_how_far_it_is(tiny_run, tmp_path, monkeypatch):
     """On a terminal, in training and in --mode eval. In a file, there would be heaps of it."""
