@@ -82,7 +82,7 @@ which takes two to three hours. Its chapters:
         Exchange: the command                      --mode export
         Exchange: reading a GPT-2                  the other direction
         A look inside                              --mode inspect
-        A look inside, as a page                   inspect.html
+        A page that holds the model                inspect.html
     Part V     The command line   presets, flags and modes
         Reading the command line                   flags
         From what was typed to settings            presets
@@ -2805,6 +2805,7 @@ import importlib.util
 import itertools
 import json
 import re
+import shlex
 import signal
 import threading
 import time
@@ -3240,7 +3241,8 @@ class FullJournal(Journal):
             curves = {name: (self.out_dir, name) for name in ("loss", "train_loss", "val_loss")}
             draw_curves(self.out_dir / "loss.png", curves, "loss, nats per token")
         path = self.out_dir / "best.pt"
-        best = f"the best model (step {run.best_step}): {path}"
+        best = (f"the best model (step {run.best_step}): {path} (to open it in a browser: --mode "
+                f"inspect --out_dir {shlex.quote(str(self.out_dir))})")
         if run.best_step == 0:
             best = (f"no evaluation was better than the one before the first step, which {path} is "
                     "from; try another --learning_rate")
@@ -3844,6 +3846,7 @@ class FullRun(Run):
 import base64
 import shutil
 import statistics
+import zlib
 from dataclasses import fields
 
 # ---- Comparing variations ------------------------------------------------------------------------
@@ -4622,112 +4625,28 @@ def read_folder(folder: Path) -> LoadedModel:
     return LoadedModel(model, tokenizer, 0, {"data": "", "sha256": ""}, kind, tokenizer.vocab_size)
 
 # ---- A look inside -------------------------------------------------------------------------------
-# Problem   A loss is one number. Which tokens did the model predict, where did it look, and at
-#           which layer did it know the answer?
+# Problem   A loss is one number. Which tokens did the model predict, and at which layer did it know
+#           the answer?
 # Answer    --mode inspect --prompt "..." prints, for each token, the probability that the model
 #           gave it, from what stands before it, and the five most likely ones. For the end of the
 #           prompt, it prints what the output head would predict from the residual stream after each
 #           layer, as if the remaining layers were missing. This is called the logit lens
-#           [nostalgebraist 2020]. The next chapter shows all of it on a page, for each token, and
-#           also what each head looked at.
-# Look for  A head that always looks one token back fetches the previous token. One that looks at
-#           spaces or line breaks looks back to the beginning of the word or line. One that always
-#           looks at the first token often finds nothing that it looks for, and puts its weight
-#           there (an attention sink). Previous-position heads are not shown: they look the same for
-#           any text.
-@dataclass
-class Inside:
-    """What happens in a model while it reads a text of T tokens."""
-    probabilities: torch.Tensor  # (T, V): what follows each position
-    lens: list[torch.Tensor]  # (V,) after the embedding and each layer: what follows at the end
-    weights: list[torch.Tensor]  # (nh, T, T) for each layer: the attention weights
-    streams: list[torch.Tensor]  # (T, C): the residual stream before each layer, and at the end
-    parts: dict[str, torch.Tensor]  # (T, C) each, by name: what is added up in the stream
-
+#           [nostalgebraist 2020]. The page of the next chapter shows it for every token, and also
+#           what each head looked at.
 @torch.no_grad()
-def look_inside(model, idx) -> Inside:
-    """Runs a model on idx (1, T). weights and parts are those of pre-norm blocks; other blocks have
-    none, because their stream is not a sum of what their parts add."""
+def look_inside(model, idx):
+    """What a model expects while it reads idx (1, T). Returns probabilities (T, V) of the token
+    after each position, and a list: after the embedding and each layer, those (V,) of the token
+    after the last position."""
     logits, _ = model.eval()(idx)
-    streams, weights, parts = [], [], {}
-    x = model.embed(idx, torch.arange(idx.shape[1])) if isinstance(model, GPT) else None
-    for i, block in enumerate(getattr(model, "h", [])):  # the bigram model has none
-        streams.append(x[0])
-        if type(block) is Block:
-            parts.setdefault("embedding", x[0])
-            normed = block.ln_1(x)
-            attention = with_methods(block.attn, model.config, normed)
-            q, k, _ = attention.heads(normed)
-            weights.append(attention.weights(q, k)[0].cpu())
-            for name, part in parts_of_attention(attention, normed).items():
-                parts[f"layer {i}, {name}"] = part
-            parts[f"layer {i}, MLP"] = block.mlp(block.ln_2(x + block.attn(normed)))[0]
-        x = block(x)
-    if x is not None:
-        streams.append(x[0])
     lens = []
-    for x in streams:
-        guess = model.lm_head(model.ln_f(x[-1])).float()
-        lens.append(torch.softmax(guess, dim=-1).cpu())
-    p = torch.softmax(logits[0].float(), dim=-1).cpu()
-    return Inside(p, lens, weights, streams, parts)
-
-def with_methods(attention, config: ModelConfig, x) -> Attention:
-    """The attention itself, or for Part I's, which has only `forward`, an Attention with the same
-    weights, whose steps can be called one by one. Raises UserError for one that computes something
-    else, on the input x."""
-    if isinstance(attention, Attention):
-        return attention
-    if isinstance(attention, CausalSelfAttention):
-        same = Attention(config).to(attention.c_attn.weight).eval()
-        same.load_state_dict(attention.state_dict())
-        if torch.allclose(same(x), attention(x), rtol=1e-3, atol=1e-4):
-            return same
-    raise UserError("--mode inspect: this attention does not show its weights; make it a subclass "
-                    "of Attention")
-
-def parts_of_attention(attention, x) -> dict[str, torch.Tensor]:
-    """What each head adds to the residual stream, for the input x (1, T, C): (T, C) each.
-
-    c_proj multiplies the outputs of all heads, side by side, by one matrix. That is the sum of
-    what it makes of each head alone."""
-    y = attention.attend(*attention.heads(x))  # (1, nh, T, hs)
-    names = [f"head {i}" for i in range(y.shape[1])]
-    if attention.prev_heads:
-        y = torch.cat([y, attention.read_previous(x)], dim=1)
-        names += [f"previous-position head {i}" for i in range(attention.prev_heads)]
-    columns = attention.c_proj.weight.chunk(len(names), dim=1)  # (C, hs) for each head
-    parts = {name: y[0, i] @ columns[i].t() for i, name in enumerate(names)}
-    if attention.c_proj.bias is not None:
-        parts["attention's bias"] = attention.c_proj.bias.expand(x.shape[1], -1)
-    return parts
-
-def shares_of_logit(model, inside: Inside, targets) -> dict[str, list[float]]:
-    """How much each part adds to the logit of the token that follows, for targets (T,).
-
-    ln_f divides the stream of each position by one number. While that number is kept, the logit is
-    a sum over the parts. All logits are taken relative to their mean over the vocabulary, because
-    a number that is added to all of them changes no probability."""
-    x = inside.streams[-1]
-    norm, table = model.ln_f, model.lm_head.weight
-    directions = table[targets] - table.mean(dim=0)  # (T, C)
-    subtracts_mean = isinstance(norm, LayerNorm)
-    scale = 1.0
-    if isinstance(norm, (LayerNorm, RMSNorm)):
-        spread = x - x.mean(dim=-1, keepdim=True) if subtracts_mean else x
-        scale = norm.weight * torch.rsqrt(spread.square().mean(dim=-1, keepdim=True) + norm.eps)
-    shares = {}
-    for name, part in inside.parts.items():
-        if subtracts_mean:
-            part = part - part.mean(dim=-1, keepdim=True)
-        shares[name] = (part * scale * directions).sum(dim=-1).tolist()
-    if subtracts_mean and norm.bias is not None:
-        shares["last norm's bias"] = (norm.bias * directions).sum(dim=-1).tolist()
-    return shares
-
-def most_likely(p, n: int = 5) -> list[tuple[int, float]]:
-    """The n most likely tokens of a distribution (V,), with their probabilities."""
-    return [(i, p[i].item()) for i in p.argsort(descending=True)[:n].tolist()]
+    if isinstance(model, GPT):  # the bigram model has no layers
+        x = model.embed(idx, torch.arange(idx.shape[1]))
+        for block in [nn.Identity(), *model.h]:
+            x = block(x)
+            guess = model.lm_head(model.ln_f(x[0, -1])).float()
+            lens.append(guess.softmax(dim=-1).cpu())
+    return logits[0].float().softmax(dim=-1).cpu(), lens
 
 def bytes_of_token(tokenizer, i: int) -> bytes:
     """The text of one token in UTF-8. A token of byte-pair encoding may be half a character."""
@@ -4743,102 +4662,93 @@ def show_token(tokenizer, i: int) -> str:
     except UnicodeDecodeError:
         return repr(token).removeprefix("b")
 
-def print_inside(inside: Inside, ids: list[int], tokenizer) -> None:
+def print_inside(probabilities, lens: list, ids: list[int], tokenizer) -> None:
     """The probability of each token after the first, and the logit lens."""
     def guesses(p) -> str:
-        return "".join(f"  {show_token(tokenizer, i)} {q:.2f}" for i, q in most_likely(p))
+        best = p.argsort(descending=True)[:5].tolist()
+        return "".join(f"  {show_token(tokenizer, i)} {p[i]:.2f}" for i in best)
 
-    for p, i in zip(inside.probabilities, ids[1:]):
+    for p, i in zip(probabilities, ids[1:]):
         bar = "#" * round(10 * p[i].item())
         write_result(f"{show_token(tokenizer, i):>10} {p[i]:.3f} {bar:10}{guesses(p)}")
-    for layer, p in enumerate(inside.lens):
+    for layer, p in enumerate(lens):
         name = "embedding" if layer == 0 else f"layer {layer - 1}"
         write_result(f"next, after {name}:{guesses(p)}")
 
-# ---- A look inside, as a page --------------------------------------------------------------------
-# inspect.html shows the same for every token: point at one, or use the arrow keys. Below the text,
-# the page shows the most likely tokens, the logit lens, and how much each head and each MLP added
-# to the logit of the token that came. Underlines in the text show what a head looked at. The file
-# data/inspect.html is the template. --mode inspect fills in the numbers, and writes the result to
-# inspect.html in out_dir. The page needs no network.
-PAGE_BYTES = 800_000  # for the attention weights (one byte each), and for the lens
-GUESSES_BYTES = 200  # about the size of the five most likely tokens at one place
+# ---- A page that holds the model -----------------------------------------------------------------
+# inspect.html is one file with the weights, the settings and the vocabulary. Its script computes
+# what the model computes, in a browser, without a network: it writes, it shades each token that you
+# type by its probability, and it shows where each head looked, the logit lens, and how much each
+# head and each MLP added to the logit of a token. data/inspect.html is the template, and worth
+# reading: there stands the model once more, in JavaScript.
+#
+# Look for  A head that always looks one token back fetches the previous token. One that looks at
+#           spaces or line breaks looks back to the beginning of the word or line. One that always
+#           looks at the first token often finds nothing that it looks for, and puts its weight
+#           there (an attention sink).
+PAGE_BYTES = 60e6  # a larger page is refused
+FLOAT32_NUMBERS = 4e6  # a page with more numbers than these holds them in 16 bits
 
-def tokens_on_page(inside: Inside) -> int:
-    """How many tokens the page may show, so that it stays below 2 MB."""
-    n_layer, n_heads = len(inside.weights), sum(map(len, inside.weights))
-    # Each head has about T^2 / 2 weights, and the lens has n_layer + 1 rows for each token.
-    return min(math.isqrt(2 * PAGE_BYTES // n_heads), PAGE_BYTES // (GUESSES_BYTES * (n_layer + 1)))
-
-def page_data(model, inside: Inside, ids: list[int], tokenizer) -> dict:
-    """What the page shows. Entry t of a list belongs to the prediction that was made at position t,
-    of the token at position t + 1."""
-    # Nothing follows the last token. Its own id fills the place, and the page does not show it.
-    following = torch.tensor(ids[1:] + ids[-1:], device=inside.streams[0].device)
-
-    def text_of(i: int) -> str:  # half a character as its bytes, such as \xe5\x84
-        return bytes_of_token(tokenizer, i).decode("utf-8", "backslashreplace")
-
-    def likeliest(p) -> list:
-        return [[i, text_of(i), round(q, 4)] for i, q in most_likely(p)]
-
-    lens = []
+def page_data(used: LoadedModel, prompt: str, ids: list[int]) -> dict:
+    """What the page needs to compute the model. Raises UserError if that is too much for a page."""
+    model, tokenizer = used.model, used.tokenizer
+    tensors = {name: w for name, w in model.state_dict().items()
+               if not (name == "lm_head.weight" and model.config.tie_weights)}
+    n = sum(w.numel() for w in tensors.values())
+    dtype = torch.float32 if n <= FLOAT32_NUMBERS else torch.float16
+    size = n * dtype.itemsize * 4 / 3  # base64 makes four characters of three bytes
+    if size > PAGE_BYTES:
+        raise UserError(f"--mode inspect: no page, because the {n:,} numbers of this model would "
+                        f"make a file of {size / 1e6:.0f} MB, and a browser has to read it as a "
+                        f"whole; up to {PAGE_BYTES / 1e6:.0f} MB are allowed")
+    numbers = torch.cat([w.flatten().cpu().to(dtype) for w in tensors.values()])
+    as_bytes = bytes(numbers.view(torch.uint8).tolist())
+    tokens = [bytes_of_token(tokenizer, i) for i in range(tokenizer.vocab_size)]
+    known = {"kind": tokenizer.kind, "first_id": tokenizer.first_id, "end_id": tokenizer.end_id}
+    if tokenizer.kind == "char":
+        known["tokens"] = tokenizer.itos
+    else:  # each byte as one character
+        known["tokens"] = [token.decode("latin-1") for token in tokens]
+        id_of = {token: i for i, token in enumerate(tokens)}
+        known["merges"] = [(id_of[a], id_of[b]) for a, b in tokenizer.merges]
+    # The page computes the logits after these, too, and stops if its own are others.
+    some = ids[: min(32, model.config.block_size)]
     with torch.no_grad():
-        for x in inside.streams:
-            p = torch.softmax(model.lm_head(model.ln_f(x)).float(), dim=-1)  # (T, V)
-            given = p.gather(1, following[:, None])[:, 0].tolist()
-            lens.append([{"p": round(given[t], 4), "likeliest": likeliest(p[t].cpu())}
-                         for t in range(len(ids))])
-        shares = shares_of_logit(model, inside, following) if inside.parts else {}
-    attention = [[pack_triangle(head) for head in layer] for layer in inside.weights]
-    return {"ids": ids, "tokens": [text_of(i) for i in ids], "lens": lens, "attention": attention,
-            "shares": {name: [round(share, 3) for share in shares[name]] for name in shares}}
+        logits = model(torch.tensor([some]))[0][0, -1].tolist()
+    return {"settings": asdict(model.config), "sizes": {k: w.numel() for k, w in tensors.items()},
+            "dtype": str(dtype).removeprefix("torch."), "tokenizer": known, "prompt": prompt,
+            "parameters": count_parameters(model), "check": {"ids": some, "logits": logits},
+            "numbers": base64.b64encode(as_bytes).decode()}
 
-def pack_triangle(weights) -> str:
-    """Attention weights (T, T), without those of later tokens, row by row, as bytes from 0 to 255
-    in base64."""
-    T = len(weights)
-    lower = weights[tuple(torch.tril_indices(T, T))]
-    packed = (255 * lower).round().to(torch.uint8)
-    return base64.b64encode(bytes(packed.tolist())).decode()
-
-def write_page(path: Path, data: dict) -> bool:
-    """Writes the page with these data. If that fails, says so and returns False."""
-    marker = "/*DATA*/null"
+def write_page(path: Path, data: dict) -> None:
+    """Fills the template with these data. Raises UserError if there is no template."""
     source = PROGRAM.parent / "data" / "inspect.html"
+    if path.resolve() == source.resolve():
+        raise UserError(f"--out_dir {path.parent}: there is the template of the page; name another")
     try:
         template = source.read_text(encoding="utf-8")
-        if template.count(marker) != 1:
-            raise ValueError(f"{source} is damaged")
-        if path.resolve() == source.resolve():
-            raise ValueError("this is the template; name another --out_dir")
-        as_json = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")  # ends no script
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, template.replace(marker, as_json))
-        return True
-    except (OSError, ValueError) as problem:
-        say(f"no {path}: {problem}")
-        return False
+    except (OSError, UnicodeError) as problem:
+        raise UserError(f"{source}: no page without this template ({problem}); "
+                        "get it again") from None
+    as_json = json.dumps(data).replace("<", "\\u003c")  # so that no text ends the script
+    if not (template.count('"CHECK"') == template.count(">DATA<") == 1):
+        raise UserError(f"{source}: this template of the page is damaged; get it again")
+    check = zlib.adler32(as_json.encode())
+    page = template.replace('"CHECK"', f'"{check}"').replace(">DATA<", f">{as_json}<")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, page)
 
 def run_inspect(typed: dict) -> None:
     """--mode inspect: prints to stdout, and writes inspect.html."""
     options, prompt = settings_of(typed, Options), typed.get("prompt", "")
     used = load_for_use(options)
+    prompt = adapt_text(used.tokenizer, "--prompt", prompt)
     ids = encode_prompt(used.tokenizer, prompt)
-    block_size = used.model.config.block_size
-    if not 2 <= len(ids) <= block_size:
-        raise UserError(f"--prompt {prompt[:40]!r}: type a prompt to look at, of 2 to "
-                        f"{block_size} tokens; this one has {len(ids)}")
-    inside = look_inside(used.model, torch.tensor([ids]))
-    print_inside(inside, ids, used.tokenizer)
-    if not inside.weights:
-        return
-    T = min(len(ids), tokens_on_page(inside))
-    if T < len(ids):
-        inside = look_inside(used.model, torch.tensor([ids[:T]]))
+    seen = ids[-used.model.config.block_size :]
+    print_inside(*look_inside(used.model, torch.tensor([seen])), seen, used.tokenizer)
     page = Path(options.out_dir, "inspect.html")
-    if write_page(page, page_data(used.model, inside, ids[:T], used.tokenizer)):
-        say(f"{page}: open it in a browser, for a look at each of the first {T} tokens")
+    write_page(page, page_data(used, prompt, ids))
+    say(f"{page}: open it in a browser; the model is in it, writes and shows its inside")
 
 # ==================================================================================================
 # Part V: The command line

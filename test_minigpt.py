@@ -12,6 +12,7 @@ import contextlib
 import doctest
 import functools
 import hashlib
+import html as html_module
 import http.server
 import importlib.machinery
 import importlib.util
@@ -28,6 +29,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -5705,131 +5707,347 @@ def test_a_folder_is_used_as_a_checkpoint_is(tmp_path, bpe, kind, monkeypatch):
     assert first["step"] == 0 and first["val_loss"] == pytest.approx(min(records), rel=1e-5)
 
 # ---- A look inside -------------------------------------------------------------------------------
-def rotated_heads(attention, x):
-    """Queries and keys of a layer in float64, by the equations."""
-    C, nh = x.shape[-1], x.shape[-1] // attention.head_size
-    w = attention.c_attn.weight
-    b = 0 if attention.c_attn.bias is None else attention.c_attn.bias
-    q, k, _ = (split_heads(y, nh) for y in (x @ w.T + b).split(C, dim=-1))
-    if isinstance(getattr(attention, "rotary", None), minigpt.Rotary):
-        q = turn(rms(q, attention.q_norm.weight, 1e-5), 10000.0)
-        k = turn(rms(k, attention.k_norm.weight, 1e-5), 10000.0)
-    return q, k
-
 @pytest.mark.parametrize("changes", [
-    {}, dict(attention="extended"), dict(attention="fused", tie_weights=False), QWEN3,
-    dict(QWEN3, attention="fused")])
-def test_a_look_inside_shows_the_models_own_attention_and_predictions(changes):
-    """The weights are those of the equation, whatever kernel the model has, in every layer: a fused
-    kernel never stores them. Would fail if a layer's weights were computed from another layer's
-    input, before its norm, without the rotation, or without the mask."""
+    {}, dict(attention="fused", tie_weights=False), dict(QWEN3, attention="fused"),
+    dict(block="post"), dict(block="shift", norm="none")])
+def test_a_look_inside_shows_the_models_own_predictions(changes):
+    """Would fail if a layer were left out, or seen before its norm."""
     model = small_model(n_layer=3, **changes)
     idx = random_ids(1, 7)
     model.train()  # looking must switch it to eval
-    inside = minigpt.look_inside(model, idx)
+    probabilities, lens = minigpt.look_inside(model, idx)
     assert not model.training
+    streams = []
+    for block in model.h:
+        block.register_forward_hook(lambda block, x, y: streams.append(y))
     with torch.no_grad():
         logits, _ = model(idx)
-        assert_close(inside.probabilities.double(), logits[0].softmax(-1), 1e-5)
-        x = model.embed(idx, torch.arange(7))
-        for layer, block in enumerate(model.h):
-            q, k = rotated_heads(block.attn, block.ln_1(x))
-            assert_close(inside.weights[layer].double(), shares(q, k)[0], 1e-5)
-            lens = model.lm_head(model.ln_f(x[0, -1])).softmax(-1)
-            assert_close(inside.lens[layer].double(), lens, 1e-5)
-            x = block(x)
-    assert len(inside.weights) == 3 and len(inside.lens) == 4
-    assert_close(inside.lens[-1], inside.probabilities[-1], 1e-6)
-    table = model.wte.weight[idx[0, -1]]
-    if changes.get("pos") != "rope":
-        table = table + model.wpe.weight[6]
-    first = model.lm_head(model.ln_f(table)).softmax(-1)
-    assert_close(inside.lens[0].double(), first.detach(), 1e-5)
-
-def test_an_attention_that_was_edited_is_not_shown_as_it_was(monkeypatch):
-    """A reader may change Part I's attention, or add one that is no subclass of it. What inspect
-    shows must be what that attention computes, or nothing."""
-    original = minigpt.CausalSelfAttention.forward
-    monkeypatch.setattr(minigpt.CausalSelfAttention, "forward",
-                        lambda self, x: 2 * original(self, x))
-    with pytest.raises(UserError, match="--mode inspect: .* subclass of Attention"):
-        minigpt.look_inside(small_model(), random_ids(1, 5))
+        assert_close(probabilities.double(), logits[0].softmax(-1), 1e-5)
+        for p, x in zip(lens, [model.embed(idx, torch.arange(7)), *streams], strict=True):
+            assert_close(p.double(), model.lm_head(model.ln_f(x[0, -1])).softmax(-1), 1e-5)
+    assert_close(lens[-1], probabilities[-1], 1e-6)
 
 def test_a_bigram_model_has_predictions_and_nothing_else_inside():
     """It has no layers. Would fail if a look inside relied on them."""
     model = small_model(model="bigram")
     idx = random_ids(1, 5)
-    inside = minigpt.look_inside(model, idx)
-    assert inside.lens == inside.weights == []
-    assert_close(inside.probabilities.double(), model.wte.weight[idx[0]].softmax(-1).detach(), 1e-6)
+    probabilities, lens = minigpt.look_inside(model, idx)
+    assert lens == []
+    assert_close(probabilities.double(), model.wte.weight[idx[0]].softmax(-1).detach(), 1e-6)
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(bias=False, tie_weights=False), dict(LAPTOP, prev_heads=2), dict(norm="none"),
-    dict(QWEN3, norm_scale=False)])
-def test_the_shares_of_the_parts_sum_to_the_logit(changes):
-    """Would fail if a head read the columns of another one, if a bias were left out, or if the last
-    norm were not taken into account."""
-    model = small_model(n_layer=3, **changes).eval()
-    idx, targets = random_ids(1, 7), random_ids(7, seed=1)
-    shares = minigpt.shares_of_logit(model, minigpt.look_inside(model, idx), targets)
+def test_inspect_prints_what_is_inside(tiny_run, tmp_path):
+    """The logarithms of the probabilities that it prints sum to the loss, and the likeliest tokens
+    come in order. Of a long prompt, the end is shown, and of none, the start of a text."""
+    text = "THE TIDE: me\nO"
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path)
+    argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
+    code, out, err = run_main(*argv)
+    assert code == 0, err
+    model, tokenizer = model_of(tmp_path / "best.pt")
+    ids = tokenizer.encode(text)
+    idx = torch.tensor([ids])
+    loss = model.eval()(*pair(idx))[1].item()
+    probabilities, lens = minigpt.look_inside(model, idx)
+    given = [p[i].item() for p, i in zip(probabilities, ids[1:])]
+    assert -sum(map(math.log, given)) / len(given) == pytest.approx(loss, abs=1e-4)
+    starts = [f"{token!r:>10} {p:.3f} {'#' * round(10 * p):10}"
+              for token, p in zip(text[1:], given)]
+    starts += ["next, after embedding:", "next, after layer 0:"]
+    expected = [*probabilities[:-1], *lens]
+    for line, start, p in zip(out.splitlines(), starts, expected, strict=True):
+        likeliest = [f"  {tokenizer.decode([i])!r} {p[i]:.2f}" for i in p.topk(5).indices.tolist()]
+        assert line == start + "".join(likeliest) and len(line) <= 80
+    for prompt, lines in (("", 2), ("T", 2), (100 * text, 15 + 2)):  # its window has 16 tokens
+        code, out, err = run_main(*argv[:-1], prompt)
+        assert code == 0 and out.count("\n") == lines, err
+    check_mistake(*run_main(*argv[:-1], "ï"), ["--prompt", "'ï'"])
+
+def test_tokens_that_are_half_a_character_are_told_apart(tmp_path):
+    """With byte pairs, a token may be some of the bytes of a character. `decode` makes the same
+    replacement sign of all of them. inspect prints the bytes."""
+    tokenizer = BPETokenizer([(b"\xe4", b"\xb8")])
+    ids = [tokenizer.tokens.index(token) for token in (b"a", b"\n", b"\xe4\xb8", b"\xb8")]
+    shown = ["'a'", "'\\n'", r"'\xe4\xb8'", r"'\xb8'"]
+    assert [minigpt.show_token(tokenizer, i) for i in ids] == shown
+    save_model(tmp_path, tokenizer, block_size=16)
+    code, out, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", "a中b")
+    assert code == 0 and "\ufffd" not in out, err
+    assert [line.split()[0] for line in out.splitlines()[:3]] == [r"'\xe4\xb8'", r"'\xad'", "'b'"]
+
+# ---- A page that holds the model -----------------------------------------------------------------
+NODE = shutil.which("node")
+PAGE_SCRIPT = r"""
+const fs = require("fs");
+const parts = (file) => {
+  const page = fs.readFileSync(file, "utf8");
+  const code = page.match(/<script id="model">([^]*?)<\/script>/)[1];
+  return [code, ...page.match(/id="data" data-check="(\d+)">([^]*?)<\/script>/).slice(1)];
+};
+const [code] = parts(process.argv[2]);
+(0, eval)(code + "; globalThis.page = { open, Reader, distribution, draw, ranked, halfToNumber }");
+const opened = (file) => { const [, check, text] = parts(file); return page.open(text, check); };
+const plain = (_, value) => ArrayBuffer.isView(value) ? [...value] : value;
+const print = (value) => console.log(JSON.stringify(value, plain));
+"""
+
+def in_node(script, *argv):
+    """Runs a script that may use the functions of the page argv[0]. Returns what it prints."""
+    if NODE is None:
+        pytest.skip("node is not installed, so no page was computed")
+    done = subprocess.run([NODE, "-e", PAGE_SCRIPT + script, "-", *map(str, argv)], text=True,
+                          capture_output=True, timeout=120, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+def page_of(path, model, tokenizer=None, prompt=""):
+    """Writes the page of a model."""
+    tokenizer = tokenizer or CharTokenizer(list("\n" + string.ascii_letters)[:11])
+    used = minigpt.LoadedModel(model, tokenizer, 1, {}, tokenizer.kind, tokenizer.vocab_size)
+    ids = tokenizer.encode(prompt) or [tokenizer.first_id]
+    minigpt.write_page(path, minigpt.page_data(used, prompt, ids))
+    return path
+
+def inside_of(model, idx):
+    """The residual streams (T, C), the attention weights (nh, T, T) of each layer and the parts of
+    the stream (T, C), by name, of a model that reads idx (1, T)."""
+    streams, parts, weights = [model.embed(idx, torch.arange(idx.shape[1]))[0]], {}, []
+    parts["embedding"] = streams[0]
+    seen = {}
+    for block in model.h:
+        for part in (block.attn, block.attn.c_proj, block.mlp):
+            part.register_forward_hook(lambda part, x, y: seen.update({part: (x[0], y)}))
+    for i, block in enumerate(model.h):
+        streams.append(block(streams[-1][None])[0])
+        attention = block.attn
+        if type(attention) is minigpt.CausalSelfAttention:
+            attention = minigpt.Attention(model.config).double()
+            attention.load_state_dict(block.attn.state_dict())
+        q, k, _ = attention.heads(seen[block.attn][0])
+        weights.append(attention.weights(q, k)[0])
+        heads = seen[block.attn.c_proj][0][0]  # (T, (nh + prev_heads) hs)
+        matrix = block.attn.c_proj.weight
+        for head, start in enumerate(range(0, heads.shape[1], block.attn.head_size)):
+            columns = slice(start, start + block.attn.head_size)
+            kind, number = "head", head
+            if head >= model.config.n_head:
+                kind, number = "previous-position head", head - model.config.n_head
+            parts[f"layer {i}, {kind} {number}"] = heads[:, columns] @ matrix[:, columns].T
+        if block.attn.c_proj.bias is not None:
+            parts[f"layer {i}, attention's bias"] = block.attn.c_proj.bias.expand_as(streams[0])
+        parts[f"layer {i}, MLP"] = seen[block.mlp][1][0]
+    return streams, weights, parts
+
+def expected_shares(model, stream, parts, target):
+    """What each part (C,) adds to the logit of a token, relative to the mean of all logits."""
+    norm, table = model.ln_f, model.lm_head.weight
+    direction = table[target] - table.mean(0)
+    centred = isinstance(norm, minigpt.LayerNorm)
+    scale = 1
+    if not isinstance(norm, torch.nn.Identity):
+        spread = stream - stream.mean() if centred else stream
+        scale = norm.weight / (spread.square().mean() + 1e-5).sqrt()
+    found = {name: ((part - part.mean() if centred else part) * scale @ direction).item()
+             for name, part in parts.items()}
+    if centred and norm.bias is not None:
+        found["last norm's bias"] = (norm.bias @ direction).item()
+    return found
+
+ON_PAGE = [
+    {}, dict(bias=False, tie_weights=False, pos="sinusoidal", activation="gelu_erf"),
+    dict(norm="fused_layernorm", activation="relu", attention="extended", n_kv_head=1),
+    dict(LAPTOP, prev_heads=1, bias=False, qk_norm=True), dict(LAPTOP, prev_heads=2), QWEN3,
+    dict(QWEN3, norm_scale=False, attention="fused", n_head=4, n_kv_head=2), dict(norm="none"),
+    dict(block="post", norm="rmsnorm"), dict(LAPTOP, block="shift"),
+    dict(block="shift", n_embd=6, activation="swiglu", mlp_ratio=2.0), dict(n_head=1, n_layer=3)]
+
+@pytest.mark.parametrize("changes", ON_PAGE)
+def test_the_page_computes_what_pytorch_computes(tmp_path, changes):
+    """Logits, attention weights, the logit lens and contributions, at every position. Each setting
+    that the page reads is in one of these models, so it would fail if the page ignored one."""
+    model = small_model(**changes).eval()
+    idx = random_ids(1, 8)
+    page = page_of(tmp_path / "page.html", model)
+    found = in_node("""
+        const { model } = opened(process.argv[2]), ids = JSON.parse(process.argv[3]);
+        ids.forEach((id) => model.read(id));
+        print({ logits: model.rows.map((row) => row.logits), lens: ids.map((_, t) => model.lens(t)),
+                weights: model.h.map((layer) => layer.rows.map((row) => row.weights)),
+                shares: ids.map((id, t) => model.shares(t, id)) });""", page, idx[0].tolist())
     with torch.no_grad():
         logits = model(idx)[0][0]
-    expected = logits[torch.arange(7), targets] - logits.mean(-1)
-    assert_close(sum(torch.tensor(share, dtype=torch.float64) for share in shares.values()),
-                 expected, 1e-6)
-    heads = model.config.n_head + model.config.prev_heads
-    biases = 3 + 1 if model.config.bias and "norm" not in changes else 3 * model.config.bias
-    assert len(shares) == 1 + 3 * (heads + 1) + biases
+        streams, weights, parts = inside_of(model, idx)
+        lens = torch.stack([model.lm_head(model.ln_f(x)).softmax(-1) for x in streams], dim=1)
+    def close(a, b):
+        a, b = torch.tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+    close(found["logits"], logits)
+    close(found["lens"], lens)
+    for layer, expected in zip(found["weights"], weights, strict=True):
+        for t, row in enumerate(layer):
+            close(row, expected[:, t, : t + 1])
+    for t, shares in enumerate(found["shares"]):
+        if changes.get("block") == "post":
+            assert shares == {}
+            continue
+        at_t = {name: part[t] for name, part in parts.items()}
+        expected = expected_shares(model, streams[-1][t], at_t, idx[0, t])
+        assert shares.keys() == expected.keys()
+        close([shares[name] for name in expected], list(expected.values()))
+        close(sum(shares.values()), logits[t, idx[0, t]] - logits[t].mean())
 
-def test_a_head_whose_columns_are_zero_adds_nothing():
-    """And it alone. Would fail if the parts were named in another order."""
-    model = small_model(**LAPTOP, prev_heads=1).eval()
-    with torch.no_grad():
-        model.h[1].attn.c_proj.weight[:, 4:8] = 0  # the second of two heads of four channels
-    inside = minigpt.look_inside(model, random_ids(1, 7))
-    zero = [name for name, part in inside.parts.items() if not part.any()]
-    assert zero == ["layer 1, head 1"]
+@pytest.mark.parametrize("changes", [
+    dict(block_size=16), dict(LAPTOP, prev_heads=1, block_size=16), dict(QWEN3, block_size=15),
+    dict(model="bigram", block_size=1), dict(block="shift", attention="extended", block_size=1)])
+@pytest.mark.parametrize("length", [0, 3, 40])
+def test_the_page_writes_what_generate_writes(tmp_path, changes, length):
+    """200 tokens at temperature 0, past the window, which moves as it does in Python. A token is
+    right if its logit is the largest up to rounding. Would fail if the window of an attention
+    without a cache moved like that of one with it, or if what is kept were not read again."""
+    model = small_model(**changes).float().eval()
+    tokenizer = CharTokenizer(list("\nabcdefghij"))
+    prompt = tokenizer.decode(random_ids(length).tolist())
+    page = page_of(tmp_path / "page.html", model, tokenizer, prompt)
+    ids = in_node("""
+        const { model, tokenizer, data } = opened(process.argv[2]), reader = new page.Reader(model);
+        let ids = tokenizer.encode(data.prompt).ids;
+        if (!ids.length) ids = [data.tokenizer.first_id];
+        for (let i = 0; i < 200; i++) ids.push(page.ranked(reader.read(ids))[0]);
+        print(ids);""", page)
+    start = tokenizer.encode(prompt) or [tokenizer.first_id]
+    assert ids[: len(start)] == start and len(ids) == len(start) + 200
+    reader = minigpt.new_reader(model)
+    for n in range(len(start), len(ids)):
+        logits = reader(torch.tensor([ids[:n]]))[0]
+        assert logits[ids[n]] >= logits.max() - 1e-4 * logits.abs().max(), n
 
-def page_of(path):
-    """The data of a page, as its script reads them."""
-    found = re.search(r"const data = (.*);\n", path.read_text(encoding="utf-8"))
-    return json.loads(found[1])
+def test_an_edited_text_is_read_like_a_new_prompt(tmp_path):
+    """What stands before the change is kept, which must make no difference, within the window and
+    past it. Would fail if a row of the old text stayed behind."""
+    model = small_model(**LAPTOP, prev_heads=1, block_size=16).eval()
+    page = page_of(tmp_path / "page.html", model)
+    texts = [random_ids(n, seed=seed).tolist() for n, seed in
+             ((5, 0), (9, 0), (7, 0), (12, 1), (16, 1), (40, 1), (39, 1), (3, 2))]
+    texts.insert(4, [*texts[3][:6], 9, *texts[3][7:]])
+    kept, anew = in_node("""
+        const { model } = opened(process.argv[2]), texts = JSON.parse(process.argv[3]);
+        const reader = new page.Reader(model), other = opened(process.argv[2]).model;
+        print([texts.map((ids) => [...reader.read(ids)]),
+               texts.map((ids) => [...new page.Reader(other).read(ids)])]);""", page, texts)
+    for ids, a, b in zip(texts, kept, anew, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([ids[-16:]]))[0][0, -1]
+        if len(ids) != 40:  # that one continues the text of 16 tokens, so half of the window goes
+            assert a == pytest.approx(expected.tolist(), abs=1e-4), len(ids)
+        assert b == pytest.approx(expected.tolist(), abs=1e-4), len(ids)
 
-def test_the_page_shows_the_numbers_of_the_model(tmp_path):
-    """Read back from the file. A token cannot end the script."""
-    tokenizer = CharTokenizer.train("</script>\n\"\\&é")
-    model = save_model(tmp_path, tokenizer, **LAPTOP, prev_heads=1)
-    text = "</script>\n\"\\&é"
+def test_the_page_draws_as_generate_does(tmp_path):
+    """The same probabilities after temperature, top-k and top-p, in this order, also with ties."""
+    page = page_of(tmp_path / "page.html", small_model())
+    generator = torch.Generator().manual_seed(0)
+    logits = [(5 * torch.randn(11, generator=generator)).tolist(), [1.0] * 4 + [0.0] * 7]
+    settings = [(t, k, p) for t in (0.3, 1, 2) for k in (1, 3, 11) for p in (0.2, 0.7, 1)]
+    found, greedy, drawn = in_node("""
+        const [logits, settings] = JSON.parse(process.argv[3]);
+        const draws = (z, s) => page.distribution(Float32Array.from(z), ...s);
+        print([logits.map((z) => settings.map((s) => draws(z, s))),
+               logits.map((z) => draws(z, [0, 3, 0.5])),
+               [0, 0.24, 0.26, 0.99, 1].map((r) => page.draw([0.25, 0, 0.75, 0], r))]);""",
+        page, json.dumps([logits, settings]))
+    for z, of_z, best in zip(logits, found, greedy, strict=True):
+        for (t, k, p), probabilities in zip(settings, of_z, strict=True):
+            filtered = minigpt.filter_logits(torch.tensor([z]) / t, k, p)
+            assert probabilities == pytest.approx(filtered.softmax(-1)[0].tolist(), abs=1e-5)
+        assert best == [float(i == z.index(max(z))) for i in range(11)]
+    assert drawn == [0, 0, 2, 2, 2]
+
+def test_the_page_cuts_a_text_into_the_same_tokens(tmp_path):
+    """Characters and byte pairs. Would fail with JavaScript's white space in place of Unicode's, if
+    merges were applied from left to right, or if half a character were shown as U+FFFD."""
+    tokenizer = BPETokenizer.train(SAMPLE.read_text(encoding="utf-8") + "中文 中文", 400)
+    texts = ["", "The tide, she'll  come\n\n in 12345 days\t!",
+             "é中文\u0085 a\ufeff b\u3000\u3000c 😀", "a<|endoftext|>b", "'Tis they've  ", SAMPLE.read_text(encoding="utf-8")[:2000]]
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    page = page_of(tmp_path / "page.html", model, tokenizer)
+    ids, back, shown = in_node("""
+        const { tokenizer } = opened(process.argv[2]), texts = JSON.parse(process.argv[3]);
+        const ids = texts.map((text) => tokenizer.encode(text).ids);
+        print([ids, ids.map((some) => tokenizer.decode(some)),
+               [228, 300].map((i) => tokenizer.show(i))]);""", page, json.dumps(texts))
+    assert ids == [tokenizer.encode(text) for text in texts] and back == texts
+    byte = tokenizer.tokens[228][0]
+    assert shown == [f"\\x{byte:02x}", tokenizer.decode([300])] and byte > 127
+    letters = CharTokenizer(list("\na😀é"))
+    letters = page_of(tmp_path / "letters.html", small_model(vocab_size=4), letters)
+    assert in_node("""
+        const { tokenizer } = opened(process.argv[2]);
+        print(["a😀\\né", "aBc", ""].map((text) => tokenizer.encode(text)));""", letters) == [
+            {"ids": [1, 2, 0, 3]}, {"ids": [1], "unknown": "B"}, {"ids": []}]
+
+def test_a_page_that_was_cut_or_edited_or_of_an_edited_program_says_so(tmp_path, monkeypatch):
+    """It must not show numbers of another model, and must name a setting that it does not know."""
+    page = page_of(tmp_path / "page.html", small_model())
+    whole = page.read_text(encoding="utf-8")
+    def refusal(text=whole):
+        (tmp_path / "bad.html").write_text(text, encoding="utf-8")
+        return in_node("""
+            const [, check, text] = parts(process.argv[2]);
+            let why = "";
+            try { page.open(text, check); } catch (problem) { why = problem.message; }
+            print(why);""", tmp_path / "bad.html")
+    assert refusal() == ""
+    numbers = whole.index('"numbers": "') + 30
+    edited = "A" if whole[numbers] != "A" else "B"
+    for text in (whole[:numbers] + whole[numbers + 8 :],
+                 whole[:numbers] + edited + whole[numbers + 1 :]):
+        assert refusal(text) == "its data were cut or edited"
+    monkeypatch.setitem(minigpt.ACTIVATIONS, "mine", minigpt.MLP)
+    mine = page_of(tmp_path / "mine.html", small_model(activation="mine"))
+    assert refusal(mine.read_text()) == 'it cannot compute activation "mine"'
+    original = minigpt.CausalSelfAttention.forward
+    monkeypatch.setattr(minigpt.CausalSelfAttention, "forward",
+                        lambda self, x: 2 * original(self, x))
+    edited = page_of(tmp_path / "edited.html", small_model()).read_text()
+    assert "something else than minigpt.py" in refusal(edited)
+
+def test_any_text_may_stand_in_a_page(tmp_path):
+    """A prompt cannot end the script, and the page names no address."""
+    text = "</script><!-- <script>\n\"\\&é"
+    tokenizer = CharTokenizer.train(text)
+    save_model(tmp_path, tokenizer, **LAPTOP, prev_heads=1, block_size=32)
     code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", text)
     assert code == 0 and "inspect.html" in err, err
     html = (tmp_path / "inspect.html").read_text(encoding="utf-8")
-    assert html.count("</script") == 1 and "http" not in html
-    data = page_of(tmp_path / "inspect.html")
-    ids = tokenizer.encode(text)
-    assert data["tokens"] == list(text) and "weights" not in data
-    inside = minigpt.look_inside(model, torch.tensor([ids]))
-    with torch.no_grad():
-        for t, i in enumerate(ids[1:]):
-            for layer, x in zip(data["lens"], inside.streams, strict=True):
-                p = model.lm_head(model.ln_f(x[t])).softmax(-1)
-                assert layer[t]["p"] == pytest.approx(p[i].item(), abs=1e-4)
-                best, most = p.argmax().item(), p.max().item()
-                assert layer[t]["likeliest"][0] == [best, tokenizer.decode([best]),
-                                                    pytest.approx(most, abs=1e-4)]
-    for packed, weights in zip(sum(data["attention"], []), torch.cat(inside.weights), strict=True):
-        rows = list(minigpt.base64.b64decode(packed))
-        for t in range(len(ids)):
-            row = torch.tensor(rows[t * (t + 1) // 2 : (t + 1) * (t + 2) // 2]) / 255
-            assert_close(row, weights[t, : t + 1], 0.003)
-    shares = minigpt.shares_of_logit(model, inside, torch.tensor(ids[1:] + [0]))
-    assert data["shares"].keys() == shares.keys() != set()
-    for name, share in data["shares"].items():
-        assert share[:-1] == pytest.approx(shares[name][:-1], abs=1e-3)
+    assert html.count("</script") == html.count("<script") == 3 and "http" not in html
+    assert in_node("print(opened(process.argv[2]).data.prompt);", tmp_path / "inspect.html") == text
+
+def test_large_models_have_pages_in_sixteen_bits_or_none(tiny_run, tmp_path, monkeypatch):
+    """A page that is too large for a browser is refused, after the numbers have been printed."""
+    shutil.copy(tiny_run[0] / "best.pt", tmp_path)
+    argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", "THE"]
+    succeed_with = run_main(*argv)
+    size = (tmp_path / "inspect.html").stat().st_size
+    monkeypatch.setattr(minigpt, "FLOAT32_NUMBERS", 10)
+    assert run_main(*argv)[:2] == succeed_with[:2]
+    assert (tmp_path / "inspect.html").stat().st_size < size
+    in_node("print(opened(process.argv[2]).data.dtype);", tmp_path / "inspect.html")
+    (tmp_path / "inspect.html").unlink()
+    monkeypatch.setattr(minigpt, "PAGE_BYTES", 10)
+    code, out, err = run_main(*argv)
+    assert (code, out) == (2, succeed_with[1]) and not (tmp_path / "inspect.html").exists()
+    assert last_line(err).startswith("error: --mode inspect: no page, because the ")
+
+def test_sixteen_bit_numbers_are_read_by_the_page(tmp_path):
+    """All 65,536 of them, as PyTorch reads them (but not those that are no numbers)."""
+    page = page_of(tmp_path / "page.html", small_model())
+    found = in_node("print(Array.from({ length: 65536 }, (_, i) => page.halfToNumber(i)));", page)
+    expected = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.float16)
+    finite = expected.isfinite()
+    assert torch.equal(torch.tensor(found)[finite], expected[finite].float())
 
 @pytest.mark.parametrize("fault", ["no template", "bad template", "the template", "no folder"])
-def test_the_page_is_an_extra_that_costs_no_result(tmp_path, monkeypatch, fault):
-    """Without its template, or where it cannot be written, one line says so. The template itself is
-    never overwritten. A folder that does not exist is made."""
+def test_the_page_needs_its_template(tmp_path, monkeypatch, fault):
+    """Without its template, one line says so, after the numbers. The template itself is never
+    overwritten. A folder that does not exist is made."""
     program = tmp_path / "program"
     shutil.copytree(Path(minigpt.__file__).parent / "data", program / "data")
     monkeypatch.setattr(minigpt, "PROGRAM", program / "minigpt.py")
@@ -5844,70 +6062,108 @@ def test_the_page_is_an_extra_that_costs_no_result(tmp_path, monkeypatch, fault)
         fault, tmp_path)
     code, out, err = run_main("--mode", "inspect", "--checkpoint", tmp_path / "best.pt",
                               "--prompt", "abc", "--out_dir", out_dir)
-    assert code == 0 and out.count("\n") == 5, err
+    assert out.count("\n") == 5 and contents(program) == before
     if fault == "no folder":
-        assert page_of(out_dir / "inspect.html")["tokens"] == ["a", "b", "c"]
+        assert code == 0 and (out_dir / "inspect.html").exists()
     else:
-        assert [line for line in err.splitlines() if re.match("no .*inspect.html: ", line)]
-    assert contents(program) == before
+        assert code == 2 and last_line(err).startswith("error: "), err
+        assert "template" in last_line(err) and not (tmp_path / "inspect.html").exists()
 
-@pytest.mark.parametrize("n_layer, n_head, text", [(48, 1, "é"), (12, 12, "😀"), (1, 1, "a"),
-                                                   (48, 24, "漢")])
-def test_the_page_stays_below_two_megabytes(tmp_path, n_layer, n_head, text):
-    """However many layers and heads, and whatever characters."""
-    tokenizer = CharTokenizer([*map(chr, range(200, 210)), text])
-    model = small_model(vocab_size=11, n_layer=n_layer, n_head=n_head, n_embd=n_head,
-                        block_size=1024).float().eval()
-    ids = [10] * 1024
-    limit = minigpt.tokens_on_page(minigpt.look_inside(model, torch.tensor([ids[:3]])))
-    inside = minigpt.look_inside(model, torch.tensor([ids[:limit]]))
-    data = minigpt.page_data(model, inside, ids[:limit], tokenizer)
-    assert minigpt.write_page(tmp_path / "page.html", data)
-    assert limit > 30 and (tmp_path / "page.html").stat().st_size < 2_000_000
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# What a visitor does, and what is to be seen afterwards.
+VISIT = r"""
+<script>
+const problems = [];
+addEventListener("error", (event) => problems.push(event.message));
+addEventListener("DOMContentLoaded", async () => {
+  const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+  const seen = {}, box = element("text"), press = (key, on = "tokens") =>
+    element(on).dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const shot = () => ({ text: box.value, n: ids.length, where: element("where").textContent,
+    problem: element("problem").textContent, window: element("window").textContent,
+    candidates: element("candidates").textContent, lens: element("lens").rows.length,
+    shares: element("shares").rows.length, maps: element("maps").children.length,
+    failure: element("failure").textContent });
+  seen.start = shot();
+  if (!document.querySelector("main").hidden) {
+    box.value = "THE SEA\n";
+    box.dispatchEvent(new Event("input"));
+    seen.typed = shot();
+    box.value = "THE 中 SEA";
+    box.dispatchEvent(new Event("input"));
+    seen.unknown = shot();
+    box.value = "";
+    box.dispatchEvent(new Event("input"));
+    seen.empty = shot();
+    press("2");
+    element("candidates").querySelector("button").click();
+    seen.appended = shot();
+    press("ArrowLeft");
+    seen.chosen = shot();
+    element("temperature").value = 0;
+    element("temperature").dispatchEvent(new Event("input"));
+    seen.cold = shot();
+    element("pace").value = "0";
+    element("write").click();
+    while (ids.length < 60) await wait(20);
+    seen.button = element("write").textContent;
+    element("write").click();
+    await wait(300);
+    seen.written = shot();
+    await wait(300);
+    seen.later = shot();
+    seen.wide = document.documentElement.scrollWidth - innerWidth;
+    seen.requests = performance.getEntriesByType("resource").length;
+  }
+  const report = document.createElement("pre");
+  report.id = "report";
+  report.textContent = JSON.stringify({ ...seen, problems });
+  document.body.append(report);
+});
+</script>
+"""
 
-def test_inspect_prints_what_is_inside(tiny_run, tmp_path):
-    """The logarithms of the probabilities that it prints sum to the loss, and the likeliest tokens
-    come in order."""
-    text = "THE TIDE: me\nO"
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1280,900", "500,844"])
+def test_the_page_in_a_browser(tiny_run, tmp_path, size):
+    """Types, chooses and writes in the real page, in a wide and in a narrow window."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (apt install chromium), so no page was opened")
+    def visit(html):
+        (tmp_path / "visit.html").write_text(html, encoding="utf-8")
+        done = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000", "--dump-dom",
+             (tmp_path / "visit.html").as_uri()],
+            capture_output=True, text=True, encoding="utf-8", timeout=240)
+        report = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.DOTALL)
+        return json.loads(html_module.unescape(report[1]))
+
     shutil.copy(tiny_run[0] / "best.pt", tmp_path)
-    argv = ["--mode", "inspect", "--out_dir", tmp_path, "--prompt", text]
-    code, out, err = run_main(*argv)
+    code, _, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", "THE TIDE")
     assert code == 0, err
+    html = (tmp_path / "inspect.html").read_text(encoding="utf-8")
+    begin = html.index("<!-- The data")
+    seen = visit(html[:begin] + VISIT + html[begin:])
     model, tokenizer = model_of(tmp_path / "best.pt")
-    ids = tokenizer.encode(text)
-    idx = torch.tensor([ids])
-    loss = model.eval()(*pair(idx))[1].item()
-    inside = minigpt.look_inside(model, idx)
-    given = [p[i].item() for p, i in zip(inside.probabilities, ids[1:])]
-    assert -sum(map(math.log, given)) / len(given) == pytest.approx(loss, abs=1e-4)
-    starts = [f"{token!r:>10} {p:.3f} {'#' * round(10 * p):10}"
-              for token, p in zip(text[1:], given)]
-    starts += ["next, after embedding:", "next, after layer 0:"]
-    expected = [*inside.probabilities[:-1], *inside.lens]
-    for line, start, p in zip(out.splitlines(), starts, expected, strict=True):
-        likeliest = [f"  {tokenizer.decode([i])!r} {p[i]:.2f}" for i in p.topk(5).indices.tolist()]
-        assert line == start + "".join(likeliest) and len(line) <= 80
-    for prompt, why in (("ï", "'ï'"), ("T", "this one has 1"), ("T" * 17, "this one has 17")):
-        check_mistake(*run_main(*argv[:-1], prompt), ["--prompt", why])
-
-def test_tokens_that_are_half_a_character_are_told_apart(tmp_path):
-    """With byte pairs, a token may be some of the bytes of a character. `decode` makes the same
-    replacement sign of all of them. inspect prints the bytes, and the page compares ids, so that a
-    wrong guess is never marked as right."""
-    tokenizer = BPETokenizer([(b"\xe4", b"\xb8")])
-    ids = [tokenizer.tokens.index(token) for token in (b"a", b"\n", b"\xe4\xb8", b"\xb8")]
-    shown = ["'a'", "'\\n'", r"'\xe4\xb8'", r"'\xb8'"]
-    assert [minigpt.show_token(tokenizer, i) for i in ids] == shown
-    save_model(tmp_path, tokenizer, block_size=16)
-    code, out, err = run_main("--mode", "inspect", "--out_dir", tmp_path, "--prompt", "a中b")
-    assert code == 0 and "\ufffd" not in out, err
-    assert [line.split()[0] for line in out.splitlines()[:3]] == [r"'\xe4\xb8'", r"'\xad'", "'b'"]
-    data = page_of(tmp_path / "inspect.html")
-    assert data["ids"] == tokenizer.encode("a中b")
-    assert data["tokens"] == ["a", r"\xe4\xb8", r"\xad", "b"]
-    for layer in data["lens"]:
-        for i, text, _ in sum((place["likeliest"] for place in layer), []):
-            assert text == tokenizer.tokens[i].decode("utf-8", "backslashreplace")
+    assert seen["problems"] == [] and seen["requests"] == 0 and seen["wide"] <= 0, seen
+    assert seen["start"]["text"] == "THE TIDE" and seen["start"]["n"] == 8
+    assert seen["typed"]["text"] == "THE SEA\n" and "next" in seen["typed"]["where"]
+    assert seen["typed"]["maps"] == model.config.n_head
+    assert seen["typed"]["lens"] == 1 + 1 + model.config.n_layer
+    assert seen["unknown"]["text"] == "THE 中 SEA" and "中" in seen["unknown"]["problem"]
+    assert seen["unknown"]["n"] == 4
+    assert seen["empty"]["n"] == 0 and seen["empty"]["problem"] == ""
+    assert seen["appended"]["n"] == 2 == len(seen["appended"]["text"])
+    assert "token 1" in seen["chosen"]["where"] and seen["chosen"]["shares"] > 4
+    assert "100.0 %" in seen["cold"]["candidates"] != seen["chosen"]["candidates"]
+    assert seen["button"] == "Stop" and seen["written"]["n"] == seen["later"]["n"] >= 60
+    assert "are not seen any more" in seen["written"]["window"]
+    expected = tokenizer.encode(seen["appended"]["text"])
+    more = model.eval().generate(torch.tensor([expected]), 58, temperature=0)[0].tolist()
+    assert seen["written"]["text"].startswith(tokenizer.decode(more))
+    cut = visit(html[:begin] + VISIT + html[begin : begin + (len(html) - begin) // 2])
+    assert "cut or edited" in cut["start"]["failure"] and cut["problems"] == []
 
 # ---- Part V: the command line, as a user types it ------------------------------------------------
 MISTAKES = [line.split(" => ") for line in """\
@@ -6029,7 +6285,6 @@ train --n_layer 1 => train: type --mode train
 --mode generate --out_dir {run} --prompt “a => (U+201C) & leave it out
 --mode generate --out_dir {run} --prompt cafe\u0301 => (U+00E9) & that it has is 'e'
 --mode generate --out_dir {run} --prompt a漢 => --prompt 'a漢' & (U+6F22) & leave it out
---mode inspect --out_dir {run} => --prompt '' & to look at, of 2 to 16 tokens; this one has 1
 --mode generate --out_dir {run} --prompt a\\nb => --prompt & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop \\n => --stop & $'\\n' in bash & PowerShell
 --mode generate --out_dir {run} --stop Ö => --stop 'Ö' & the closest one that it has is 'O'
