@@ -5965,7 +5965,8 @@ def test_the_page_cuts_a_text_into_the_same_tokens(tmp_path):
     merges were applied from left to right, or if half a character were shown as U+FFFD."""
     tokenizer = BPETokenizer.train(SAMPLE.read_text(encoding="utf-8") + "中文 中文", 400)
     texts = ["", "The tide, she'll  come\n\n in 12345 days\t!",
-             "é中文\u0085 a\ufeff b\u3000\u3000c 😀", "a<|endoftext|>b", "'Tis they've  ", SAMPLE.read_text(encoding="utf-8")[:2000]]
+             "é中文\u0085 a\ufeff b\u3000\u3000c 😀", "a<|endoftext|>b", "'Tis they've  ",
+             SAMPLE.read_text(encoding="utf-8")[:2000]]
     model = small_model(vocab_size=tokenizer.vocab_size)
     page = page_of(tmp_path / "page.html", model, tokenizer)
     ids, back, shown = in_node("""
