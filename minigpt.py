@@ -2860,16 +2860,21 @@ def find_dtype(name: str, device: torch.device) -> str:
             return "bfloat16"
     return "float32"
 
+def in_16_bits(device: torch.device, dtype: str):
+    """A context in which matrix products are computed in this number format."""
+    enabled = dtype != "float32"
+    return torch.autocast(device.type, getattr(torch, dtype) if enabled else None, enabled)
+
 class MixedPrecision(nn.Module):
     """A model whose matrix products are computed in 16 bits."""
-    def __init__(self, model, dtype):
+    def __init__(self, model, dtype: str):
         super().__init__()
         self.model = model
         self.dtype = dtype
 
     def forward(self, x, y):
         device = next(self.model.parameters()).device
-        with torch.autocast(device.type, dtype=self.dtype):
+        with in_16_bits(device, self.dtype):
             return self.model(x, y)
 
 def wrap(model: nn.Module, config: RunConfig, teachers: Teachers | None = None) -> nn.Module:
@@ -2880,7 +2885,7 @@ def wrap(model: nn.Module, config: RunConfig, teachers: Teachers | None = None) 
     elif config.train_temperature != 1:
         model = Tempered(model, config.train_temperature)
     if config.dtype != "float32":
-        model = MixedPrecision(model, getattr(torch, config.dtype))
+        model = MixedPrecision(model, config.dtype)
     return torch.compile(model) if config.compile else model
 
 # ---- Memory that is not given back ---------------------------------------------------------------
@@ -5314,7 +5319,8 @@ def run_to_the_end(start: RunStart, out_dir: Path, device, teachers: Teachers | 
                 evaluate_and_save(run)  # it was stopped between two evaluations
                 run.save("latest.pt")
         elif teachers is not None:
-            teachers.read(run.progress_of("applying the teachers"))
+            with in_16_bits(run.device, run.config.dtype):
+                teachers.read(run.progress_of("applying the teachers"))
         exit_code = 1
         try:
             if run.rank == 0:

@@ -2285,7 +2285,7 @@ def test_mixed_precision_computes_the_matrix_products_in_16_bits_and_nothing_els
             formats[name] = output.dtype
 
         model.get_submodule(name).register_forward_hook(note)
-    _, loss = minigpt.MixedPrecision(model, torch.bfloat16)(x, x)
+    _, loss = minigpt.MixedPrecision(model, "bfloat16")(x, x)
     loss.backward()
     assert formats == {"h.0.mlp.c_fc": torch.bfloat16, "h.0.attn.c_attn": torch.bfloat16,
                        "h.0": torch.float32, "lm_head": torch.bfloat16}
