@@ -5901,24 +5901,34 @@ def test_the_page_computes_what_pytorch_computes(tmp_path, changes):
 @pytest.mark.parametrize("length", [0, 3, 40])
 def test_the_page_writes_what_generate_writes(tmp_path, changes, length):
     """200 tokens at temperature 0, past the window, which moves as it does in Python. A token is
-    right if its logit is the largest up to rounding. Would fail if the window of an attention
-    without a cache moved like that of one with it, or if what is kept were not read again."""
+    right if its logit is the largest up to rounding. Then random tokens, because a text that
+    repeats itself looks the same from any window. Would fail if the window of an attention without
+    a cache moved like that of one with it, or if what is kept were not read again."""
     model = small_model(**changes).float().eval()
     tokenizer = CharTokenizer(list("\nabcdefghij"))
     prompt = tokenizer.decode(random_ids(length).tolist())
     page = page_of(tmp_path / "page.html", model, tokenizer, prompt)
-    ids = in_node("""
-        const { model, tokenizer, data } = opened(process.argv[2]), reader = new page.Reader(model);
-        let ids = tokenizer.encode(data.prompt).ids;
+    random = random_ids(60, seed=1).tolist()
+    ids, found = in_node("""
+        const { model, tokenizer, data } = opened(process.argv[2]);
+        let reader = new page.Reader(model), ids = tokenizer.encode(data.prompt).ids;
         if (!ids.length) ids = [data.tokenizer.first_id];
+        const start = ids.slice();
         for (let i = 0; i < 200; i++) ids.push(page.ranked(reader.read(ids))[0]);
-        print(ids);""", page)
+        reader = new page.Reader(model);
+        const random = JSON.parse(process.argv[3]);
+        print([ids, random.map((_, n) => [...reader.read([...start, ...random.slice(0, n)])])]);""",
+        page, random)
     start = tokenizer.encode(prompt) or [tokenizer.first_id]
     assert ids[: len(start)] == start and len(ids) == len(start) + 200
     reader = minigpt.new_reader(model)
     for n in range(len(start), len(ids)):
         logits = reader(torch.tensor([ids[:n]]))[0]
         assert logits[ids[n]] >= logits.max() - 1e-4 * logits.abs().max(), n
+    reader = minigpt.new_reader(model)
+    for n, logits in enumerate(found):
+        expected = reader(torch.tensor([[*start, *random[:n]]]))[0]
+        assert logits == pytest.approx(expected.tolist(), abs=1e-4 * expected.abs().max().item())
 
 def test_an_edited_text_is_read_like_a_new_prompt(tmp_path):
     """What stands before the change is kept, which must make no difference, within the window and
@@ -5943,8 +5953,9 @@ def test_the_page_draws_as_generate_does(tmp_path):
     """The same probabilities after temperature, top-k and top-p, in this order, also with ties."""
     page = page_of(tmp_path / "page.html", small_model())
     generator = torch.Generator().manual_seed(0)
-    logits = [(5 * torch.randn(11, generator=generator)).tolist(), [1.0] * 4 + [0.0] * 7]
-    settings = [(t, k, p) for t in (0.3, 1, 2) for k in (1, 3, 11) for p in (0.2, 0.7, 1)]
+    logits = [(5 * torch.randn(11, generator=generator)).tolist(), [1.0] * 4 + [0.0] * 7,
+              [0.0] * 2 + [-200.0] * 9]  # one of these two alone reaches 0.5
+    settings = [(t, k, p) for t in (0.3, 1, 2) for k in (1, 3, 11) for p in (0.2, 0.5, 0.7, 1)]
     found, greedy, drawn = in_node("""
         const [logits, settings] = JSON.parse(process.argv[3]);
         const draws = (z, s) => page.distribution(Float32Array.from(z), ...s);
