@@ -5,10 +5,11 @@ The two ladders of the book: what each part of a GPT brings, one change at a tim
     python .ci/ladder.py --part 2 --out_dir ladder2    # from `plain` to `laptop`
 
 Each rung is `minigpt.py --mode train` with the flags of the rung. In part 1, all rungs have equal
-steps. In part 2, they have equal time, and a rung has the flags of all rungs before it. To find
-equal times, each rung is first trained for a moment, several times in turn. The fastest of these
-counts, because a disturbance only makes a run slower. Runs that are complete are not repeated.
-Prints a table of the losses on the full validation split.
+steps. In part 2, they have equal time, and a rung has the flags of all rungs before it; but the
+last one, which learns from three models, takes its own time. To find equal times, each rung is
+first trained for a moment, several times in turn. The fastest of these counts, because a
+disturbance only makes a run slower. Runs that are complete are not repeated. Prints a table of the
+losses on the full validation split.
 """
 
 import argparse
@@ -70,6 +71,7 @@ PART_2 = {
 FREE = {"even windows": "Muon, learning rate linear to 0",
         "training at temperature 0.9: `laptop`": "a previous-position head"}
 LAST = "a previous-position head"  # the time of its steps is the time of every rung
+TAUGHT = "three teachers, twice the steps"  # after the last rung, and in its own time
 
 
 def run(job: tuple) -> list[dict]:
@@ -135,6 +137,7 @@ def main() -> None:
     steps = dict.fromkeys(rungs, args.steps)
     if args.part == 2:
         steps = steps_in_equal_time(rungs, args)
+        rungs[TAUGHT], steps[TAUGHT] = [*flags, "--teachers", "3"], 2 * args.steps
 
     jobs = {}
     threads = max(os.cpu_count() // args.jobs, 1)
