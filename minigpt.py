@@ -2377,8 +2377,8 @@ class Taught(nn.Module):
 #           can be computed without ever storing the matrix of weights [Dao et al. 2022, section 3].
 # Here      --attention fused --norm fused_layernorm compute the same function as their originals.
 #           In the table of "What it all adds up to", `plain` takes 1.2 times as many steps in the
-#           same time with both, and without biases. (On a CPU in bfloat16, the fused attention has no
-#           part in this: see below.)
+#           same time with both, and without biases. (On a CPU in bfloat16, the fused attention has
+#           no part in this: see below.)
 # Compile   torch.compile writes such kernels itself, for everything between the matrix products.
 #           --compile takes about a minute on two cores and needs a C++ compiler. After that,
 #           `laptop` took 72 ms for a step in place of 96 with windows of 128, and 93 in place of
