@@ -3347,12 +3347,14 @@ def wandb_records(folder):
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, message = path.read_bytes(), 7, b""
-    while at < len(data):
+    while at + 7 <= len(data):
         left_in_block = 32768 - at % 32768
         if left_in_block < 7:
             at += left_in_block
             continue
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + size > len(data):
+            return  # the rest is still being written
         message += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
@@ -3362,8 +3364,13 @@ def wandb_records(folder):
             yield record
 
 def check_wandb(folder, exit_code):
-    """All steps that were recorded are in W&B's file, and so is the exit code."""
-    records = list(wandb_records(folder))
+    """All steps that were recorded are in W&B's file, and so is the exit code. The process of W&B
+    may write them a moment after the run has ended."""
+    for _ in range(100):
+        records = list(wandb_records(folder))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.2)
     logged = [json.loads(item.value_json) for record in records for item in record.history.item
               if "_step" in (item.key, *item.nested_key)]
     assert logged == sorted({r["step"] for r in metrics_of(folder)})
