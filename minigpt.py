@@ -4724,13 +4724,12 @@ def page_data(used: LoadedModel, prompt: str, ids: list[int]) -> dict:
                         f"whole; up to {PAGE_BYTES / 1e6:.0f} MB are allowed")
     numbers = torch.cat([w.flatten().cpu().to(dtype) for w in tensors.values()])
     as_bytes = bytes(numbers.view(torch.uint8).tolist())
-    tokens = [bytes_of_token(tokenizer, i) for i in range(tokenizer.vocab_size)]
     known = {"kind": tokenizer.kind, "first_id": tokenizer.first_id, "end_id": tokenizer.end_id}
     if tokenizer.kind == "char":
         known["tokens"] = tokenizer.itos
     else:  # each byte as one character
-        known["tokens"] = [token.decode("latin-1") for token in tokens]
-        id_of = {token: i for i, token in enumerate(tokens)}
+        known["tokens"] = [token.decode("latin-1") for token in tokenizer.tokens]
+        id_of = {token: i for i, token in enumerate(tokenizer.tokens)}
         known["merges"] = [(id_of[a], id_of[b]) for a, b in tokenizer.merges]
     # The page computes the logits after these, too, and stops if its own are others.
     some = ids[: min(32, model.config.block_size)]
