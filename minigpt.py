@@ -2290,16 +2290,17 @@ class Tempered(nn.Module):
 #           (`laptop`; one run each, so differences below 0.01 mean little):
 #
 #               teachers   steps of the student   loss     seconds
-#               none       2,000                  1.4247       190
+#               none       2,000                  1.4247       188
 #               none       4,000                  1.4011       452
 #               one        2,500                  1.3931       460
 #               three      4,000                  1.3753     1,103
 #
-#           The three teachers end at 1.4275, 1.4264 and 1.4210. The README has a wider student. A
-#           wider model needs a teacher even more: with 192 channels, 3,000 steps without one are no
-#           better than 2,000, because it learns the text by heart. A teacher does not prevent that
-#           altogether. One with 192 channels (1.3568) taught a student of 256 channels, whose best
-#           step of 9,000 was step 7,250, with 1.3657. Here, more width and more steps did not help.
+#           The three teachers end at 1.4275, 1.4264 and 1.4210. The README has a wider student.
+# Wider     A wider model needs a teacher even more, because it learns the text by heart sooner. With
+#           192 channels and no teacher, 3,000 steps ended at 1.377, and 2,000 steps at 1.373 (two
+#           seeds, on the last tenth of the training part, which was left out). A teacher does not
+#           prevent that altogether. One with 192 channels (1.3568) taught a student of 256
+#           channels, whose best step of 9,000 was step 7,250, with 1.3657.
 TEACHING_SHARE = 0.5  # a
 TABLE_BYTES = 2e9
 
