@@ -2297,10 +2297,10 @@ class Tempered(nn.Module):
 #
 #           The three teachers end at 1.4275, 1.4264 and 1.4210. The README has a wider student.
 # Wider     A wider model learns the text by heart sooner, so it needs a teacher even more. With 192
-#           channels and no teacher, 3,000 steps ended at 1.377, and 2,000 steps at 1.373. (These are
-#           two seeds, on the last tenth of the training part, which was left out of the training.) A
-#           teacher does not prevent it altogether. One with 192 channels (1.3568) taught a student
-#           of 256 channels, whose best step of 9,000 was step 7,250, with 1.3657.
+#           channels and no teacher, 3,000 steps ended at 1.377, and 2,000 steps at 1.373. (These
+#           are two seeds, on the last tenth of the training part, which was left out of the
+#           training.) A teacher does not prevent it altogether. One with 192 channels (1.3568)
+#           taught a student of 256 channels, whose best step of 9,000 was step 7,250, with 1.3657.
 TEACHING_SHARE = 0.5  # a
 TABLE_BYTES = 2e9
 
